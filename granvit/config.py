@@ -1,0 +1,296 @@
+"""A run's configuration: one YAML file plus `key=value` overrides; a key nobody knows is refused by name.
+
+`load_config("configs/stage1.yaml", ["train.steps=50"])`. A file may name another as `base:` (relative to itself) and state
+only what differs. The resolved configuration is written to the run's directory and loads again to the same value.
+"""
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from granvit.models import LanguageConfig, Strict, VisionConfig
+from granvit.stages import STAGES, Stage, Task
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+class Bucket(Strict):
+    """A row shape that is compiled once: `length` tokens, at most `answers` of them supervised."""
+
+    length: int = Field(gt=0)
+    answers: int = Field(gt=0)
+
+
+class Source(Strict):
+    """One region store (see `granvit.data.store`) and the share of its region questions that an epoch asks."""
+
+    path: str
+    rate: float = Field(1.0, ge=0, le=1)
+
+
+class ModelSection(Strict):
+    """`vision` and `language` name files of configs/models. `weights_*` are directories with config.json, *.safetensors
+    (and tokenizer.json for the decoder) as their publishers ship them; `init_from` is a run whose newest checkpoint is the start."""
+
+    vision: str = "siglip2-so400m-patch16-512"
+    language: str = "qwen2.5-1.5b"
+    init: Literal["pretrained", "random"] = "pretrained"
+    init_from: str | None = None
+    weights_vision: str = "weights/siglip2-so400m-patch16-512"
+    weights_language: str = "weights/Qwen2.5-1.5B-Instruct"
+    tokenizer: str | None = None  # default: weights_language
+
+
+class DataSection(Strict):
+    """`mix` overrides the stage's shares of the tasks. `regions_per_row` 1 asks one question a row (the paper's
+    literal reading); above 1 the row shares its prefix among that many region questions and the global one."""
+
+    sources: tuple[Source, ...]
+    mix: dict[Task, float] | None = None
+    regions_per_row: int = Field(1, ge=1)
+    buckets: tuple[Bucket, ...] = Field(min_length=1)
+    workers: int = Field(0, ge=0)  # processes that read and decode; 0: threads of this process
+    max_bad_fraction: float = Field(0.001, ge=0, le=1)
+    max_pixels: int = Field(89_478_485, gt=0)  # Pillow's own limit
+
+
+class TrainSection(Strict):
+    """`global_batch` counts questions over all ranks; `micro_batch` counts rows of one forward pass on one rank."""
+
+    global_batch: int = Field(256, gt=0)
+    micro_batch: int = Field(2, gt=0)
+    epochs: int = Field(1, gt=0)
+    steps: int | None = Field(None, gt=0)  # default: all of the epochs
+    log_every: int = Field(10, gt=0)
+    checkpoint_every: int = Field(1000, gt=0)
+    keep_checkpoints: int = Field(3, gt=0)
+
+
+class OptimizerSection(Strict):
+    """AdamW. The paper states the learning rate alone; the rest is SPEC's reading. Decay applies to matrices, never to
+    biases, norms and layer scales."""
+
+    lr: float = Field(1e-5, gt=0)
+    warmup: float = Field(0.03, ge=0, le=1)  # share of the steps
+    schedule: Literal["cosine", "constant"] = "cosine"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+
+
+class DistillSection(Strict):
+    """Self-distillation (paper section 4.3); `weight` is its lambda, `alpha` its EMA rate."""
+
+    weight: float = Field(1.0, ge=0)
+    alpha: float = Field(0.9, ge=0, le=1)
+    alpha_warmup: int = Field(0, ge=0)  # steps over which alpha rises linearly from 0
+    loss: Literal["mse", "cosine"] = "mse"
+    features: Literal["projector_input", "final"] = "projector_input"
+    grid: int | None = Field(None, gt=0)  # ROI output grid; default: the teacher's own
+    crop_size: int | None = Field(None, gt=0)  # default: the encoder's image size
+    crop_scale: float = Field(1.0, gt=0)  # CLIPSelf enlarges its crops 1.5 times
+    max_boxes: int | None = Field(None, gt=0)  # default: data.regions_per_row
+
+
+class EvalSection(Strict):
+    """Generation over a held-out store every `every` steps (0: never) and at the end."""
+
+    source: str | None = None
+    every: int = Field(0, ge=0)
+    images: int = Field(256, gt=0)
+    batch: int = Field(8, gt=0)
+    max_new_tokens: int = Field(64, gt=0)
+    tasks: tuple[Task, ...] = ("bbox2caption", "caption2bbox")
+
+
+class RuntimeSection(Strict):
+    """`compute` is the precision of activations and frozen weights; trained weights (the masters), moments, teacher,
+    softmax, norms and losses are float32 always."""
+
+    compute: Literal["float32", "bfloat16"] = "float32"
+    recompute: bool = False
+    jit_level: Literal["O0", "O1"] = "O0"  # MindSpore
+    device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    roi_align: str = "auto"
+    attention: str = "auto"
+
+
+class RunConfig(Strict):
+    """One run."""
+
+    stage: Literal["stage1", "stage2", "pretrain", "guesser"]
+    output: str
+    seed: int = 0
+    model: ModelSection = ModelSection()
+    data: DataSection
+    train: TrainSection = TrainSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    distill: DistillSection = DistillSection()
+    eval: EvalSection = EvalSection()
+    runtime: RuntimeSection = RuntimeSection()
+
+    @property
+    def stage_spec(self) -> Stage:
+        """The stage, with `data.mix` in place of its own mix where the run states one."""
+        stage = STAGES[self.stage]
+        return stage if self.data.mix is None else Stage(**{**vars(stage), "mix": self.data.mix})
+
+    @property
+    def boxes_per_row(self) -> int:
+        """Boxes distilled per row; 0 where the stage has no distillation."""
+        if not self.stage_spec.distill:
+            return 0
+        return min(self.distill.max_boxes or self.data.regions_per_row, self.data.regions_per_row)
+
+    def crop_size(self, vision: VisionConfig) -> int:
+        """Side of the teacher's crops in pixels."""
+        return self.distill.crop_size or vision.image_size
+
+    @model_validator(mode="after")
+    def _fits(self) -> "RunConfig":
+        if self.train.global_batch % self.data.regions_per_row:
+            raise ValueError(
+                f"train.global_batch {self.train.global_batch} counts questions and must be a multiple of "
+                f"data.regions_per_row {self.data.regions_per_row}"
+            )
+        lengths = [b.length for b in self.data.buckets]
+        if lengths != sorted(set(lengths)):
+            raise ValueError(f"data.buckets must rise strictly in length, not {lengths}")
+        return self
+
+    def local_micro_batches(self, world: int) -> int:
+        """Micro-batches per rank and step; `ValueError` where the global batch does not divide."""
+        rows = self.train.global_batch // self.data.regions_per_row
+        per_round = world * self.train.micro_batch
+        if rows % per_round:
+            raise ValueError(
+                f"train.global_batch {self.train.global_batch} is {rows} rows of {self.data.regions_per_row} region question(s); "
+                f"{world} rank(s) x train.micro_batch {self.train.micro_batch} = {per_round} rows does not divide it. "
+                f"Change train.global_batch, train.micro_batch or the number of ranks."
+            )
+        return rows // per_round
+
+
+def _unknown_keys(model: type[BaseModel], tree: Any, path: str = "") -> list[str]:
+    """Messages for keys that `model` does not have, each with the nearest valid one."""
+    if not isinstance(tree, Mapping):
+        return []
+    messages = []
+    for key, value in tree.items():
+        if key not in model.model_fields:
+            near = difflib.get_close_matches(str(key), model.model_fields, n=1, cutoff=0.5)
+            hint = f"did you mean {path + near[0]!r}?" if near else f"valid: {', '.join(path + k for k in model.model_fields)}"
+            messages.append(f"unknown key {path + str(key)!r}; {hint}")
+            continue
+        kind = model.model_fields[key].annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            messages += _unknown_keys(kind, value, f"{path}{key}.")
+    return messages
+
+
+def _merge(below: dict, above: Mapping) -> dict:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key != "mix"
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def read_yaml(path: str | Path) -> dict:
+    """A YAML mapping; `ValueError` names the file (and line) where it is not one."""
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"configuration {path}: no such file") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"configuration {path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"configuration {path}: expected a mapping of keys, found {type(tree).__name__}")
+    return tree
+
+
+def _read_with_base(path: Path) -> dict:
+    tree = read_yaml(path)
+    base = tree.pop("base", None)
+    return tree if base is None else _merge(_read_with_base(path.parent / base), tree)
+
+
+def _override(tree: dict, assignment: str) -> None:
+    key, equals, text = assignment.partition("=")
+    if not equals:
+        raise ValueError(f"override {assignment!r} is not of the form key=value (as in train.steps=50)")
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ValueError(f"override {assignment!r}: {parent!r} is not a section")
+    node[leaf] = yaml.safe_load(text)
+
+
+def parse_config(tree: Mapping, origin: str) -> RunConfig:
+    """Validates a tree of keys; `ValueError` names every offending key and `origin`."""
+    unknown = _unknown_keys(RunConfig, tree)
+    if unknown:
+        raise ValueError(f"{origin}: " + "; ".join(unknown))
+    try:
+        return RunConfig(**tree)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc'])) or 'configuration'}: {e['msg']}" for e in error.errors()]
+        raise ValueError(f"{origin}: " + "; ".join(lines)) from None
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file (and its bases), applies `key=value` overrides (values are YAML) and validates."""
+    tree = _read_with_base(Path(path))
+    for assignment in overrides:
+        _override(tree, assignment)
+    return parse_config(tree, str(path))
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML; `load_config` of it gives an equal value."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def differences(a: RunConfig, b: RunConfig) -> list[str]:
+    """`key: old -> new` for every leaf in which two configurations differ."""
+
+    def walk(x: Any, y: Any, path: str) -> list[str]:
+        if isinstance(x, dict) and isinstance(y, dict):
+            return [line for k in sorted(x.keys() | y.keys()) for line in walk(x.get(k), y.get(k), f"{path}.{k}" if path else k)]
+        return [] if x == y else [f"{path}: {x} -> {y}"]
+
+    return walk(a.model_dump(mode="json"), b.model_dump(mode="json"), "")
+
+
+def _model_config(name: str, kind: type[VisionConfig] | type[LanguageConfig]):
+    path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / "models" / f"{name}.yaml"
+    if not path.exists():
+        known = sorted(p.stem for p in (CONFIGS / "models").glob("*.yaml"))
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
+        raise ValueError(f"model {name!r}: no file {path}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"))
+    tree = read_yaml(path)
+    unknown = _unknown_keys(kind, tree)
+    if unknown:
+        raise ValueError(f"{path}: not a {kind.__name__}: " + "; ".join(unknown))
+    try:
+        return kind(name=path.stem, **tree)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise ValueError(f"{path}: " + "; ".join(lines)) from None
+
+
+def vision_config(name: str) -> VisionConfig:
+    """The encoder called `name` in configs/models, or in the YAML file at that path."""
+    return _model_config(name, VisionConfig)
+
+
+def language_config(name: str) -> LanguageConfig:
+    """The decoder called `name` in configs/models, or in the YAML file at that path."""
+    return _model_config(name, LanguageConfig)

@@ -1,0 +1,84 @@
+"""The protocol that each framework implements and the one trainer drives."""
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from granvit.data.batch import Batch, PromptBatch
+
+Group = Literal["model", "teacher", "first_moment", "second_moment"]
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """What changes from step to step without changing the graph.
+
+    `tokens` and `boxes` are the supervised tokens and valid boxes of the GLOBAL batch (all ranks, all micro-batches): each
+    loss is a sum divided by its own count. `step` counts optimizer steps from 1 (AdamW's bias correction).
+    """
+
+    step: int
+    learning_rate: float
+    alpha: float
+    tokens: float
+    boxes: float
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of the global batch, after division by the counts. `feature_std` is the teacher's, over the valid boxes (0 without)."""
+
+    loss: float
+    loss_caption: float
+    loss_distill: float
+    grad_norm: float
+    feature_std: float
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss or the gradient norm of the global batch is NaN or infinite; no weight was changed.
+
+    `micro_batches` lists the indices of this rank's micro-batches whose own loss was not finite (empty: another rank's, or
+    the gradient alone).
+    """
+
+    def __init__(self, message: str, micro_batches: Sequence[int]):
+        super().__init__(message)
+        self.micro_batches = tuple(micro_batches)
+
+
+class TrainEngine(Protocol):
+    """One framework's model, optimizer and collectives behind numpy.
+
+    The constructor of both implementations is `Engine(config: RunConfig, vision: VisionConfig, language: LanguageConfig,
+    start: Iterable[tuple[str, np.ndarray]])`; `start` streams every parameter of `parameter_shapes` under its name.
+    The teacher (where the stage has one) starts as the student; `load("teacher", ...)` replaces it.
+    """
+
+    rank: int
+    world: int
+    device: str
+    implementations: dict[str, str]  # operator -> the implementation that runs, for the log
+    compilations: dict[str, int]  # graph -> how often it was compiled
+
+    def step(self, micro_batches: Sequence[Batch], scalars: Scalars) -> StepResult:
+        """Forward and backward over this rank's micro-batches, all-reduce (sum), clip, AdamW, EMA.
+
+        Raises `NonFiniteLoss` on every rank, before any weight changes, where the global loss or gradient norm is not finite.
+        """
+
+    def all_sum(self, values: np.ndarray) -> np.ndarray:
+        """Sum of a small float32 vector over the ranks; counts below 2**24 are exact."""
+
+    def tensors(self, group: Group) -> Iterator[tuple[str, np.ndarray]]:
+        """This group's tensors one at a time under the parameters' names (`teacher.…` for the teacher; moments: trained only)."""
+
+    def load(self, group: Group, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+        """Replaces the group's tensors; the caller has checked names and shapes against the architecture."""
+
+    def generate(self, prompts: PromptBatch, max_new_tokens: int, stop_token: int) -> np.ndarray:
+        """Greedy continuation of each row, int32 `[B, max_new_tokens]`, filled with `stop_token` after it first appears."""
+
+    def close(self) -> None:
+        """Leaves the process group."""

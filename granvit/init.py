@@ -1,0 +1,29 @@
+"""Seeded initialisation in numpy, keyed by parameter name: both frameworks start from the same bytes."""
+import hashlib
+
+import numpy as np
+
+from granvit.models import Shapes
+
+
+def initial_value(name: str, shape: tuple[int, ...], seed: int, scale: float = 0.02) -> np.ndarray:
+    """The start value of one parameter, float32.
+
+    Norm weights and layer scales start at 1, biases at 0, matrices at a normal of standard deviation `fan_in ** -0.5`,
+    embeddings at `scale`. The stream depends on `seed` and `name` alone, so neither the order of construction
+    nor the presence of other parameters changes a value.
+    """
+    if name.endswith(".bias"):
+        return np.zeros(shape, np.float32)
+    if "norm" in name.rsplit(".", 2)[-2] or "layer_scale" in name:
+        return np.ones(shape, np.float32)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    stream = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
+    embedding = "embed_tokens" in name or "position_embedding" in name or "class_embedding" in name
+    std = scale if embedding else float(np.prod(shape[1:])) ** -0.5
+    return (stream.standard_normal(shape, np.float32) * np.float32(std)).astype(np.float32)
+
+
+def initial_values(shapes: Shapes, seed: int) -> dict[str, np.ndarray]:
+    """`initial_value` for every name."""
+    return {name: initial_value(name, shape, seed) for name, shape in shapes.items()}

@@ -1,0 +1,185 @@
+"""What an encoder or decoder is, written once for both frameworks.
+
+A row of the paper's tables is one `VisionConfig` or `LanguageConfig`; both packages build the same module tree from it,
+with the parameter names and shapes that `parameter_shapes` lists. The names are SigLIP's and Qwen2's words.
+"""
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+
+class Strict(BaseModel):
+    """A record that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class VisionConfig(Strict):
+    """One vision transformer.
+
+    `level` is the tensor fed to the projector: `penultimate` is the last block but one without the closing norm (LLaVA's
+    `hidden_states[-2]`, the paper's choice: its Table 9 counts 26 of SigLIP2's 27 blocks), `last` the last block, `final`
+    the last block after the closing norm. Blocks above the level are not built: they would never be used.
+    """
+
+    name: str
+    image_size: int
+    patch_size: int
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+    norm: Literal["layer", "rms"] = "layer"
+    norm_eps: float = 1e-6
+    activation: Literal["gelu_tanh", "gelu", "quick_gelu", "silu"] = "gelu_tanh"
+    gated_mlp: bool = False
+    bias: bool = True
+    patch_bias: bool = True
+    patch_norm: bool = False
+    class_token: bool = False
+    pre_norm: bool = False
+    layer_scale: bool = False
+    closing_norm: bool = True
+    level: Literal["penultimate", "last", "final"] = "penultimate"
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    resize: Literal["bilinear", "bicubic"] = "bilinear"
+
+    @model_validator(mode="after")
+    def _fits(self) -> "VisionConfig":
+        if self.image_size % self.patch_size:
+            raise ValueError(f"vision.image_size {self.image_size} is not a multiple of vision.patch_size {self.patch_size}")
+        if self.width % self.heads:
+            raise ValueError(f"vision.width {self.width} is not a multiple of vision.heads {self.heads}")
+        if self.level == "final" and not self.closing_norm:
+            raise ValueError("vision.level 'final' needs vision.closing_norm")
+        return self
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        """Patch tokens of one image (the class token is not among them)."""
+        return self.grid**2
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def built_layers(self) -> int:
+        """Blocks that `level` needs."""
+        return self.layers - 1 if self.level == "penultimate" else self.layers
+
+
+class LanguageConfig(Strict):
+    """One causal decoder of the Llama family (RMSNorm, RoPE, grouped-query attention, SwiGLU)."""
+
+    name: str
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    rope_theta: float
+    norm_eps: float
+    tied_head: bool
+    qkv_bias: bool
+    chat: Literal["qwen2.5", "llama-3"] = "qwen2.5"
+
+    @model_validator(mode="after")
+    def _fits(self) -> "LanguageConfig":
+        if self.heads % self.kv_heads:
+            raise ValueError(f"language.heads {self.heads} is not a multiple of language.kv_heads {self.kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"language.head_dim {self.head_dim} must be even for rotary embeddings")
+        return self
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _linear(name: str, n_in: int, n_out: int, bias: bool) -> Shapes:
+    return {f"{name}.weight": (n_out, n_in)} | ({f"{name}.bias": (n_out,)} if bias else {})
+
+
+def _norm(name: str, width: int, kind: str) -> Shapes:
+    return {f"{name}.weight": (width,)} | ({f"{name}.bias": (width,)} if kind == "layer" else {})
+
+
+def vision_shapes(c: VisionConfig, prefix: str = "vision") -> Shapes:
+    """Canonical parameter names and shapes of the encoder, in order of execution."""
+    e = f"{prefix}.embeddings"
+    shapes: Shapes = {f"{e}.patch_embedding.weight": (c.width, 3, c.patch_size, c.patch_size)}
+    if c.patch_bias:
+        shapes[f"{e}.patch_embedding.bias"] = (c.width,)
+    if c.patch_norm:
+        shapes |= _norm(f"{e}.patch_norm", c.width, c.norm)
+    if c.class_token:
+        shapes[f"{e}.class_embedding"] = (c.width,)
+    shapes[f"{e}.position_embedding.weight"] = (c.patches + c.class_token, c.width)
+    if c.pre_norm:
+        shapes |= _norm(f"{prefix}.pre_layernorm", c.width, c.norm)
+    for i in range(c.built_layers):
+        block = f"{prefix}.encoder.layers.{i}"
+        shapes |= _norm(f"{block}.layer_norm1", c.width, c.norm)
+        for p in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= _linear(f"{block}.self_attn.{p}", c.width, c.width, c.bias)
+        if c.layer_scale:
+            shapes[f"{block}.layer_scale1"] = (c.width,)
+        shapes |= _norm(f"{block}.layer_norm2", c.width, c.norm)
+        if c.gated_mlp:
+            shapes |= _linear(f"{block}.mlp.gate_proj", c.width, c.mlp, c.bias)
+        shapes |= _linear(f"{block}.mlp.fc1", c.width, c.mlp, c.bias)
+        shapes |= _linear(f"{block}.mlp.fc2", c.mlp, c.width, c.bias)
+        if c.layer_scale:
+            shapes[f"{block}.layer_scale2"] = (c.width,)
+    if c.level == "final":
+        shapes |= _norm(f"{prefix}.post_layernorm", c.width, c.norm)
+    return shapes
+
+
+def projector_shapes(vision: VisionConfig, language: LanguageConfig) -> Shapes:
+    """The two-layer MLP between encoder and decoder (paper section 5.1; LLaVA's mlp2x_gelu)."""
+    return _linear("projector.linear_1", vision.width, language.width, True) | _linear(
+        "projector.linear_2", language.width, language.width, True
+    )
+
+
+def language_shapes(c: LanguageConfig) -> Shapes:
+    """Canonical parameter names and shapes of the decoder, in order of execution."""
+    m = "language.model"
+    shapes: Shapes = {f"{m}.embed_tokens.weight": (c.vocab, c.width)}
+    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    for i in range(c.layers):
+        block = f"{m}.layers.{i}"
+        shapes[f"{block}.input_layernorm.weight"] = (c.width,)
+        shapes |= _linear(f"{block}.self_attn.q_proj", c.width, q, c.qkv_bias)
+        shapes |= _linear(f"{block}.self_attn.k_proj", c.width, kv, c.qkv_bias)
+        shapes |= _linear(f"{block}.self_attn.v_proj", c.width, kv, c.qkv_bias)
+        shapes |= _linear(f"{block}.self_attn.o_proj", q, c.width, False)
+        shapes[f"{block}.post_attention_layernorm.weight"] = (c.width,)
+        for p, n_in, n_out in (("gate_proj", c.width, c.mlp), ("up_proj", c.width, c.mlp), ("down_proj", c.mlp, c.width)):
+            shapes |= _linear(f"{block}.mlp.{p}", n_in, n_out, False)
+    shapes[f"{m}.norm.weight"] = (c.width,)
+    if not c.tied_head:
+        shapes["language.lm_head.weight"] = (c.vocab, c.width)
+    return shapes
+
+
+def parameter_shapes(vision: VisionConfig, language: LanguageConfig) -> Shapes:
+    """Every parameter of a GranViT (the teacher is `vision_shapes(vision, "teacher")`)."""
+    return vision_shapes(vision) | projector_shapes(vision, language) | language_shapes(language)
+
+
+PARTS = ("vision", "projector", "language")
+
+
+def part_of(name: str) -> str:
+    """The part (`vision`, `projector`, `language`, `teacher`) that owns a parameter name."""
+    return name.split(".", 1)[0]

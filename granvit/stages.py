@@ -1,0 +1,30 @@
+"""A stage as data: what it trains, which questions it mixes, which loss terms it has (paper section 4.1, SPEC section 1)."""
+from dataclasses import dataclass
+from typing import Literal
+
+Task = Literal["global", "bbox2caption", "caption2bbox"]
+TASKS: tuple[Task, ...] = ("global", "bbox2caption", "caption2bbox")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`trains` names parts; the others are frozen. `mix` is the share of the available questions of each task that an
+    epoch asks. `distill` adds the self-distillation term. `blind` zeroes the image tokens: the guesser who reads the
+    question alone, the honest floor of both tasks."""
+
+    name: str
+    trains: frozenset[str]
+    mix: dict[Task, float]
+    distill: bool = False
+    blind: bool = False
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("stage1", frozenset({"vision", "projector"}), {"global": 1.0, "bbox2caption": 1.0}, distill=True),
+        Stage("stage2", frozenset({"projector", "language"}), {"global": 1.0, "caption2bbox": 1.0}),
+        Stage("pretrain", frozenset({"vision", "projector", "language"}), {"global": 1.0}),
+        Stage("guesser", frozenset({"language"}), {"bbox2caption": 1.0, "caption2bbox": 1.0}, blind=True),
+    )
+}
