@@ -33,7 +33,8 @@ class Source(Strict):
 
 class ModelSection(Strict):
     """`vision` and `language` name files of configs/models. `weights_*` are directories with config.json, *.safetensors
-    (and tokenizer.json for the decoder) as their publishers ship them; `init_from` is a run whose newest checkpoint is the start."""
+    (and tokenizer.json for the decoder) as their publishers ship them; `init_from` is a run whose newest checkpoint is
+    the start."""
 
     vision: str = "siglip2-so400m-patch16-512"
     language: str = "qwen2.5-1.5b"
@@ -111,7 +112,7 @@ class RuntimeSection(Strict):
     """`compute` is the precision of activations and frozen weights; trained weights (the masters), moments, teacher,
     softmax, norms and losses are float32 always."""
 
-    compute: Literal["float32", "bfloat16"] = "float32"
+    compute: Literal["float32", "bfloat16", "float64"] = "float32"  # float64: PyTorch alone, parity's golden reference
     recompute: bool = False
     jit_level: Literal["O0", "O1"] = "O0"  # MindSpore
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
@@ -274,7 +275,8 @@ def _model_config(name: str, kind: type[VisionConfig] | type[LanguageConfig]):
     if not path.exists():
         known = sorted(p.stem for p in (CONFIGS / "models").glob("*.yaml"))
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
-        raise ValueError(f"model {name!r}: no file {path}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"))
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        raise ValueError(f"model {name!r}: no file {path}; {hint}")
     tree = read_yaml(path)
     unknown = _unknown_keys(kind, tree)
     if unknown:
@@ -294,3 +296,11 @@ def vision_config(name: str) -> VisionConfig:
 def language_config(name: str) -> LanguageConfig:
     """The decoder called `name` in configs/models, or in the YAML file at that path."""
     return _model_config(name, LanguageConfig)
+
+
+def resolve_models(config: RunConfig) -> tuple[VisionConfig, LanguageConfig]:
+    """The run's encoder (built as high as `distill.features` needs) and decoder."""
+    vision = vision_config(config.model.vision)
+    if config.stage_spec.distill and config.distill.features == "final":
+        vision = VisionConfig(**{**vision.model_dump(), "top": "final"})
+    return vision, language_config(config.model.language)

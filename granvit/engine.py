@@ -53,7 +53,8 @@ class TrainEngine(Protocol):
 
     The constructor of both implementations is `Engine(config: RunConfig, vision: VisionConfig, language: LanguageConfig,
     start: Iterable[tuple[str, np.ndarray]])`; `start` streams every parameter of `parameter_shapes` under its name.
-    The teacher (where the stage has one) starts as the student; `load("teacher", ...)` replaces it.
+    The teacher (where the stage has one) starts as the student; `load("teacher", ...)` replaces it. bfloat16 arrays are
+    `ml_dtypes.bfloat16`, in and out.
     """
 
     rank: int

@@ -7,6 +7,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+Level = Literal["penultimate", "last", "final"]
+LEVELS: tuple[Level, ...] = ("penultimate", "last", "final")
+
 
 class Strict(BaseModel):
     """A record that refuses keys it does not know."""
@@ -19,7 +22,8 @@ class VisionConfig(Strict):
 
     `level` is the tensor fed to the projector: `penultimate` is the last block but one without the closing norm (LLaVA's
     `hidden_states[-2]`, the paper's choice: its Table 9 counts 26 of SigLIP2's 27 blocks), `last` the last block, `final`
-    the last block after the closing norm. Blocks above the level are not built: they would never be used.
+    the last block after the closing norm. `top` is the highest level computed (default: `level`), the one that distillation
+    may compare instead. Blocks above `top` are not built: they would never be used.
     """
 
     name: str
@@ -40,7 +44,8 @@ class VisionConfig(Strict):
     pre_norm: bool = False
     layer_scale: bool = False
     closing_norm: bool = True
-    level: Literal["penultimate", "last", "final"] = "penultimate"
+    level: Level = "penultimate"
+    top: Level | None = None
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     resize: Literal["bilinear", "bicubic"] = "bilinear"
@@ -51,9 +56,15 @@ class VisionConfig(Strict):
             raise ValueError(f"vision.image_size {self.image_size} is not a multiple of vision.patch_size {self.patch_size}")
         if self.width % self.heads:
             raise ValueError(f"vision.width {self.width} is not a multiple of vision.heads {self.heads}")
-        if self.level == "final" and not self.closing_norm:
-            raise ValueError("vision.level 'final' needs vision.closing_norm")
+        if self.top is not None and LEVELS.index(self.top) < LEVELS.index(self.level):
+            raise ValueError(f"vision.top {self.top!r} is below vision.level {self.level!r}")
+        if self.highest == "final" and not self.closing_norm:
+            raise ValueError(f"vision level 'final' needs a closing norm, which {self.name!r} does not have")
         return self
+
+    @property
+    def highest(self) -> Level:
+        return self.top or self.level
 
     @property
     def grid(self) -> int:
@@ -71,8 +82,8 @@ class VisionConfig(Strict):
 
     @property
     def built_layers(self) -> int:
-        """Blocks that `level` needs."""
-        return self.layers - 1 if self.level == "penultimate" else self.layers
+        """Blocks that `top` needs."""
+        return self.layers - 1 if self.highest == "penultimate" else self.layers
 
 
 class LanguageConfig(Strict):
@@ -139,7 +150,7 @@ def vision_shapes(c: VisionConfig, prefix: str = "vision") -> Shapes:
         shapes |= _linear(f"{block}.mlp.fc2", c.mlp, c.width, c.bias)
         if c.layer_scale:
             shapes[f"{block}.layer_scale2"] = (c.width,)
-    if c.level == "final":
+    if c.highest == "final":
         shapes |= _norm(f"{prefix}.post_layernorm", c.width, c.norm)
     return shapes
 

@@ -1,10 +1,22 @@
 """Fixed-shape arrays that a step consumes, and the shared-prefix packer that makes them.
 
+A row is a `Batch` of B = 1; `join` stacks rows. `Packer` builds them: prefix once, then every question as a segment of its own,
+whose last token (the end of the answer's turn) is a target but never an input, since nothing follows it.
+
 Layout letters: B rows, K regions per row, N patches, S sequence, A supervised positions, R image side, r crop side.
 """
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
+
+from granvit.config import Bucket
+from granvit.data.chat import Chat
+from granvit.data.images import box_to_square, crop, decode, to_square
+from granvit.data.prompts import answer_text, question_text
+from granvit.data.records import ImageRecord
+from granvit.models import VisionConfig
+from granvit.stages import Task
 
 
 @dataclass(frozen=True)
@@ -51,3 +63,173 @@ class PromptBatch:
     token_ids_BS: np.ndarray  # int32
     lengths_B: np.ndarray  # int32, tokens of the prompt
     image_positions_BN: np.ndarray  # int32
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about an image: `region` indexes the record's regions; None for the global question."""
+
+    task: Task
+    region: int | None = None
+
+    def turn(self, record: ImageRecord) -> tuple[str, str]:
+        """The question's and the answer's text."""
+        if self.region is None:
+            return question_text("global"), record.global_caption
+        region = record.regions[self.region]
+        return question_text(self.task, region.box, region.caption), answer_text(self.task, region.box, region.caption)
+
+
+class Packer:
+    """Builds rows for one encoder and one chat template.
+
+    `boxes` is the number of distilled boxes a row has room for (0: the stage does not distil), `crop_size` the side of the
+    teacher's crops in pixels, `crop_scale` their enlargement.
+    """
+
+    def __init__(self, vision: VisionConfig, chat: Chat, boxes: int, crop_size: int, crop_scale: float, max_pixels: int):
+        self.vision, self.chat = vision, chat
+        self.boxes, self.crop_size, self.crop_scale, self.max_pixels = boxes, crop_size, crop_scale, max_pixels
+        self._image_ids = [chat.pad_token] * vision.patches
+
+    def row(self, record: ImageRecord, questions: Sequence[Question], bucket: Bucket) -> Batch:
+        """An image and questions about it.
+
+        A question that does not fit in what is left of the bucket is left out whole and named in `skipped`; an image that cannot
+        be used, or a row without any question left, is a row of weight zero.
+        """
+        try:
+            image_HW3 = decode(record.image, self.max_pixels)
+            if image_HW3.shape[:2] != (record.height, record.width):
+                raise ValueError("image is not of the size that its record states")
+        except ValueError as error:
+            return self.empty(bucket, ((record.id, str(error)),))
+        text, placed = self._lay_out(self._image_ids, [question.turn(record) for question in questions], bucket)
+        skipped = tuple(
+            (record.id if q.region is None else f"{record.id} region {q.region}", _too_long(q.task, bucket))
+            for q, fits in zip(questions, placed, strict=True)
+            if not fits
+        )
+        if not any(placed):
+            return self.empty(bucket, skipped)
+        regions = dict.fromkeys(q.region for q, fits in zip(questions, placed, strict=True) if fits and q.region is not None)
+        return Batch(
+            pixels_B3RR=to_square(image_HW3, self.vision)[None],
+            image_weights_B=np.ones(1, np.float32),
+            **text,
+            **self._distilled(record, image_HW3, list(regions)[: self.boxes]),
+            record_ids=(record.id,),
+            questions=sum(placed),
+            skipped=skipped,
+        )
+
+    def text_row(self, record_id: str, image_ids: Sequence[int], turns: Sequence[tuple[str, str]], bucket: Bucket) -> Batch:
+        """A row without an image: `image_ids` (as many as the image has tokens) stand at the image positions as ordinary tokens,
+        and `turns` are (question, answer) texts about them. What does not fit is left out whole and named in `skipped`.
+        """
+        if len(image_ids) != self.vision.patches:
+            raise ValueError(f"text row {record_id}: {len(image_ids)} ids for {self.vision.patches} image positions")
+        text, placed = self._lay_out(image_ids, turns, bucket)
+        skipped = ((record_id, _too_long("text", bucket)),) * (len(placed) - sum(placed))
+        if not any(placed):
+            return self.empty(bucket, skipped)
+        return Batch(
+            **self._no_image(), **text, **self._no_boxes(), record_ids=(record_id,), questions=sum(placed), skipped=skipped
+        )
+
+    def empty(self, bucket: Bucket, skipped: tuple[tuple[str, str], ...] = ()) -> Batch:
+        """A row of weight zero: a prefix, nothing supervised, nothing distilled, no division by zero in any attention row."""
+        text, _ = self._lay_out(self._image_ids, [], bucket)
+        return Batch(**self._no_image(), **text, **self._no_boxes(), record_ids=("",), questions=0, skipped=skipped)
+
+    def _lay_out(self, image_ids: Sequence[int], turns: Sequence[tuple[str, str]], bucket: Bucket) -> tuple[dict, list[bool]]:
+        """The text arrays of one row, and for each turn whether it found room."""
+        before, after = self.chat.prefix_before, self.chat.prefix_after
+        prefix = [*before, *image_ids, *after]
+        if len(prefix) > bucket.length:
+            raise ValueError(f"data.buckets: length {bucket.length} does not hold the prefix of {len(prefix)} tokens")
+        token_ids_BS = np.full((1, bucket.length), self.chat.pad_token, np.int32)
+        positions_BS = np.zeros((1, bucket.length), np.int32)
+        segments_BS = np.full((1, bucket.length), -1, np.int32)
+        answers_BA = np.zeros((2, 1, bucket.answers), np.int32)  # positions, targets
+        weights_BA = np.zeros((1, bucket.answers), np.float32)
+        token_ids_BS[0, : len(prefix)] = prefix
+        positions_BS[0, : len(prefix)] = np.arange(len(prefix))
+        segments_BS[0, : len(prefix)] = 0
+        end, answered, placed = len(prefix), 0, []
+        for question, answer in turns:
+            question_ids, answer_ids = self.chat.question_ids(question), self.chat.answer_ids(answer)
+            ids = question_ids + answer_ids[:-1]
+            fits = end + len(ids) <= bucket.length and answered + len(answer_ids) <= bucket.answers
+            placed.append(fits)
+            if not fits:
+                continue
+            segment, supervised = slice(end, end + len(ids)), slice(answered, answered + len(answer_ids))
+            token_ids_BS[0, segment] = ids
+            positions_BS[0, segment] = len(prefix) + np.arange(len(ids))
+            segments_BS[0, segment] = sum(placed)
+            answers_BA[0, 0, supervised] = end + len(question_ids) - 1 + np.arange(len(answer_ids))
+            answers_BA[1, 0, supervised] = answer_ids
+            weights_BA[0, supervised] = 1
+            end, answered = segment.stop, supervised.stop
+        return {
+            "token_ids_BS": token_ids_BS,
+            "positions_BS": positions_BS,
+            "segments_BS": segments_BS,
+            "image_positions_BN": len(before) + np.arange(len(image_ids), dtype=np.int32)[None],
+            "answer_positions_BA": answers_BA[0],
+            "answer_targets_BA": answers_BA[1],
+            "answer_weights_BA": weights_BA,
+        }, placed
+
+    def _distilled(self, record: ImageRecord, image_HW3: np.ndarray, regions: Sequence[int]) -> dict:
+        arrays = self._no_boxes()
+        for k, region in enumerate(regions):
+            box = record.regions[region].box
+            arrays["boxes_BK4"][0, k] = box_to_square(box, record.width, record.height)
+            arrays["box_weights_BK"][0, k] = 1
+            arrays["crops_BK3rr"][0, k] = crop(image_HW3, box, self.crop_scale, self.crop_size, self.vision.resize)
+        return arrays
+
+    def _no_boxes(self) -> dict:
+        whole_image = np.array([0, 0, 1, 1], np.float32)  # weight 0, but a box that no ROIAlign divides by zero over
+        return {
+            "boxes_BK4": np.tile(whole_image, (1, self.boxes, 1)),
+            "box_weights_BK": np.zeros((1, self.boxes), np.float32),
+            "crops_BK3rr": np.zeros((1, self.boxes, 3, self.crop_size, self.crop_size), np.uint8),
+        }
+
+    def _no_image(self) -> dict:
+        side = self.vision.image_size
+        return {"pixels_B3RR": np.zeros((1, 3, side, side), np.uint8), "image_weights_B": np.zeros(1, np.float32)}
+
+
+def _too_long(task: str, bucket: Bucket) -> str:
+    return f"{task} question does not fit in a row of {bucket.length} tokens, {bucket.answers} of them answers"
+
+
+def join(rows: Sequence[Batch]) -> Batch:
+    """Rows of one bucket as one batch."""
+    arrays = {f.name: np.concatenate([getattr(row, f.name) for row in rows]) for f in fields(Batch) if f.type is np.ndarray}
+    return Batch(
+        **arrays,
+        record_ids=tuple(i for row in rows for i in row.record_ids),
+        questions=sum(row.questions for row in rows),
+        skipped=tuple(s for row in rows for s in row.skipped),
+    )
+
+
+def prompt_batch(
+    pixels_B3RR: np.ndarray, questions: Sequence[str], chat: Chat, vision: VisionConfig, length: int | None = None
+) -> PromptBatch:
+    """One open question per row about that row's image (uint8, padded frame), right-padded to `length` (default: the longest)."""
+    before = len(chat.prefix_before)
+    prefix = [*chat.prefix_before, *[chat.pad_token] * vision.patches, *chat.prefix_after]
+    rows = [prefix + chat.question_ids(question) for question in questions]
+    length = length or max(map(len, rows))
+    token_ids_BS = np.full((len(rows), length), chat.pad_token, np.int32)
+    for b, row in enumerate(rows):
+        token_ids_BS[b, : len(row)] = row  # numpy raises where `length` is too short: the caller's mistake
+    positions_N = before + np.arange(vision.patches, dtype=np.int32)
+    lengths_B = np.array([len(row) for row in rows], np.int32)
+    return PromptBatch(pixels_B3RR, token_ids_BS, lengths_B, np.tile(positions_N, (len(rows), 1)))

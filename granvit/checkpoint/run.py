@@ -1,0 +1,309 @@
+"""A run's checkpoints: safetensors and a state, streamed, atomic, checked.
+
+    RUN/checkpoints/step_0001000/model.safetensors        the parts that the stage trains: float32, they ARE the masters
+                                 teacher.safetensors      where the stage distils
+                                 optimizer.safetensors    first_moment.<parameter>, second_moment.<parameter>
+                                 *.sha256.json            the checksum of every tensor
+                                 state.json               step (also the position in the data), configuration, versions, counters,
+                                                          hash and distance from the start weights per part
+    RUN/parts/<part>-<hash>/model.safetensors             every part as it was at the start, written once: a frozen part is
+                                                          never written again, a trained one is what distances are measured from
+
+There is no separate masters file: trained parameters are held in float32 and cast in the forward pass. There is no random
+state: the order of the data is a function of seed and step, and nothing else in a step is random.
+
+A checkpoint is written beside, synced and renamed: a reader sees all of it or nothing. Rank 0 writes alone.
+"""
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from granvit.checkpoint.tensors import (
+    TensorSet,
+    TensorWriter,
+    set_digest,
+    shape_differences,
+    sync_directory,
+    tensor_digest,
+    write_set,
+    write_synced,
+)
+from granvit.config import RunConfig, differences, parse_config
+from granvit.engine import Group, TrainEngine
+from granvit.models import PARTS, LanguageConfig, Shapes, VisionConfig, parameter_shapes, part_of, vision_shapes
+
+FORMAT = 1
+# What a resumed run may change: none of these enters a weight. The number of ranks and the framework are not in the configuration.
+MAY_CHANGE = (
+    "output", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "data.workers", "eval.",
+    "runtime.device", "runtime.jit_level", "runtime.attention", "runtime.roi_align",
+)  # fmt: skip
+
+
+class CheckpointNotSaved(OSError):
+    """The disk refused a checkpoint; the previous one is whole."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the model in a checkpoint: `hash` of its weights now, `start` of its start weights, `distance` (L2)
+    between the two."""
+
+    trained: bool
+    hash: str
+    start: str
+    distance: float
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One whole checkpoint, opened for reading."""
+
+    path: Path
+    step: int
+    config: RunConfig
+    vision: VisionConfig
+    language: LanguageConfig
+    parts: dict[str, Part]
+    counters: dict[str, int]
+
+    def tensors(self, group: Group) -> Iterator[tuple[str, np.ndarray]]:
+        """A group's tensors, each checked against its checksum (`model`: frozen parts included, in canonical order)."""
+        for name, (tensors, stored) in self._group(group).items():
+            yield name, tensors.read(stored)
+
+    def shapes(self, group: Group) -> Shapes:
+        """A group's names and shapes."""
+        return {name: tensors.shapes[stored] for name, (tensors, stored) in self._group(group).items()}
+
+    def check_architecture(self, vision: VisionConfig, language: LanguageConfig) -> None:
+        """`ValueError` naming the first keys in which the checkpoint is of another architecture."""
+        expected = {"model": parameter_shapes(vision, language)}
+        trained = {n: s for n, s in expected["model"].items() if self.parts[part_of(n)].trained}
+        expected |= {"first_moment": trained, "second_moment": trained}
+        if self.config.stage_spec.distill:
+            expected["teacher"] = vision_shapes(vision, "teacher")
+        for group, shapes in expected.items():
+            found = shape_differences(self.shapes(group), shapes)
+            if found:
+                raise ValueError(f"checkpoint {self.path} is of another architecture ({group}): " + "; ".join(found))
+
+    def _group(self, group: Group) -> dict[str, tuple[TensorSet, str]]:
+        """parameter name -> (the set that holds it, its name there)."""
+        if group in ("first_moment", "second_moment"):
+            moments = TensorSet(self.path, "optimizer", checked=True)
+            prefix = f"{group}."
+            return {n.removeprefix(prefix): (moments, n) for n in moments.shapes if n.startswith(prefix)}
+        if group == "teacher":
+            teacher = TensorSet(self.path, "teacher", checked=True)
+            return {n: (teacher, n) for n in teacher.shapes}
+        found = {}
+        if any(part.trained for part in self.parts.values()):
+            trained = TensorSet(self.path, "model", checked=True)
+            found = {n: (trained, n) for n in trained.shapes}
+        for name, part in self.parts.items():
+            if not part.trained:
+                frozen = open_part(self.path.parents[1], name, part.hash)
+                found |= {n: (frozen, n) for n in frozen.shapes}
+        order = {n: i for i, n in enumerate(parameter_shapes(self.vision, self.language))}
+        return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def open_part(run: Path, name: str, digest: str) -> TensorSet:
+    """A part in RUN/parts, its checksums compared with the hash it is referred to by."""
+    tensors = TensorSet(run / "parts" / f"{name}-{digest[:16]}", "model", checked=True)
+    if set_digest(tensors.digests) != digest:
+        raise ValueError(f"{tensors.directory}: its checksums do not add up to the hash it is referred to by; it is damaged")
+    return tensors
+
+
+def _steps(run: Path) -> list[int]:
+    """Steps of the whole checkpoints, rising. What is half written has another name and is not among them."""
+    folder = run / "checkpoints"
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(m[1]) for name in names if (m := re.fullmatch(r"step_(\d{7,})", name)))
+
+
+def newest_checkpoint(run: str | Path) -> Checkpoint | None:
+    """The newest whole checkpoint of a run's directory; None where there is none. `ValueError` where it is damaged."""
+    steps = _steps(Path(run))
+    return open_checkpoint(Path(run) / "checkpoints" / f"step_{steps[-1]:07d}") if steps else None
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Reads a checkpoint's state; `ValueError` where it is damaged or of a later format."""
+    file = path / "state.json"
+    try:
+        state = json.loads(file.read_text())
+        stated = state.pop("sha256")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); the checkpoint is damaged") from None
+    if _state_digest(state) != stated:
+        raise ValueError(f"{file}: its contents are not those that were written (checksum)")
+    if state["format"] != FORMAT:
+        raise ValueError(f"{file}: checkpoint format {state['format']}; this version of granvit reads format {FORMAT}")
+    return Checkpoint(
+        path=path,
+        step=state["step"],
+        config=parse_config(state["config"], str(file)),
+        vision=VisionConfig(**state["vision"]),
+        language=LanguageConfig(**state["language"]),
+        parts={name: Part(**part) for name, part in state["parts"].items()},
+        counters=state["counters"],
+    )
+
+
+def _state_digest(state: dict) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def check_same_run(checkpoint: Checkpoint, config: RunConfig, vision: VisionConfig, language: LanguageConfig) -> None:
+    """`ValueError` naming every difference where `config` may not continue the run that `checkpoint` belongs to."""
+    changed = [d for d in differences(checkpoint.config, config) if not d.startswith(MAY_CHANGE)]
+    if changed:
+        raise ValueError(
+            f"{checkpoint.path.parents[1]} holds a run of another configuration: {'; '.join(changed)}. "
+            f"Use the same configuration to resume it, --fresh to start over, or another output="
+        )
+    checkpoint.check_architecture(vision, language)
+
+
+def _versions() -> dict[str, str]:
+    names = ("granvit", "numpy", "grain", "tokenizers", "mindspore", "torch")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass
+class CheckpointWriter:
+    """Writes one run's checkpoints (rank 0). `start` maps each part to the hash of its start weights in RUN/parts."""
+
+    run: Path
+    config: RunConfig
+    vision: VisionConfig
+    language: LanguageConfig
+    start: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.trains = self.config.stage_spec.trains
+        self.model_shapes = parameter_shapes(self.vision, self.language)
+        for folder in ("checkpoints", "parts"):
+            (self.run / folder).mkdir(parents=True, exist_ok=True)
+            for leftover in (self.run / folder).glob(".tmp-*"):
+                shutil.rmtree(leftover)
+
+    def write_start(self, engine: TrainEngine) -> None:
+        """Writes every part as the engine holds it before the first step, in the engine's precision."""
+        with ExitStack() as stack:
+            folders, writers = {}, {}
+            for part in PARTS:
+                folders[part] = self._temporary(stack, self.run / "parts" / f".tmp-{part}-{os.getpid()}")
+                shapes = {n: s for n, s in self.model_shapes.items() if part_of(n) == part}
+                writers[part] = stack.enter_context(TensorWriter(folders[part], "model", shapes))
+            for name, array in engine.tensors("model"):
+                writers[part_of(name)].add(name, array)
+            for part, writer in writers.items():
+                writer.__exit__(None, None, None)
+                self.start[part] = set_digest(writer.digests)
+                into = self.run / "parts" / f"{part}-{self.start[part][:16]}"
+                if into.exists():
+                    continue  # an earlier start of the same run wrote the same bytes
+                sync_directory(folders[part])
+                os.rename(folders[part], into)
+            stack.pop_all().close()
+        sync_directory(self.run / "parts")
+
+    def save(self, engine: TrainEngine, step: int, counters: dict[str, int]) -> Checkpoint:
+        """Writes the state after `step` and then drops the oldest checkpoints beyond `train.keep_checkpoints`.
+
+        `CheckpointNotSaved` where the disk refuses; what was written so far is removed and earlier checkpoints stay whole.
+        """
+        into = self.run / "checkpoints" / f"step_{step:07d}"
+        if into.exists():
+            return open_checkpoint(into)  # the same step of the same run: the same bytes
+        with ExitStack() as stack:
+            try:
+                folder = self._temporary(stack, into.with_name(f".tmp-{into.name}-{os.getpid()}"))
+                parts = self._write_model(engine, folder)
+                self._write_rest(engine, folder)
+                self._write_state(folder, step, parts, counters)
+                sync_directory(folder)
+                os.rename(folder, into)
+                sync_directory(into.parent)
+            except OSError as error:
+                raise CheckpointNotSaved(
+                    error.errno, f"checkpoint {into} could not be written: {error.strerror}; earlier checkpoints are whole"
+                ) from error
+        self._thin()
+        return open_checkpoint(into)
+
+    def _temporary(self, stack: ExitStack, folder: Path) -> Path:
+        """Makes a folder that is gone when the stack closes, unless it was renamed."""
+        folder.mkdir()
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        return folder
+
+    def _write_model(self, engine: TrainEngine, folder: Path) -> dict[str, Part]:
+        """Writes the trained parts; hashes and measures all."""
+        shapes = {n: s for n, s in self.model_shapes.items() if part_of(n) in self.trains}
+        starts = {part: open_part(self.run, part, self.start[part]) for part in self.trains}
+        digests: dict[str, dict[str, str]] = {part: {} for part in PARTS}
+        squares = dict.fromkeys(PARTS, 0.0)
+        with TensorWriter(folder, "model", shapes) as writer:
+            for name, array in engine.tensors("model"):
+                part = part_of(name)
+                if part not in self.trains:
+                    digests[part][name] = tensor_digest(array)
+                    continue
+                writer.add(name, array)
+                digests[part][name] = writer.digests[name]
+                moved = array.astype(np.float64) - starts[part].read(name)
+                squares[part] += float(np.vdot(moved, moved))
+        hashes = {part: set_digest(d) for part, d in digests.items()}
+        for part in PARTS:
+            if part not in self.trains and hashes[part] != self.start[part]:
+                raise RuntimeError(f"part {part!r} is frozen in this stage, but its weights have changed")
+        return {part: Part(part in self.trains, hashes[part], self.start[part], squares[part] ** 0.5) for part in PARTS}
+
+    def _write_rest(self, engine: TrainEngine, folder: Path) -> None:
+        trained = {n: s for n, s in self.model_shapes.items() if part_of(n) in self.trains}
+        moments = ("first_moment", "second_moment")
+        shapes = {f"{group}.{name}": shape for group in moments for name, shape in trained.items()}
+        write_set(folder, "optimizer", shapes, ((f"{g}.{n}", a) for g in moments for n, a in engine.tensors(g)))
+        if self.config.stage_spec.distill:
+            write_set(folder, "teacher", vision_shapes(self.vision, "teacher"), engine.tensors("teacher"))
+
+    def _write_state(self, folder: Path, step: int, parts: dict[str, Part], counters: dict[str, int]) -> None:
+        state = {
+            "format": FORMAT,
+            "step": step,
+            "data_position": step,
+            "counters": counters,
+            "parts": {name: vars(part) for name, part in parts.items()},
+            "versions": _versions(),
+            "config": self.config.model_dump(mode="json"),
+            "vision": self.vision.model_dump(mode="json"),
+            "language": self.language.model_dump(mode="json"),
+        }
+        write_synced(folder / "state.json", json.dumps({"sha256": _state_digest(state)} | state, indent=1))
+
+    def _thin(self) -> None:
+        for step in _steps(self.run)[: -self.config.train.keep_checkpoints]:
+            old = self.run / "checkpoints" / f"step_{step:07d}"
+            going = old.with_name(f".tmp-old-{old.name}")
+            os.rename(old, going)  # a reader sees all of it or nothing
+            shutil.rmtree(going)

@@ -1,0 +1,240 @@
+"""Tensors on disk as safetensors, one tensor in memory at a time, bfloat16 included (as `ml_dtypes.bfloat16`).
+
+A set of tensors called `model` is one file `model.safetensors`, or, above a size limit, `model-00001-of-0000N.safetensors`
+with `model.safetensors.index.json`, as model publishers ship them. A set that this module wrote has the sha256 of every
+tensor's bytes beside it in `model.sha256.json`, which every later read is checked against.
+"""
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+import ml_dtypes
+import numpy as np
+
+from granvit.models import Shapes
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
+SHARD_BYTES = 5_000_000_000
+MAX_HEADER = 100_000_000  # the format's own limit
+
+
+def tensor_digest(array: np.ndarray) -> str:
+    """sha256 of a tensor's bytes (row-major, little-endian)."""
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def set_digest(digests: dict[str, str]) -> str:
+    """One sha256 for a set of tensors, whatever their order: over `name digest` lines sorted by name."""
+    return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Writes a text file and waits until it is on the disk."""
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class TensorWriter:
+    """Writes one set of tensors, in whatever order they come: `with TensorWriter(...) as w: w.add(name, array)`.
+
+    `shapes` lists all of them; on a clean exit every one must have been added. A failed write raises `OSError` and leaves
+    partial files: write into a directory that is thrown away then.
+    """
+
+    def __init__(self, directory: Path, stem: str, shapes: Shapes, shard_bytes: int = SHARD_BYTES):
+        self.directory, self.stem, self.shapes, self.shard_bytes = directory, stem, shapes, shard_bytes
+        self.digests: dict[str, str] = {}
+        # The header comes first in the file but is known last. Its room is reserved: no offset has more than 20 digits.
+        longest = {n: {"dtype": "BF16", "shape": s, "data_offsets": [10**19, 10**19]} for n, s in shapes.items()}
+        self.header_bytes = -(-len(json.dumps(longest)) // 8) * 8
+        self.shards: list[dict[str, dict]] = []
+        self.file = None
+
+    def __enter__(self) -> "TensorWriter":
+        return self
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        """Appends one tensor."""
+        assert name in self.shapes and name not in self.digests, name
+        assert array.shape == self.shapes[name], (name, array.shape, self.shapes[name])
+        if self.file is None or (self.offset and self.offset + array.nbytes > self.shard_bytes):
+            self._next_shard()
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        self.file.write(raw.data)
+        self.shards[-1][name] = {
+            "dtype": TAGS[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [self.offset, self.offset + array.nbytes],
+        }
+        self.offset += array.nbytes
+        self.digests[name] = hashlib.sha256(raw.data).hexdigest()
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            if self.file is not None:
+                self.file.close()
+            return
+        missing = self.shapes.keys() - self.digests.keys()
+        assert not missing, f"{self.stem}: never written: {sorted(missing)[:5]}"
+        if self.file is None:
+            self._next_shard()
+        self._end_shard()
+        if len(self.shards) == 1:
+            os.rename(self._partial(0), self.directory / f"{self.stem}.safetensors")
+        else:
+            names = [f"{self.stem}-{i + 1:05d}-of-{len(self.shards):05d}.safetensors" for i in range(len(self.shards))]
+            for i, name in enumerate(names):
+                os.rename(self._partial(i), self.directory / name)
+            weight_map = {tensor: name for shard, name in zip(self.shards, names, strict=True) for tensor in shard}
+            index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
+            write_synced(self.directory / f"{self.stem}.safetensors.index.json", json.dumps(index, indent=1))
+        write_synced(self.directory / f"{self.stem}.sha256.json", json.dumps(self.digests, indent=1))
+
+    def _partial(self, shard: int) -> Path:
+        return self.directory / f"{self.stem}-{shard + 1:05d}.partial"
+
+    def _next_shard(self) -> None:
+        if self.file is not None:
+            self._end_shard()
+        self.shards.append({})
+        self.file = open(self._partial(len(self.shards) - 1), "wb")  # noqa: SIM115 (closed by _end_shard)
+        self.file.seek(8 + self.header_bytes)
+        self.offset = 0
+
+    def _end_shard(self) -> None:
+        header = json.dumps(self.shards[-1]).encode()
+        assert len(header) <= self.header_bytes
+        self.file.seek(0)
+        self.file.write(self.header_bytes.to_bytes(8, "little") + header.ljust(self.header_bytes))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+    @property
+    def total(self) -> int:
+        return sum(entry["data_offsets"][1] - entry["data_offsets"][0] for shard in self.shards for entry in shard.values())
+
+
+def _read_header(path: Path) -> dict[str, dict]:
+    """A file's table of tensors with absolute offsets, checked against the file's size; `ValueError` names the file."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise ValueError(f"{path}: not a safetensors file, or truncated ({size} bytes)")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            entries = {n: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for n, e in header.items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}: the safetensors header does not parse ({error}); the file is damaged") from None
+    table, end = {}, 0
+    for name, (tag, shape, first, last) in sorted(entries.items(), key=lambda item: item[1][2]):
+        if tag not in DTYPES:
+            raise ValueError(f"{path}: tensor {name!r} has dtype {tag}; expected one of {', '.join(DTYPES)}")
+        if first != end or last - first != int(np.prod(shape)) * DTYPES[tag].itemsize:
+            raise ValueError(f"{path}: tensor {name!r} does not lie where the header says; the file is damaged")
+        table[name] = {"dtype": DTYPES[tag], "shape": shape, "offset": 8 + length + first, "bytes": last - first}
+        end = last
+    if 8 + length + end != size:
+        raise ValueError(f"{path}: {size} bytes where its header promises {8 + length + end}; the file is truncated or damaged")
+    return table
+
+
+class TensorSet:
+    """Random access to one set of tensors: `shapes`, `read(name)`. Opening reads headers alone.
+
+    `ValueError` names the file that is missing, truncated or damaged. With `checked`, every read is compared with the
+    sha256 written beside the set.
+    """
+
+    def __init__(self, directory: str | Path, stem: str = "model", checked: bool = False):
+        self.directory, self.stem = Path(directory), stem
+        single = self.directory / f"{stem}.safetensors"
+        index = self.directory / f"{stem}.safetensors.index.json"
+        if index.exists():
+            try:
+                files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise ValueError(f"{index}: not a safetensors index ({error})") from None
+        elif single.exists():
+            files = [single.name]
+        else:
+            raise ValueError(f"{self.directory}: neither {single.name} nor {index.name} is there")
+        self.entries: dict[str, dict] = {}
+        for file in files:
+            path = self.directory / file
+            if path.parent != self.directory or not path.exists():
+                raise ValueError(f"{index} names {file!r}, which is not in {self.directory}")
+            for name, entry in _read_header(path).items():
+                if name in self.entries:
+                    raise ValueError(f"{path}: tensor {name!r} is also in {self.entries[name]['path'].name}")
+                self.entries[name] = entry | {"path": path}
+        self.digests: dict[str, str] | None = self._read_digests() if checked else None
+
+    def _read_digests(self) -> dict[str, str]:
+        path = self.directory / f"{self.stem}.sha256.json"
+        try:
+            digests = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: cannot be read ({error}); the checkpoint is damaged") from None
+        if digests.keys() != self.entries.keys():
+            odd = sorted(digests.keys() ^ self.entries.keys())[0]
+            raise ValueError(f"{path}: does not list the tensors of {self.stem}.safetensors (first difference: {odd!r})")
+        return digests
+
+    @property
+    def shapes(self) -> Shapes:
+        """Names and shapes, in the files' order."""
+        return {name: entry["shape"] for name, entry in self.entries.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor in the dtype it was stored in; `ValueError` names file and tensor where its bytes have changed."""
+        entry = self.entries[name]
+        array = np.fromfile(entry["path"], np.uint8, entry["bytes"], offset=entry["offset"])
+        if array.nbytes != entry["bytes"]:
+            raise ValueError(f"{entry['path']}: truncated inside tensor {name!r}")
+        if self.digests is not None and hashlib.sha256(array.data).hexdigest() != self.digests[name]:
+            raise ValueError(f"{entry['path']}: the bytes of tensor {name!r} are not those that were written (checksum)")
+        return array.view(entry["dtype"]).reshape(entry["shape"])
+
+    def items(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Every tensor, one at a time."""
+        for name in self.entries:
+            yield name, self.read(name)
+
+
+def shape_differences(found: Shapes, expected: Shapes, limit: int = 5) -> list[str]:
+    """The first names or shapes in which an architecture differs from the expected one, in words."""
+    lines = [f"{name} is missing" for name in expected if name not in found]
+    lines += [f"{name} is not expected" for name in found if name not in expected]
+    lines += [f"{n} is {list(found[n])}, expected {list(expected[n])}" for n in expected if n in found and found[n] != expected[n]]
+    return lines[:limit] + ([f"and {len(lines) - limit} more"] if len(lines) > limit else [])
+
+
+def write_set(directory: Path, stem: str, shapes: Shapes, tensors: Iterable[tuple[str, np.ndarray]]) -> dict[str, str]:
+    """Writes a whole set; returns the tensors' digests."""
+    with TensorWriter(directory, stem, shapes) as writer:
+        for name, array in tensors:
+            writer.add(name, array)
+    return writer.digests

@@ -1,0 +1,192 @@
+"""Chat templates and what a row is supervised on, over the `tokenizers` library.
+
+A conversation is `{system turn}{user header}<image>\\n{Q}{end of turn}{assistant header}{A}{end of turn}`. Everything before
+`{Q}` is the same for every question about one image: the shared prefix. Supervised are the answer's tokens and its
+end-of-turn token, nothing else.
+
+Notable choices: the system message is LLaVA's, stated explicitly (Qwen2.5's own template would put another); control
+tokens come from this file's templates only, so a caption that spells one out is encoded as ordinary text.
+"""
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from granvit.data import prompts
+
+SYSTEM = "You are a helpful assistant."
+Piece = tuple[str, bool]  # text, and whether it is one control token
+
+
+def _turns(*pieces: str) -> tuple[Piece, ...]:
+    return tuple((piece, piece.startswith("<|")) for piece in pieces)
+
+
+@dataclass(frozen=True)
+class Template:
+    """The fixed parts of a conversation; `end` closes a turn, `pad` fills what no token may attend to."""
+
+    before_image: tuple[Piece, ...]
+    after_image: tuple[Piece, ...]
+    after_question: tuple[Piece, ...]
+    end: str
+    pad: str
+
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        used = self.before_image + self.after_image + self.after_question
+        return tuple(dict.fromkeys([text for text, control in used if control] + [self.end, self.pad]))
+
+
+TEMPLATES = {
+    "qwen2.5": Template(
+        before_image=_turns("<|im_start|>", f"system\n{SYSTEM}", "<|im_end|>", "\n", "<|im_start|>", "user\n"),
+        after_image=_turns("\n"),
+        after_question=_turns("<|im_end|>", "\n", "<|im_start|>", "assistant\n"),
+        end="<|im_end|>",
+        pad="<|endoftext|>",
+    ),
+    "llama-3": Template(
+        before_image=_turns(
+            *("<|begin_of_text|>", "<|start_header_id|>", "system", "<|end_header_id|>", f"\n\n{SYSTEM}", "<|eot_id|>"),
+            *("<|start_header_id|>", "user", "<|end_header_id|>", "\n\n"),
+        ),
+        after_image=_turns("\n"),
+        after_question=_turns("<|eot_id|>", "<|start_header_id|>", "assistant", "<|end_header_id|>", "\n\n"),
+        end="<|eot_id|>",
+        pad="<|end_of_text|>",
+    ),
+}
+
+
+class Chat:
+    """Token ids of the shared prefix, of questions and of answers, for one tokenizer and one family of templates.
+
+    `prefix_before` and `prefix_after` are the prefix's ids on either side of the image; `stop_token` ends an answer;
+    `pad_token` fills image slots and padding. `origin` names the tokenizer in error messages. Raises `ValueError`
+    where a control token of the family is not one id of the tokenizer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, family: str, origin: str = "tokenizer"):
+        if family not in TEMPLATES:
+            raise ValueError(f"chat family {family!r} is unknown; known: {', '.join(TEMPLATES)}")
+        self.tokenizer, self.family, self.origin = tokenizer, family, origin
+        self._template = TEMPLATES[family]
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode_special_tokens = True  # text that spells out a control token stays text
+        self._control: dict[str, int] = {}
+        for token in self._template.control_tokens:
+            index = tokenizer.token_to_id(token)
+            if index is None:
+                raise ValueError(
+                    f"{origin}: no token {token!r}, which the {family!r} chat template needs; this tokenizer belongs to "
+                    f"another model, or the language model's `chat` should name another family"
+                )
+            if index in self._text(token):
+                raise ValueError(f"{origin}: token {token!r} must be marked special, or a caption could inject it")
+            self._control[token] = index
+        self.stop_token = self._control[self._template.end]
+        self.pad_token = self._control[self._template.pad]
+        self.prefix_before = self._fixed(self._template.before_image)
+        self.prefix_after = self._fixed(self._template.after_image)
+        self._after_question = self._fixed(self._template.after_question)
+
+    @classmethod
+    def from_file(cls, path: str | Path, family: str) -> "Chat":
+        """Reads a `tokenizer.json`; `ValueError` where it is missing or not one."""
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"tokenizer {path}: no such file; it is published beside the language model's weights")
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"tokenizer {path}: not a tokenizer.json: {error}") from None
+        return cls(tokenizer, family, str(path))
+
+    def __reduce__(self):
+        return Chat, (self.tokenizer, self.family, self.origin)
+
+    def _text(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _fixed(self, pieces: Iterable[Piece]) -> list[int]:
+        return [i for text, control in pieces for i in ([self._control[text]] if control else self._text(text))]
+
+    @property
+    def size(self) -> int:
+        """One more than the largest token id: the decoder's vocabulary must be at least this large."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change whenever a token length of any question or answer could."""
+        parts = (self.tokenizer.to_str(), self.family, repr(self._template), prompts.BBOX2CAPTION, prompts.CAPTION2BBOX)
+        parts += (prompts.GLOBAL, tokenizers.__version__)
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+    def prefix_length(self, image_tokens: int) -> int:
+        """Tokens of the shared prefix with an image of `image_tokens` tokens."""
+        return len(self.prefix_before) + image_tokens + len(self.prefix_after)
+
+    def question_ids(self, text: str) -> list[int]:
+        """`{Q}{end of turn}{assistant header}`; the last token's output predicts the answer's first."""
+        return self._text(text) + self._after_question
+
+    def answer_ids(self, text: str) -> list[int]:
+        """`{A}{end of turn}`: the supervised tokens."""
+        return [*self._text(text), self.stop_token]
+
+    def question_lengths(self, texts: Sequence[str]) -> list[int]:
+        """`len(question_ids(text))` for each, encoded as a batch."""
+        return [n + len(self._after_question) for n in self._lengths(texts)]
+
+    def answer_lengths(self, texts: Sequence[str]) -> list[int]:
+        """`len(answer_ids(text))` for each, encoded as a batch."""
+        return [n + 1 for n in self._lengths(texts)]
+
+    def _lengths(self, texts: Sequence[str]) -> list[int]:
+        return [len(e) for e in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of generated ids up to the first stop token, control tokens dropped."""
+        kept = []
+        for index in map(int, ids):
+            if index == self.stop_token:
+                break
+            kept.append(index)
+        return self.tokenizer.decode(kept, skip_special_tokens=True)
+
+
+def byte_tokenizer(family: str) -> Tokenizer:
+    """A built-in tokenizer of 256 bytes and the family's control tokens, for `model.init=random` without a tokenizer."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(TEMPLATES[family].control_tokens))
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, family: str) -> Tokenizer:
+    """A byte-level BPE trained on `texts`, at most `vocab_size` ids with the family's control tokens among them.
+
+    Words (with the space before them) merge into single tokens as far as `vocab_size` allows; each digit is its own
+    token, as in Qwen2.5's tokenizer, so that coordinates are read digit by digit.
+    """
+    pieces = pre_tokenizers.Split(Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"), "isolated")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=1,
+        special_tokens=list(TEMPLATES[family].control_tokens),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer

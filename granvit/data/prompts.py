@@ -1,0 +1,49 @@
+"""The three questions of the paper, and coordinates as text (paper section 3, appendix figures; SPEC section 1)."""
+import math
+import re
+
+from granvit.stages import Task
+
+Box = tuple[float, float, float, float]
+
+GLOBAL = "Describe in detail what is shown in the image in one paragraph"
+BBOX2CAPTION = "Describe the content contained within the normalized bounding box coordinates {box} in no more than 10 words."
+CAPTION2BBOX = "Please provide the bounding box coordinate of the region this sentence describes: {caption}"
+
+_NUMBER = r"\s*([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|\.\d+|nan|inf))\s*"
+_BRACKET = re.compile(r"\[" + ",".join([_NUMBER] * 4) + r"\]", re.IGNORECASE | re.ASCII)
+
+
+def format_box(box: Box) -> str:
+    """`[x1, y1, x2, y2]` with three decimals, as Python prints rounded floats (trailing zeros dropped: `0.19`).
+
+    `box` is xyxy divided by the ORIGINAL image's width and height, 0..1.
+    """
+    return str([round(float(value), 3) + 0.0 for value in box])  # + 0.0 turns -0.0 into 0.0
+
+
+def parse_box(text: str) -> Box | None:
+    """The first bracket of four numbers in `text`, or None where there is none or it is not a box.
+
+    A box has 0 <= x1 <= x2 <= 1 and the same for y; NaN, infinity and anything unordered or outside is no box (such an
+    answer scores 0). A later bracket is never tried in place of a bad first one.
+    """
+    found = _BRACKET.search(text)
+    if not found:
+        return None
+    x1, y1, x2, y2 = (float(group) for group in found.groups())
+    if not all(map(math.isfinite, (x1, y1, x2, y2))):
+        return None
+    return (x1, y1, x2, y2) if 0 <= x1 <= x2 <= 1 and 0 <= y1 <= y2 <= 1 else None
+
+
+def question_text(task: Task, box: Box | None = None, caption: str | None = None) -> str:
+    """The question of `task`: bbox2caption asks about `box`, caption2bbox about `caption`."""
+    if task == "global":
+        return GLOBAL
+    return BBOX2CAPTION.format(box=format_box(box)) if task == "bbox2caption" else CAPTION2BBOX.format(caption=caption)
+
+
+def answer_text(task: Task, box: Box | None, caption: str) -> str:
+    """The answer to `question_text`: the box as text for caption2bbox, the caption otherwise."""
+    return format_box(box) if task == "caption2bbox" else caption

@@ -1,0 +1,118 @@
+"""ImageRecord and Region: the one schema of region data, validated at the door.
+
+Whatever comes from outside passes `make_record`. A bad region is dropped and its reason returned; a bad image raises. Reasons
+are fixed sentences, so that they can be counted.
+"""
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from granvit.data.images import box_from_square, decode, padding
+from granvit.data.prompts import Box
+
+BboxFrame = Literal["image", "padded_square"]
+BoxUnit = Literal["relative", "absolute"]
+
+
+@dataclass(frozen=True)
+class Region:
+    """A box (xyxy relative to the ORIGINAL image's width and height, 0 <= x1 < x2 <= 1) and what it holds."""
+
+    box: Box
+    caption: str
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One image with its captions. `image` is the encoded file; `width` and `height` are those of the upright image."""
+
+    id: str
+    width: int
+    height: int
+    image: bytes
+    global_caption: str | None
+    regions: tuple[Region, ...]
+
+
+def _caption(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("caption is not text")
+    if not value.strip():
+        raise ValueError("caption is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("caption is not valid Unicode") from None
+    return value.strip()
+
+
+def image_box(values: Any, width: int, height: int, unit: BoxUnit, frame: BboxFrame) -> Box:
+    """Four numbers as a data set states them -> a box in the image frame.
+
+    `unit` absolute counts pixels; `frame` padded_square measures from the corner of the centred square, not the image's.
+    Such boxes are often text of three decimals: one that crosses the image's edge by no more than that rounding is clipped to it.
+    Raises `ValueError` with the reason for anything that is not a box of the image.
+    """
+    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != 4:
+        raise ValueError("box is not four numbers")
+    if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
+        raise ValueError("box is not four numbers")
+    x1, y1, x2, y2 = (float(v) if abs(v) < 1e9 else math.inf for v in values)
+    if not all(map(math.isfinite, (x1, y1, x2, y2))):
+        raise ValueError("box holds NaN, infinity or a number beyond 1e9")
+    side = padding(width, height)[0]
+    if unit == "absolute":
+        w, h = (side, side) if frame == "padded_square" else (width, height)
+        x1, y1, x2, y2 = x1 / w, y1 / h, x2 / w, y2 / h
+    if x2 < x1 or y2 < y1:
+        raise ValueError("box is inverted")
+    slack_x = slack_y = 1e-6
+    if frame == "padded_square":
+        x1, y1, x2, y2 = box_from_square((x1, y1, x2, y2), width, height)
+        slack_x, slack_y = slack_x + 0.0005 * side / width, slack_y + 0.0005 * side / height
+    if min(x1 + slack_x, y1 + slack_y) < 0 or x2 > 1 + slack_x or y2 > 1 + slack_y:
+        raise ValueError("box lies outside the image")
+    x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, 1.0), min(y2, 1.0)
+    if x2 <= x1 or y2 <= y1:
+        raise ValueError("box has zero area")
+    return x1, y1, x2, y2
+
+
+def make_record(
+    record_id: str,
+    image: bytes,
+    global_caption: Any,
+    regions: Any,
+    *,
+    unit: BoxUnit = "relative",
+    frame: BboxFrame = "image",
+    max_pixels: int,
+) -> tuple[ImageRecord, list[tuple[str, str]]]:
+    """Validates one image and its annotations (`regions`: mappings with `box` and `caption`; `global_caption` may be None).
+
+    Returns the record and what was dropped from it as `(which part, reason)`. Raises `ValueError` with the reason where the image
+    cannot be used, or nothing is left to ask about it.
+    """
+    height, width = decode(image, max_pixels).shape[:2]
+    refused: list[tuple[str, str]] = []
+    if not isinstance(regions, Sequence) or isinstance(regions, str):
+        raise ValueError("regions is not a list")
+    kept = []
+    for number, region in enumerate(regions):
+        try:
+            if not isinstance(region, Mapping):
+                raise ValueError("region is not a mapping with box and caption")
+            box = image_box(region.get("box"), width, height, unit, frame)
+            kept.append(Region(box, _caption(region.get("caption"))))
+        except ValueError as error:
+            refused.append((f"region {number}", str(error)))
+    if global_caption is not None:
+        try:
+            global_caption = _caption(global_caption)
+        except ValueError as error:
+            refused.append(("global", f"global {error}"))
+            global_caption = None
+    if not kept and global_caption is None:
+        raise ValueError(f"nothing left to ask: {refused[0][1]}" if refused else "no region and no global caption")
+    return ImageRecord(record_id, width, height, image, global_caption, tuple(kept)), refused

@@ -1,0 +1,339 @@
+"""A region store: ArrayRecord shards of ImageRecords with random access, and every text beside them without the pixels.
+
+Build one from a JSON-lines file and a folder of images:
+
+    python -m granvit.data.store annotations.jsonl images/ OUT [--bbox-frame padded_square] [--boxes absolute]
+
+One line an image; `id` (default: the image's path), `global` and `regions` may be absent, other keys are ignored:
+
+    {"image": "a.jpg", "id": "a", "global": "A desk ...", "regions": [{"box": [0.1, 0.2, 0.5, 0.9], "caption": "a red cup"}]}
+
+A store is a directory: `manifest.json` (format, version, counts, files with their sizes), `shard-*.array_record` (one record an
+image: uint32 length of a JSON header, the header, the encoded image) and the text side: `texts.bin` holds, image by image,
+the global caption (empty where there is none) and each region's caption in UTF-8; `text_ends.u8` where each text ends and
+`region_starts.i8` each image's first region (both start with 0). The text side is mapped: counts and lengths cost no image bytes.
+"""
+import argparse
+import json
+import os
+import shutil
+import struct
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+from rich.progress import Progress
+
+from granvit.config import DataSection
+from granvit.data.records import BboxFrame, BoxUnit, ImageRecord, Region, image_box, make_record
+
+FORMAT, VERSION = "granvit-regions", 1
+MAX_PIXELS = DataSection.model_fields["max_pixels"].default
+_BUILD = "build it with `python -m granvit.data.store JSONL IMAGES OUT`"
+_NAMED = 10  # refused items named; the others are counted
+
+
+@dataclass
+class Summary:
+    """What went into a store and what was refused: counts by reason, and the first ten by name."""
+
+    images: int = 0
+    regions: int = 0
+    globals: int = 0
+    refused: Counter = field(default_factory=Counter)
+    first_refused: list[str] = field(default_factory=list)
+
+    def refuse(self, what: str, reason: str) -> None:
+        self.refused[reason] += 1
+        if len(self.first_refused) < _NAMED:
+            self.first_refused.append(f"{what}: {reason}")
+
+
+def _encode(record: ImageRecord) -> bytes:
+    header = {
+        "id": record.id,
+        "width": record.width,
+        "height": record.height,
+        "global": record.global_caption,
+        "regions": [[*region.box, region.caption] for region in record.regions],
+    }
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    return struct.pack("<I", len(text)) + text + record.image
+
+
+def _decode(data: bytes) -> ImageRecord:
+    (size,) = struct.unpack_from("<I", data)
+    header = json.loads(data[4 : 4 + size])
+    regions = tuple(Region(tuple(box), caption) for *box, caption in header["regions"])
+    return ImageRecord(header["id"], header["width"], header["height"], data[4 + size :], header["global"], regions)
+
+
+class _Writer:
+    """Writes a store into `folder`, which exists and is empty."""
+
+    def __init__(self, folder: Path, shard_bytes: int):
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self.shards: list[dict] = []
+        self.summary = Summary()
+        self._shard: ArrayRecordWriter | None = None
+        self._texts = open(folder / "texts.bin", "wb")  # noqa: SIM115: closed by `finish`, or with a failed build
+        self._ends = open(folder / "text_ends.u8", "wb")  # noqa: SIM115
+        self._starts = open(folder / "region_starts.i8", "wb")  # noqa: SIM115
+        self._ends.write(struct.pack("<Q", 0))
+        self._starts.write(struct.pack("<q", 0))
+
+    def add(self, record: ImageRecord) -> None:
+        data = _encode(record)
+        if self._shard is None:
+            name = f"shard-{len(self.shards):05d}.array_record"
+            self._shard = ArrayRecordWriter(str(self.folder / name), "group_size:1,uncompressed")
+            self.shards.append({"file": name, "images": 0})
+            self._filled = 0
+        self._shard.write(data)
+        self.shards[-1]["images"] += 1
+        self._filled += len(data)
+        for text in (record.global_caption or "", *(region.caption for region in record.regions)):
+            self._texts.write(text.encode())
+            self._ends.write(struct.pack("<Q", self._texts.tell()))
+        self.summary.images += 1
+        self.summary.regions += len(record.regions)
+        self.summary.globals += record.global_caption is not None
+        self._starts.write(struct.pack("<q", self.summary.regions))
+        if self._filled >= self.shard_bytes:
+            self._close_shard()
+
+    def _close_shard(self) -> None:
+        if self._shard is not None:
+            self._shard.close()
+            self._shard = None
+
+    def finish(self, frame: BboxFrame) -> None:
+        self._close_shard()
+        for file in (self._texts, self._ends, self._starts):
+            file.close()
+        names = [shard["file"] for shard in self.shards] + ["texts.bin", "text_ends.u8", "region_starts.i8"]
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "images": self.summary.images,
+            "regions": self.summary.regions,
+            "globals": self.summary.globals,
+            "bbox_frame": frame,  # of the boxes as they came; the stored ones are relative to the image
+            "refused": dict(self.summary.refused),
+            "shards": self.shards,
+            "bytes": {name: (self.folder / name).stat().st_size for name in names},
+        }
+        (self.folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for name in [*names, "manifest.json"]:
+            with open(self.folder / name, "rb") as file:
+                os.fsync(file.fileno())
+
+
+Item = tuple[ImageRecord | None, list[tuple[str, str]]]  # a record, and what was refused of it as (what, reason)
+
+
+def _write(items: Iterable[Item], out: str | Path, frame: BboxFrame, shard_bytes: int) -> Summary:
+    """Writes beside and renames: `out` appears whole or not at all."""
+    out = Path(out)
+    if out.exists():
+        raise ValueError(f"store {out} exists already; remove it or name another directory")
+    partial_out = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial_out, ignore_errors=True)  # of a build that was killed
+    partial_out.mkdir(parents=True)
+    try:
+        writer = _Writer(partial_out, shard_bytes)
+        for record, refused in items:
+            for what, reason in refused:
+                writer.summary.refuse(what, reason)
+            if record is not None:
+                writer.add(record)
+        if not writer.summary.images:
+            raise ValueError(f"store {out}: no usable image; refused: {dict(writer.summary.refused) or 'the input is empty'}")
+        writer.finish(frame)
+        os.rename(partial_out, out)
+    except BaseException:
+        shutil.rmtree(partial_out, ignore_errors=True)
+        raise
+    return writer.summary
+
+
+def write_store(records: Iterable[ImageRecord], out: str | Path, shard_bytes: int = 256 << 20) -> Summary:
+    """Writes records made by a program to a new store `out`; an invalid one raises `ValueError` and leaves no store."""
+
+    def checked() -> Iterator[Item]:
+        for record in records:
+            for number, region in enumerate(record.regions):
+                try:
+                    image_box(list(region.box), record.width, record.height, "relative", "image")
+                except ValueError as error:
+                    raise ValueError(f"record {record.id!r} region {number}: {error}") from None
+                if not region.caption.strip():
+                    raise ValueError(f"record {record.id!r} region {number}: caption is empty")
+            if record.global_caption is not None and not record.global_caption.strip():
+                raise ValueError(f"record {record.id!r}: global caption is empty (None means absent)")
+            yield record, []
+
+    return _write(checked(), out, "image", shard_bytes)
+
+
+def _read_line(numbered: tuple[int, bytes], images: Path, unit: BoxUnit, frame: BboxFrame, max_pixels: int) -> Item:
+    number, line = numbered
+    name = f"line {number}"
+    try:
+        try:
+            tree = json.loads(line)
+        except ValueError:  # also UnicodeDecodeError
+            raise ValueError("line is not valid JSON") from None
+        if not isinstance(tree, dict) or not isinstance(tree.get("image"), str):
+            raise ValueError("line has no image path")
+        name = str(tree.get("id", tree["image"]))
+        try:
+            data = (images / tree["image"]).read_bytes()
+        except OSError as error:
+            raise ValueError(f"image file cannot be read ({type(error).__name__})") from None
+        record, refused = make_record(
+            name, data, tree.get("global"), tree.get("regions") or [], unit=unit, frame=frame, max_pixels=max_pixels
+        )
+    except ValueError as error:
+        return None, [(name, str(error))]
+    return record, [(f"{name} {part}", reason) for part, reason in refused]
+
+
+def build_store(
+    jsonl: str | Path,
+    images: str | Path,
+    out: str | Path,
+    *,
+    frame: BboxFrame = "image",
+    unit: BoxUnit = "relative",
+    shard_bytes: int = 256 << 20,
+    max_pixels: int = MAX_PIXELS,
+    progress: Progress | None = None,
+) -> Summary:
+    """Builds a store from a JSON-lines file and a folder of images (see the module's docstring).
+
+    Whatever is bad is left out and counted by reason; `ValueError` where nothing is left, or an argument is no file or folder.
+    """
+    jsonl, images = Path(jsonl), Path(images)
+    if not jsonl.is_file():
+        raise ValueError(f"annotations {jsonl}: no such file")
+    if not images.is_dir():
+        raise ValueError(f"images {images}: no such directory")
+    read = partial(_read_line, images=images, unit=unit, frame=frame, max_pixels=max_pixels)
+    task = progress.add_task("images", total=jsonl.stat().st_size) if progress else None
+
+    def items() -> Iterator[Item]:
+        with open(jsonl, "rb") as file, ThreadPoolExecutor() as pool:
+            lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+            while chunk := list(islice(lines, 64)):  # bounds the images held in memory
+                yield from pool.map(read, chunk)
+                if progress:
+                    progress.advance(task, sum(len(line) for _, line in chunk))
+
+    return _write(items(), out, frame, shard_bytes)
+
+
+class Store:
+    """A store opened for reading; cheap to open and to send to another process.
+
+    `images`, `regions` and `globals` count; `region_starts` int64 `[images + 1]` and `text_ends` uint64 `[images + regions + 1]` are
+    mapped. The texts of image i are numbers `region_starts[i] + i` (global) and the following (its regions).
+    Raises `ValueError`, with the path and the remedy, for a directory that is missing, empty, of another format or version, or has
+    a file that is missing or not of the size that the manifest states.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = path = Path(path)
+        if not path.is_dir():
+            raise ValueError(f"store {path}: no such directory; {_BUILD}")
+        if not any(path.iterdir()):
+            raise ValueError(f"store {path}: the directory is empty; {_BUILD}")
+        try:
+            manifest = json.loads((path / "manifest.json").read_bytes())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"store {path}: manifest.json cannot be read, so this is no region store; {_BUILD} ({error})") from None
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise ValueError(f"store {path}: manifest.json is of another format than {FORMAT!r}; {_BUILD}")
+        if manifest["version"] > VERSION:
+            raise ValueError(f"store {path}: version {manifest['version']} is newer than this program's {VERSION}; update granvit")
+        for name, size in manifest["bytes"].items():
+            found = (path / name).stat().st_size if (path / name).is_file() else None
+            if found != size:
+                state = "is missing" if found is None else f"has {found} bytes instead of {size} (truncated?)"
+                raise ValueError(f"store {path}: {name} {state}; copy it again or rebuild the store")
+        self.images, self.regions, self.globals = manifest["images"], manifest["regions"], manifest["globals"]
+        self.bbox_frame: BboxFrame = manifest["bbox_frame"]
+        self.region_starts = np.memmap(path / "region_starts.i8", "<i8", "r")
+        self.text_ends = np.memmap(path / "text_ends.u8", "<u8", "r")
+        if len(self.region_starts) != self.images + 1 or len(self.text_ends) != self.images + self.regions + 1:
+            raise ValueError(f"store {path}: the text side does not match the manifest's counts; rebuild the store")
+        self._shards = ArrayRecordDataSource([f"{path / s['file']}[0:{s['images']}]" for s in manifest["shards"]])
+
+    def __reduce__(self):
+        return Store, (self.path,)
+
+    def record(self, index: int) -> ImageRecord:
+        """Image `index`; `ValueError` with the reason where its bytes are damaged."""
+        try:
+            return _decode(self._shards[index])
+        except (RuntimeError, ValueError, KeyError, TypeError, struct.error):  # RuntimeError: ArrayRecord's checksums
+            raise ValueError("record is damaged in its shard") from None
+
+    def has_global(self) -> np.ndarray:
+        """bool `[images]`: whether image i has a global caption."""
+        numbers = self.region_starts[:-1] + np.arange(self.images)
+        return self.text_ends[numbers + 1] > self.text_ends[numbers]
+
+    def texts(self, first: int, last: int) -> list[str]:
+        """Texts number `first` to `last` - 1, in the order of the text side."""
+        ends = self.text_ends[first : last + 1].tolist()
+        with open(self.path / "texts.bin", "rb") as file:
+            file.seek(ends[0])
+            data = file.read(ends[-1] - ends[0])
+        return [data[a - ends[0] : b - ends[0]].decode() for a, b in zip(ends, ends[1:], strict=False)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m granvit.data.store", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("jsonl", metavar="JSONL", help="annotations, one image a line")
+    parser.add_argument("images", metavar="IMAGES", help="folder that the lines' image paths are relative to")
+    parser.add_argument("out", metavar="OUT", help="directory to make")
+    parser.add_argument("--bbox-frame", choices=get_args(BboxFrame), default="image", help="what boxes are relative to")
+    parser.add_argument("--boxes", choices=get_args(BoxUnit), default="relative", help="0..1, or pixels (default: relative)")
+    parser.add_argument("--shard-size", type=int, default=256, metavar="MB", help="shards are closed at this size (default: 256)")
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="refuse larger images (default: %(default)s)")
+    a = parser.parse_args(arguments)
+    try:
+        with Progress(transient=True) as progress:
+            summary = build_store(
+                *(a.jsonl, a.images, a.out),
+                frame=a.bbox_frame,
+                unit=a.boxes,
+                shard_bytes=a.shard_size << 20,
+                max_pixels=a.max_pixels,
+                progress=progress,
+            )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{a.out}: {summary.images} images, {summary.regions} regions, {summary.globals} global captions")
+    for reason, count in summary.refused.most_common():
+        print(f"  refused {count}: {reason}")
+    for line in summary.first_refused:
+        print(f"    {line}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Self-distillation (paper section 4.3): MSE(teacher(crop), ROIAlign(student features)), and the EMA teacher.
+
+Departures where the paper is silent (SPEC, "Self-distillation"): the teacher moves once per optimizer step, in float32;
+the loss is the mean over elements, then over the valid boxes of the global batch.
+Layout letters: B rows, K boxes per row, N patches, C width, g cells along a side of the ROI grid, r crop side.
+"""
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+
+from ms_granvit.ops import roi_align as roi_ops
+
+
+def side(patches: int) -> int:
+    """Cells along one side of a square grid."""
+    return int(patches**0.5 + 0.5)
+
+
+def teacher_features(teacher: nn.Cell, crops_BK3rr: Tensor, grid: int) -> Tensor:
+    """The teacher's view of each crop, `[B, K, grid, grid, C]`, average-pooled where `grid` is below its own; no gradient."""
+    B, K, _, r, _ = crops_BK3rr.shape
+    top = ops.stop_gradient(teacher(crops_BK3rr.reshape(B * K, 3, r, r))[1])
+    cell = side(top.shape[1]) // grid
+    if cell == 1:
+        return top.reshape(B, K, grid, grid, -1)
+    return ops.mean(top.reshape(B * K, grid, cell, grid, cell, -1), (2, 4)).reshape(B, K, grid, grid, -1)
+
+
+def distill_sums(student_BNC: Tensor, teacher_BKggC: Tensor, boxes_BK4: Tensor, weights_BK: Tensor,
+                 loss: str) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Summed distillation loss over the valid boxes, and the summed variance of the teacher's features (for the log), float32.
+
+    `mse`: mean over a box's elements of the squared difference. `cosine`: mean over its cells of 1 - cosine.
+    """
+    B, N, C = student_BNC.shape
+    features_BHWC = student_BNC.reshape(B, side(N), side(N), C)
+    student = ops.cast(roi_ops.roi_align(features_BHWC, boxes_BK4, teacher_BKggC.shape[2]), ms.float32)
+    teacher = ops.cast(teacher_BKggC, ms.float32)
+    if loss == "mse":
+        per_box = ops.mean(ops.square(teacher - student), (2, 3, 4))
+    else:
+        lengths = ops.sqrt(ops.sum(ops.square(teacher), -1) * ops.sum(ops.square(student), -1) + 1e-12)
+        per_box = ops.mean(1 - ops.sum(teacher * student, -1) / lengths, (2, 3))
+    centred = teacher - ops.mean(teacher, (2, 3, 4), True)
+    variance = ops.mean(ops.square(centred), (2, 3, 4))
+    return ops.sum(per_box * weights_BK), ops.sum(variance * weights_BK)

@@ -1,0 +1,159 @@
+"""CausalDecoder: Qwen2.5 and Llama-3 (RMSNorm, RoPE, grouped-query attention, SwiGLU).
+
+Layout letters: B rows, S sequence, L cache slots, C width, D head width, V vocabulary.
+"""
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from granvit.models import LanguageConfig
+from ms_granvit.layers import Embedding, Linear, RMSNorm, activate, linear
+from ms_granvit.ops import attention as attention_ops
+
+
+class Rotary(nn.Cell):
+    """Cosine and sine `[B, 1, S, D]` of rotary position embedding (rotate-half layout), computed in float32."""
+
+    def __init__(self, head_dim: int, theta: float, dtype: ms.Type):
+        super().__init__()
+        exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+        self.frequencies = Tensor(np.float32(theta) ** -exponent)
+        self.dtype = dtype
+
+    def construct(self, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
+        B, S = positions_BS.shape
+        angles = ops.cast(positions_BS.reshape(B, 1, S, 1), ms.float32) * self.frequencies
+        angles = ops.cat((angles, angles), -1)
+        return ops.cast(ops.cos(angles), self.dtype), ops.cast(ops.sin(angles), self.dtype)
+
+
+def rotate(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Applies RoPE: the first half of the head's width is paired with the second."""
+    half = x_BHSD.shape[-1] // 2
+    turned = ops.cat((-x_BHSD[..., half:], x_BHSD[..., :half]), -1)
+    return x_BHSD * cos + turned * sin
+
+
+class LanguageAttention(nn.Cell):
+    """Grouped-query self-attention with rotary positions."""
+
+    def __init__(self, c: LanguageConfig, implementation: str):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim, self.implementation = c.heads, c.kv_heads, c.head_dim, implementation
+        self.q_proj = Linear(c.width, c.heads * c.head_dim, c.qkv_bias)
+        self.k_proj = Linear(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
+        self.v_proj = Linear(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
+        self.o_proj = Linear(c.heads * c.head_dim, c.width, False)
+
+    def project(self, x_BSC: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries `[B, H, S, D]`, rotated keys and values `[B, KV, S, D]`."""
+        B, S, _ = x_BSC.shape
+        q = self.q_proj(x_BSC).reshape(B, S, self.heads, self.head_dim).transpose(0, 2, 1, 3)
+        k = self.k_proj(x_BSC).reshape(B, S, self.kv_heads, self.head_dim).transpose(0, 2, 1, 3)
+        v = self.v_proj(x_BSC).reshape(B, S, self.kv_heads, self.head_dim).transpose(0, 2, 1, 3)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        B, _, S, _ = q.shape
+        out = attention_ops.attention(q, k, v, mask, self.implementation)
+        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, S, self.heads * self.head_dim))
+
+
+class LanguageMLP(nn.Cell):
+    """SwiGLU: `down(silu(gate x) * up x)`."""
+
+    def __init__(self, c: LanguageConfig):
+        super().__init__()
+        self.gate_proj = Linear(c.width, c.mlp, False)
+        self.up_proj = Linear(c.width, c.mlp, False)
+        self.down_proj = Linear(c.mlp, c.width, False)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.down_proj(activate("silu", self.gate_proj(x)) * self.up_proj(x))
+
+
+class LanguageBlock(nn.Cell):
+    """A pre-norm decoder block."""
+
+    def __init__(self, c: LanguageConfig, implementation: str):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.width, c.norm_eps)
+        self.self_attn = LanguageAttention(c, implementation)
+        self.post_attention_layernorm = RMSNorm(c.width, c.norm_eps)
+        self.mlp = LanguageMLP(c)
+
+    def construct(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = self.self_attn.project(self.input_layernorm(x), cos, sin)
+        x = x + self.self_attn.attend(q, k, v, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward_cached(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, keys: Tensor, values: Tensor,
+                       slots_BSL: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """As `construct`, over a cache `[B, KV, L, D]` into which the new keys and values are written at one-hot slots."""
+        q, k, v = self.self_attn.project(self.input_layernorm(x), cos, sin)
+        B, S, L = slots_BSL.shape
+        into = ops.broadcast_to(ops.expand_dims(ops.cast(slots_BSL, x.dtype), 1), (B, k.shape[1], S, L))
+        keys = keys + ops.BatchMatMul(transpose_a=True)(into, k)
+        values = values + ops.BatchMatMul(transpose_a=True)(into, v)
+        x = x + self.self_attn.attend(q, keys, values, mask)
+        return x + self.mlp(self.post_attention_layernorm(x)), keys, values
+
+
+class DecoderModel(nn.Cell):
+    """Embeddings, blocks and the closing norm, under the canonical path `model`."""
+
+    def __init__(self, c: LanguageConfig, implementation: str):
+        super().__init__()
+        self.embed_tokens = Embedding(c.vocab, c.width)
+        self.layers = nn.CellList([LanguageBlock(c, implementation) for _ in range(c.layers)])
+        self.norm = RMSNorm(c.width, c.norm_eps)
+
+
+class CausalDecoder(nn.Cell):
+    """A decoder over input embeddings, so that image tokens can stand among text tokens."""
+
+    def __init__(self, c: LanguageConfig, dtype: ms.Type, attention: str = "composed", recompute: bool = False):
+        super().__init__()
+        self.dtype = dtype
+        self.rotary = Rotary(c.head_dim, c.rope_theta, dtype)
+        self.model = DecoderModel(c, attention)
+        self.lm_head = None if c.tied_head else Linear(c.width, c.vocab, False)
+        if recompute:
+            for block in self.model.layers:
+                block.recompute()
+
+    def embed(self, token_ids_BS: Tensor) -> Tensor:
+        """Token embeddings `[B, S, C]` in the compute dtype."""
+        return ops.cast(self.model.embed_tokens(token_ids_BS), self.dtype)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., V]` of hidden states that have passed the closing norm."""
+        if self.lm_head is not None:
+            return self.lm_head(hidden)
+        return linear(hidden, self.model.embed_tokens.weight, None)
+
+    def construct(self, inputs_BSC: Tensor, positions_BS: Tensor, segments_BS: Tensor) -> Tensor:
+        """Hidden states `[B, S, C]` after the closing norm, under the shared-prefix mask."""
+        cos, sin = self.rotary(positions_BS)
+        mask = attention_ops.shared_prefix_mask(segments_BS)
+        x = inputs_BSC
+        for block in self.model.layers:
+            x = block(x, cos, sin, mask)
+        return self.model.norm(x)
+
+    def forward_cached(self, inputs_BSC: Tensor, positions_BS: Tensor, valid_BS: Tensor, keys: Tensor,
+                       values: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """As `construct` for one causal segment whose positions are its cache slots, with caches `[layers, B, KV, L, D]`.
+
+        Slots of tokens that are not valid (padding) stay empty. Returns hidden states and the caches.
+        """
+        cos, sin = self.rotary(positions_BS)
+        slots, at = ops.arange(keys.shape[3]), ops.expand_dims(positions_BS, -1)
+        mask = ops.expand_dims(slots <= at, 1)
+        slots_BSL = ops.logical_and(slots == at, ops.expand_dims(valid_BS, -1))
+        x, all_keys, all_values = inputs_BSC, (), ()
+        for i, block in enumerate(self.model.layers):
+            x, k, v = block.forward_cached(x, cos, sin, mask, keys[i], values[i], slots_BSL)
+            all_keys += (k,)
+            all_values += (v,)
+        return self.model.norm(x), ops.stack(all_keys), ops.stack(all_values)

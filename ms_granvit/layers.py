@@ -1,0 +1,85 @@
+"""Building blocks with the canonical parameter names. Weights are cast to the activations' dtype where they are used, so a
+float32 master serves a bfloat16 forward pass; norms compute in float32."""
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import initializer
+
+
+def parameter(*shape: int) -> Parameter:
+    """A float32 parameter that is filled later (`Engine.load`); its name is the attribute that holds it."""
+    return Parameter(initializer("zeros", shape, ms.float32))
+
+
+class Linear(nn.Cell):
+    """`x @ weight.T + bias`, weight `[out, in]`."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool):
+        super().__init__()
+        self.weight = parameter(n_out, n_in)
+        self.bias = parameter(n_out) if bias else None
+
+    def construct(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias` over the last axis, as one two-dimensional product that reads the weight as it lies in memory."""
+    y = ops.MatMul(transpose_b=True)(x.reshape(-1, x.shape[-1]), ops.cast(weight, x.dtype))
+    if bias is not None:
+        y = y + ops.cast(bias, x.dtype)
+    return y.reshape(x.shape[:-1] + (weight.shape[0],))
+
+
+class Embedding(nn.Cell):
+    """A table `[rows, width]`."""
+
+    def __init__(self, rows: int, width: int):
+        super().__init__()
+        self.weight = parameter(rows, width)
+
+    def construct(self, ids: Tensor) -> Tensor:
+        return ops.gather(self.weight, ids, 0)
+
+
+class LayerNorm(nn.Cell):
+    """Layer normalisation over the last axis."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = parameter(width)
+        self.bias = parameter(width)
+        self.normalise = ops.LayerNorm(-1, -1, eps)
+
+    def construct(self, x: Tensor) -> Tensor:
+        weight, bias = ops.cast(self.weight, ms.float32), ops.cast(self.bias, ms.float32)
+        return ops.cast(self.normalise(ops.cast(x, ms.float32), weight, bias)[0], x.dtype)
+
+
+class RMSNorm(nn.Cell):
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = parameter(width)
+
+    def construct(self, x: Tensor) -> Tensor:
+        h = ops.cast(x, ms.float32)
+        h = h * ops.rsqrt(ops.mean(ops.square(h), -1, True) + self.eps)
+        return ops.cast(h * ops.cast(self.weight, ms.float32), x.dtype)
+
+
+def norm(kind: str, width: int, eps: float) -> nn.Cell:
+    """The norm that a configuration calls `layer` or `rms`."""
+    return LayerNorm(width, eps) if kind == "layer" else RMSNorm(width, eps)
+
+
+def activate(kind: str, x: Tensor) -> Tensor:
+    """`gelu_tanh` (SigLIP), `gelu` (exact), `quick_gelu` (CLIP: x sigmoid(1.702 x)), `silu`."""
+    if kind == "gelu_tanh":  # written out: on CPU this is five times as fast as the GeLU kernel
+        return 0.5 * x * (1 + ops.tanh(0.7978845608028654 * (x + 0.044715 * (x * x * x))))
+    if kind == "gelu":
+        return ops.gelu(x)
+    if kind == "quick_gelu":
+        return x * ops.sigmoid(1.702 * x)
+    return ops.silu(x)

@@ -1,0 +1,60 @@
+"""GranViT: encoder, projector, decoder (paper Fig. 3).
+
+Layout letters: B rows, N patches, S sequence, A supervised positions, C width, V vocabulary.
+"""
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+
+from granvit.models import LanguageConfig, VisionConfig
+from ms_granvit.language import CausalDecoder
+from ms_granvit.projector import Projector
+from ms_granvit.vision import VisionEncoder
+
+
+def row_offsets(positions_BN: Tensor, length: int) -> Tensor:
+    """Positions in rows of `length` as indices `[B N]` into the flattened rows."""
+    rows = ops.expand_dims(ops.arange(positions_BN.shape[0]), 1)
+    return (positions_BN + ops.cast(rows * length, positions_BN.dtype)).reshape(-1)
+
+
+def take(hidden_BSC: Tensor, positions_BA: Tensor) -> Tensor:
+    """`hidden[b, positions[b, a]]`, `[B, A, C]`."""
+    B, S, C = hidden_BSC.shape
+    return ops.gather(hidden_BSC.reshape(B * S, C), row_offsets(positions_BA, S), 0).reshape(B, -1, C)
+
+
+class GranViT(nn.Cell):
+    """An image and questions about it -> logits of the answers.
+
+    `blind` zeroes the image tokens: the guesser who reads the question alone.
+    """
+
+    def __init__(self, vision: VisionConfig, language: LanguageConfig, dtype: ms.Type, attention: str = "composed",
+                 recompute: bool = False, blind: bool = False):  # fmt: skip
+        super().__init__()
+        self.blind = blind
+        self.vision = VisionEncoder(vision, dtype, attention=attention, recompute=recompute)
+        self.projector = Projector(vision, language)
+        self.language = CausalDecoder(language, dtype, attention, recompute)
+
+    def inputs(self, pixels_B3RR: Tensor, image_weights_B: Tensor, token_ids_BS: Tensor,
+               image_positions_BN: Tensor) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Input embeddings `[B, S, C]` with image tokens in their places, and the encoder's features at its top level."""
+        embeddings = self.language.embed(token_ids_BS)
+        B, S, C = embeddings.shape
+        at = ops.expand_dims(row_offsets(image_positions_BN, S), -1)
+        shown = ops.cast(ops.broadcast_to(image_weights_B.reshape(B, 1), image_positions_BN.shape), self.language.dtype)
+        kept = 1 - ops.scatter_nd(at, shown.reshape(-1), (B * S,)).reshape(B, S, 1)
+        if self.blind:
+            return embeddings * kept, None
+        features, top = self.vision(pixels_B3RR)
+        tokens = self.projector(features) * ops.expand_dims(shown, -1)
+        return embeddings * kept + ops.scatter_nd(at, tokens.reshape(-1, C), (B * S, C)).reshape(B, S, C), top
+
+    def construct(self, pixels_B3RR: Tensor, image_weights_B: Tensor, token_ids_BS: Tensor, positions_BS: Tensor,
+                  segments_BS: Tensor, image_positions_BN: Tensor,
+                  answer_positions_BA: Tensor) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Logits `[B, A, V]` at the supervised positions only, and the encoder's top features `[B, N, C]`."""
+        inputs, top = self.inputs(pixels_B3RR, image_weights_B, token_ids_BS, image_positions_BN)
+        hidden = self.language(inputs, positions_BS, segments_BS)
+        return self.language.head(take(hidden, answer_positions_BA)), top

@@ -1,0 +1,166 @@
+"""VisionEncoder: every encoder row of the paper is one `VisionConfig`.
+
+Layout letters: B images, N patches, C width, R image side.
+"""
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+
+from granvit.interpolate import position_matrix
+from granvit.models import VisionConfig
+from ms_granvit.layers import Embedding, Linear, activate, linear, norm, parameter
+from ms_granvit.ops import attention as attention_ops
+
+
+class PatchEmbedding(nn.Cell):
+    """A convolution whose stride is its kernel, as one matrix product over flattened patches."""
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.patch = c.patch_size
+        self.weight = parameter(c.width, 3, c.patch_size, c.patch_size)
+        self.bias = parameter(c.width) if c.patch_bias else None
+
+    def construct(self, pixels_B3RR: Tensor) -> Tensor:
+        B, grid, p = pixels_B3RR.shape[0], pixels_B3RR.shape[2] // self.patch, self.patch
+        patches = pixels_B3RR.reshape(B, 3, grid, p, grid, p).transpose(0, 2, 4, 1, 3, 5).reshape(B, grid * grid, 3 * p * p)
+        return linear(patches, self.weight.reshape(self.weight.shape[0], 3 * p * p), self.bias)
+
+
+class VisionEmbeddings(nn.Cell):
+    """Patches, class token, positions."""
+
+    def __init__(self, c: VisionConfig, image_size: int):
+        super().__init__()
+        self.patch_embedding = PatchEmbedding(c)
+        self.patch_norm = norm(c.norm, c.width, c.norm_eps) if c.patch_norm else None
+        self.class_embedding = parameter(c.width) if c.class_token else None
+        self.position_embedding = Embedding(c.patches + c.class_token, c.width)
+        grid = image_size // c.patch_size
+        self.resample = None if grid == c.grid else Tensor(position_matrix(c.grid, grid))
+
+    def positions(self) -> Tensor:
+        """Position embeddings `[1, N (+1), C]`, resampled to this image size."""
+        table = self.position_embedding.weight
+        if self.resample is not None:
+            classes = table.shape[0] - self.resample.shape[1]
+            resampled = ops.matmul(ops.cast(self.resample, table.dtype), table[classes:])
+            table = resampled if classes == 0 else ops.cat((table[:classes], resampled))
+        return ops.expand_dims(table, 0)
+
+    def construct(self, pixels_B3RR: Tensor) -> Tensor:
+        x = self.patch_embedding(pixels_B3RR)
+        if self.patch_norm is not None:
+            x = self.patch_norm(x)
+        if self.class_embedding is not None:
+            B, _, C = x.shape
+            x = ops.cat((ops.broadcast_to(ops.cast(self.class_embedding, x.dtype), (B, 1, C)), x), 1)
+        return x + ops.cast(self.positions(), x.dtype)
+
+
+class VisionAttention(nn.Cell):
+    """Multi-head self-attention over all tokens of one image."""
+
+    def __init__(self, c: VisionConfig, implementation: str):
+        super().__init__()
+        self.heads, self.head_dim, self.implementation = c.heads, c.head_dim, implementation
+        self.q_proj = Linear(c.width, c.width, c.bias)
+        self.k_proj = Linear(c.width, c.width, c.bias)
+        self.v_proj = Linear(c.width, c.width, c.bias)
+        self.out_proj = Linear(c.width, c.width, c.bias)
+
+    def construct(self, x_BNC: Tensor) -> Tensor:
+        B, N, C = x_BNC.shape
+        q = self.q_proj(x_BNC).reshape(B, N, self.heads, self.head_dim).transpose(0, 2, 1, 3)
+        k = self.k_proj(x_BNC).reshape(B, N, self.heads, self.head_dim).transpose(0, 2, 1, 3)
+        v = self.v_proj(x_BNC).reshape(B, N, self.heads, self.head_dim).transpose(0, 2, 1, 3)
+        out = attention_ops.attention(q, k, v, None, self.implementation)
+        return self.out_proj(out.transpose(0, 2, 1, 3).reshape(B, N, C))
+
+
+class VisionMLP(nn.Cell):
+    """`fc2(act(fc1 x))`, or gated: `fc2(act(gate_proj x) * fc1 x)`."""
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.activation = c.activation
+        self.gate_proj = Linear(c.width, c.mlp, c.bias) if c.gated_mlp else None
+        self.fc1 = Linear(c.width, c.mlp, c.bias)
+        self.fc2 = Linear(c.mlp, c.width, c.bias)
+
+    def construct(self, x: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            return self.fc2(activate(self.activation, self.fc1(x)))
+        return self.fc2(activate(self.activation, self.gate_proj(x)) * self.fc1(x))
+
+
+class VisionBlock(nn.Cell):
+    """A pre-norm transformer block, with InternViT's layer scale where the configuration has it."""
+
+    def __init__(self, c: VisionConfig, implementation: str):
+        super().__init__()
+        self.layer_norm1 = norm(c.norm, c.width, c.norm_eps)
+        self.self_attn = VisionAttention(c, implementation)
+        self.layer_norm2 = norm(c.norm, c.width, c.norm_eps)
+        self.mlp = VisionMLP(c)
+        self.layer_scale1 = parameter(c.width) if c.layer_scale else None
+        self.layer_scale2 = parameter(c.width) if c.layer_scale else None
+
+    def construct(self, x: Tensor) -> Tensor:
+        h = self.self_attn(self.layer_norm1(x))
+        if self.layer_scale1 is not None:
+            h = h * ops.cast(self.layer_scale1, h.dtype)
+        x = x + h
+        h = self.mlp(self.layer_norm2(x))
+        if self.layer_scale2 is not None:
+            h = h * ops.cast(self.layer_scale2, h.dtype)
+        return x + h
+
+
+class VisionBlocks(nn.Cell):
+    """Holds the blocks under the canonical path `encoder.layers`."""
+
+    def __init__(self, c: VisionConfig, implementation: str):
+        super().__init__()
+        self.layers = nn.CellList([VisionBlock(c, implementation) for _ in range(c.built_layers)])
+
+
+class VisionEncoder(nn.Cell):
+    """Patch features of images of one size.
+
+    `image_size` other than the configuration's resamples the position embeddings (bicubic). Blocks above `c.highest`
+    do not exist (see `VisionConfig`).
+    """
+
+    def __init__(self, c: VisionConfig, dtype: ms.Type, image_size: int | None = None, attention: str = "composed",
+                 recompute: bool = False):  # fmt: skip
+        super().__init__()
+        self.dtype, self.skip = dtype, int(c.class_token)
+        self.embeddings = VisionEmbeddings(c, image_size or c.image_size)
+        self.pre_layernorm = norm(c.norm, c.width, c.norm_eps) if c.pre_norm else None
+        self.encoder = VisionBlocks(c, attention)
+        self.post_layernorm = norm(c.norm, c.width, c.norm_eps) if c.highest == "final" else None
+        self.level, self.highest, self.penultimate = c.level, c.highest, c.layers - 2
+        self.mean = Tensor(c.mean, ms.float32).reshape(1, 3, 1, 1)
+        self.std = Tensor(c.std, ms.float32).reshape(1, 3, 1, 1)
+        if recompute:
+            for block in self.encoder.layers:
+                block.recompute()
+
+    def normalise(self, pixels_B3RR: Tensor) -> Tensor:
+        """uint8 pixels -> `(x / 255 - mean) / std` in the compute dtype."""
+        return ops.cast((ops.cast(pixels_B3RR, ms.float32) / 255 - self.mean) / self.std, self.dtype)
+
+    def construct(self, pixels_B3RR: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 pixels -> patch features `[B, N, C]` at `config.level` and at `config.highest`, class token dropped."""
+        x = self.embeddings(self.normalise(pixels_B3RR))
+        if self.pre_layernorm is not None:
+            x = self.pre_layernorm(x)
+        penultimate = x
+        for i, block in enumerate(self.encoder.layers):
+            x = block(x)
+            if i == self.penultimate:
+                penultimate = x
+        levels = {"penultimate": penultimate, "last": x}
+        if self.post_layernorm is not None:
+            levels["final"] = self.post_layernorm(x)
+        return levels[self.level][:, self.skip :], levels[self.highest][:, self.skip :]

@@ -1,0 +1,47 @@
+"""Self-distillation (paper section 4.3): MSE(teacher(crop), ROIAlign(student features)), and the EMA teacher.
+
+Departures where the paper is silent (SPEC, "Self-distillation"): the teacher moves once per optimizer step, in float32;
+the loss is the mean over elements, then over the valid boxes of the global batch.
+Layout letters: B rows, K boxes per row, N patches, C width, g cells along a side of the ROI grid, r crop side.
+"""
+import torch
+from torch import Tensor
+
+from pt_granvit.layers import wide
+from pt_granvit.ops import roi_align as roi_ops
+from pt_granvit.vision import VisionEncoder
+
+
+def teacher_features(teacher: VisionEncoder, crops_BK3rr: Tensor, grid: int) -> Tensor:
+    """The teacher's view of each crop, `[B, K, grid, grid, C]`, average-pooled where `grid` is below its own; no gradient."""
+    B, K = crops_BK3rr.shape[:2]
+    with torch.no_grad():
+        _, top = teacher(crops_BK3rr.flatten(0, 1))
+        own = round(top.shape[1] ** 0.5)
+        cell = own // grid
+        return top.reshape(B, K, grid, cell, grid, cell, -1).mean((3, 5))
+
+
+def distill_sums(student_BNC: Tensor, teacher_BKggC: Tensor, boxes_BK4: Tensor, weights_BK: Tensor,
+                 loss: str) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Summed distillation loss over the valid boxes, and the summed variance of the teacher's features (for the log), float32.
+
+    `mse`: mean over a box's elements of the squared difference. `cosine`: mean over its cells of 1 - cosine.
+    """
+    side = round(student_BNC.shape[1] ** 0.5)
+    student = wide(roi_ops.roi_align(student_BNC.unflatten(1, (side, side)), boxes_BK4, teacher_BKggC.shape[2]))
+    teacher = wide(teacher_BKggC)
+    if loss == "mse":
+        per_box = (teacher - student).square().mean((2, 3, 4))
+    else:
+        lengths = (teacher.square().sum(-1) * student.square().sum(-1) + 1e-12).sqrt()
+        per_box = (1 - (teacher * student).sum(-1) / lengths).mean((2, 3))
+    weights = weights_BK.to(per_box.dtype)
+    return (per_box * weights).sum(), (teacher.var((2, 3, 4), correction=0) * weights).sum()
+
+
+@torch.no_grad()
+def ema_(teacher: list[Tensor], student: list[Tensor], alpha: float) -> None:
+    """`teacher = alpha * teacher + (1 - alpha) * student`, in place, float32."""
+    torch._foreach_mul_(teacher, alpha)
+    torch._foreach_add_(teacher, student, alpha=1 - alpha)

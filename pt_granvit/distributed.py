@@ -1,0 +1,52 @@
+"""Data parallelism under torchrun: the process group, and sums over ranks."""
+import os
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+
+
+def choose_device(name: str) -> str:
+    """cpu, cuda or npu; `auto` takes the accelerator that is there. `ValueError` where the named one is not."""
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return "cuda"
+    if name == "npu" or (name == "auto" and os.environ.get("ASCEND_HOME_PATH")):
+        try:
+            import torch_npu  # noqa: F401 (registers torch.npu)
+        except (ImportError, RuntimeError, OSError) as error:
+            raise ValueError(f"runtime.device {name}: torch_npu cannot be imported ({error}); install it with CANN") from None
+        return "npu"
+    if name == "cuda":
+        raise ValueError("runtime.device cuda: PyTorch sees no CUDA device; use runtime.device=cpu or a CUDA build of torch")
+    return "cpu"
+
+
+def initialise(device: str) -> tuple[int, int]:
+    """Joins torchrun's process group where there is one; returns rank and number of ranks."""
+    if device != "cpu":
+        getattr(torch, device).set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    dist.init_process_group(BACKENDS[device])
+    return dist.get_rank(), dist.get_world_size()
+
+
+def all_sum_(tensor: Tensor) -> Tensor:
+    """Sums over the ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_sum(values: np.ndarray, device: str) -> np.ndarray:
+    """Sum of a small float32 vector over the ranks."""
+    return all_sum_(torch.from_numpy(values.astype(np.float32)).to(device)).cpu().numpy()
+
+
+def finalise() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,154 @@
+"""The PyTorch engine: one training step, state in and out, generation (see `granvit.engine.TrainEngine`)."""
+from collections.abc import Iterable, Iterator, Sequence
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from granvit.config import RunConfig
+from granvit.data.batch import Batch, PromptBatch
+from granvit.engine import Group, NonFiniteLoss, Scalars, StepResult
+from granvit.models import LanguageConfig, VisionConfig, part_of
+from pt_granvit import distributed
+from pt_granvit.distill import distill_sums, ema_, teacher_features
+from pt_granvit.generate import greedy
+from pt_granvit.model import GranViT
+from pt_granvit.objective import caption_sum
+from pt_granvit.ops import attention as attention_ops
+from pt_granvit.optimizer import AdamW, FlatParameters
+from pt_granvit.vision import VisionEncoder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def to_torch(array: np.ndarray) -> Tensor:
+    """A numpy array (bfloat16 as `ml_dtypes.bfloat16`) as a tensor, bit for bit."""
+    array = np.ascontiguousarray(array)
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """The reverse of `to_torch`: a copy on the host."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
+    return tensor.numpy().copy()
+
+
+class Engine:
+    """`granvit.engine.TrainEngine` over PyTorch, replicated data parallel."""
+
+    def __init__(self, config: RunConfig, vision: VisionConfig, language: LanguageConfig,
+                 start: Iterable[tuple[str, np.ndarray]]):  # fmt: skip
+        runtime, stage = config.runtime, config.stage_spec
+        self.config, self.stage, self.vision = config, stage, vision
+        self.device = distributed.choose_device(runtime.device)
+        self.rank, self.world = distributed.initialise(self.device)
+        self.dtype = DTYPES[runtime.compute]
+        attention = attention_ops.choose(runtime.attention, self.device)
+        self.implementations = {"attention": attention, "roi_align": "separable matmul"}
+        self.compilations: dict[str, int] = {}  # eager
+        masters = torch.float64 if self.dtype == torch.float64 else torch.float32
+        with torch.device(self.device):
+            self.model = GranViT(vision, language, self.dtype, attention, runtime.recompute, stage.blind)
+        for name, parameter in self.model.named_parameters():
+            trained = part_of(name) in stage.trains
+            parameter.requires_grad_(trained)
+            parameter.data = torch.empty_like(parameter, dtype=masters if trained else self.dtype)
+        self._copy(self.model, start)
+        self.trained = FlatParameters((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
+        self.optimizer = AdamW(self.trained, config.optimizer)
+        self.teacher: VisionEncoder | None = None
+        if stage.distill:
+            with torch.device(self.device):
+                self.teacher = VisionEncoder(vision, self.dtype, config.crop_size(vision), attention)
+            self.teacher.requires_grad_(False).to(masters)
+            self._copy(self.teacher, self.model.vision.named_parameters())
+
+    def step(self, micro_batches: Sequence[Batch], scalars: Scalars) -> StepResult:
+        """Forward and backward over the micro-batches, sum over ranks, clip, AdamW, EMA."""
+        sums = self.trained.values.new_zeros(3)  # caption, distillation, feature variance
+        own_losses = []
+        for batch in micro_batches:
+            caption, distill, variance = self._forward(batch)
+            caption, distill = caption / max(scalars.tokens, 1), distill / max(scalars.boxes, 1)
+            loss = caption + self.config.distill.weight * distill
+            loss.backward()
+            sums += torch.stack([caption, distill, variance / max(scalars.boxes, 1)]).detach()
+            own_losses.append(loss.detach())
+        distributed.all_sum_(sums)
+        distributed.all_sum_(self.trained.gradients)
+        grad_norm = torch.linalg.vector_norm(self.trained.gradients)
+        caption, distill, variance = sums.tolist()
+        loss = caption + self.config.distill.weight * distill
+        if not np.isfinite([loss, grad_norm.item()]).all():
+            self.trained.gradients.zero_()
+            culprits = [i for i, own in enumerate(own_losses) if not torch.isfinite(own)]
+            raise NonFiniteLoss(f"loss {loss}, gradient norm {grad_norm.item()}", culprits)
+        self.optimizer.step(scalars.step, scalars.learning_rate, grad_norm)
+        if self.teacher is not None:
+            ema_(list(self.teacher.parameters()), list(self.model.vision.parameters()), scalars.alpha)
+        return StepResult(loss, caption, distill, grad_norm.item(), variance**0.5)
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Summed caption loss, summed distillation loss, summed variance of the teacher's features."""
+        logits, top = self.model(
+            self._put(batch.pixels_B3RR), self._put(batch.image_weights_B), self._ids(batch.token_ids_BS),
+            self._ids(batch.positions_BS), self._ids(batch.segments_BS), self._ids(batch.image_positions_BN),
+            self._ids(batch.answer_positions_BA),
+        )  # fmt: skip
+        caption = caption_sum(logits, self._ids(batch.answer_targets_BA), self._put(batch.answer_weights_BA))
+        if self.teacher is None:
+            return caption, torch.zeros_like(caption), torch.zeros_like(caption)
+        own_grid = self.config.crop_size(self.vision) // self.vision.patch_size
+        target = teacher_features(self.teacher, self._put(batch.crops_BK3rr), self.config.distill.grid or own_grid)
+        boxes, weights = self._put(batch.boxes_BK4), self._put(batch.box_weights_BK)
+        return caption, *distill_sums(top, target, boxes, weights, self.config.distill.loss)
+
+    def all_sum(self, values: np.ndarray) -> np.ndarray:
+        """Sum of a small float32 vector over the ranks."""
+        return distributed.all_sum(values, self.device)
+
+    def tensors(self, group: Group) -> Iterator[tuple[str, np.ndarray]]:
+        """One group's tensors under the parameters' names."""
+        for name, tensor in self._group(group).items():
+            yield name, to_numpy(tensor)
+
+    def load(self, group: Group, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+        """Replaces one group's tensors."""
+        into = self._group(group)
+        with torch.no_grad():
+            for name, array in tensors:
+                into[name].copy_(to_torch(array))
+
+    def generate(self, prompts: PromptBatch, max_new_tokens: int, stop_token: int) -> np.ndarray:
+        """Greedy continuation, int32 `[B, max_new_tokens]`."""
+        return greedy(self.model, prompts, max_new_tokens, stop_token, self.device)
+
+    def close(self) -> None:
+        """Leaves the process group."""
+        distributed.finalise()
+
+    def _group(self, group: Group) -> dict[str, Tensor]:
+        if group == "model":
+            return dict(self.model.named_parameters())
+        if group == "teacher":
+            return {} if self.teacher is None else {f"teacher.{n}": p for n, p in self.teacher.named_parameters()}
+        moment = self.optimizer.first_moment if group == "first_moment" else self.optimizer.second_moment
+        return self.trained.views(moment)
+
+    def _copy(self, module: nn.Module, tensors: Iterable[tuple[str, np.ndarray | Tensor]]) -> None:
+        missing = dict(module.named_parameters())
+        with torch.no_grad():
+            for name, value in tensors:
+                missing.pop(name).copy_(value if isinstance(value, Tensor) else to_torch(value))
+        assert not missing, f"no start value for {sorted(missing)[:5]}"
+
+    def _put(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def _ids(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).long().to(self.device)

@@ -1,0 +1,35 @@
+"""Greedy generation with a key-value cache."""
+import numpy as np
+import torch
+
+from granvit.data.batch import PromptBatch
+from pt_granvit.model import GranViT
+
+
+@torch.no_grad()
+def greedy(model: GranViT, prompts: PromptBatch, max_new_tokens: int, stop_token: int, device: str) -> np.ndarray:
+    """The most probable continuation of each row, int32 `[B, max_new_tokens]`; `stop_token` fills what follows the first one."""
+    put = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
+    token_ids, lengths = put(prompts.token_ids_BS).long(), put(prompts.lengths_B).long()
+    B, S = token_ids.shape
+    c, decoder = model.language.config, model.language
+    keys = torch.zeros(c.layers, B, c.kv_heads, S + max_new_tokens, c.head_dim, dtype=decoder.dtype, device=device)
+    values = torch.zeros_like(keys)
+    shown = torch.ones(B, device=device)
+    inputs, _ = model.inputs(put(prompts.pixels_B3RR), shown, token_ids, put(prompts.image_positions_BN).long())
+    positions = torch.arange(S, device=device).expand(B, S)
+    hidden, keys, values = decoder.forward_cached(inputs, positions, positions < lengths[:, None], keys, values)
+    hidden = hidden[torch.arange(B, device=device), lengths - 1]
+    everyone = torch.ones(B, 1, dtype=torch.bool, device=device)
+    out = np.full((B, max_new_tokens), stop_token, np.int32)
+    ended = np.zeros(B, bool)
+    for t in range(max_new_tokens):
+        chosen = decoder.head(hidden).argmax(-1)
+        out[:, t] = np.where(ended, stop_token, chosen.cpu().numpy())
+        ended |= out[:, t] == stop_token
+        if ended.all() or t + 1 == max_new_tokens:
+            break
+        inputs = decoder.embed(chosen[:, None])
+        hidden, keys, values = decoder.forward_cached(inputs, (lengths + t)[:, None], everyone, keys, values)
+        hidden = hidden[:, 0]
+    return out

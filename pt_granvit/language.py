@@ -1,0 +1,145 @@
+"""CausalDecoder: Qwen2.5 and Llama-3 (RMSNorm, RoPE, grouped-query attention, SwiGLU).
+
+Layout letters: B rows, S sequence, L cache slots, C width, D head width, V vocabulary.
+"""
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from granvit.models import LanguageConfig
+from pt_granvit.layers import Embedding, Linear, RMSNorm, activate
+from pt_granvit.ops import attention as attention_ops
+
+
+def rotary(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine `[B, 1, S, D]` of rotary position embedding (rotate-half layout), computed in float32 at least."""
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    exponent = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=exact) / head_dim
+    angles = positions_BS[:, None, :, None].to(exact) * theta**-exponent
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Applies RoPE: the first half of the head's width is paired with the second."""
+    half = x_BHSD.shape[-1] // 2
+    turned = torch.cat([-x_BHSD[..., half:], x_BHSD[..., :half]], dim=-1)
+    return x_BHSD * cos + turned * sin
+
+
+class LanguageAttention(nn.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    def __init__(self, c: LanguageConfig, implementation: str):
+        super().__init__()
+        self.head_dim, self.implementation = c.head_dim, implementation
+        self.q_proj = Linear(c.width, c.heads * c.head_dim, c.qkv_bias)
+        self.k_proj = Linear(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
+        self.v_proj = Linear(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
+        self.o_proj = Linear(c.heads * c.head_dim, c.width, False)
+
+    def project(self, x_BSC: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries `[B, H, S, D]`, rotated keys and values `[B, KV, S, D]`."""
+        q, k, v = (p(x_BSC).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        out = attention_ops.attention(q, k, v, mask, self.implementation)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class LanguageMLP(nn.Module):
+    """SwiGLU: `down(silu(gate x) * up x)`."""
+
+    def __init__(self, c: LanguageConfig):
+        super().__init__()
+        self.gate_proj = Linear(c.width, c.mlp, False)
+        self.up_proj = Linear(c.width, c.mlp, False)
+        self.down_proj = Linear(c.mlp, c.width, False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(activate("silu", self.gate_proj(x)) * self.up_proj(x))
+
+
+class LanguageBlock(nn.Module):
+    """A pre-norm decoder block."""
+
+    def __init__(self, c: LanguageConfig, implementation: str):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.width, c.norm_eps)
+        self.self_attn = LanguageAttention(c, implementation)
+        self.post_attention_layernorm = RMSNorm(c.width, c.norm_eps)
+        self.mlp = LanguageMLP(c)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = self.self_attn.project(self.input_layernorm(x), cos, sin)
+        x = x + self.self_attn.attend(q, k, v, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward_cached(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, keys: Tensor, values: Tensor,
+                       slots_BSL: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """As `forward`, over a cache `[B, KV, L, D]` into which the new keys and values are written at one-hot slots."""
+        q, k, v = self.self_attn.project(self.input_layernorm(x), cos, sin)
+        into = slots_BSL.transpose(1, 2)[:, None].to(x.dtype)
+        keys, values = keys + into @ k, values + into @ v
+        x = x + self.self_attn.attend(q, keys, values, mask)
+        return x + self.mlp(self.post_attention_layernorm(x)), keys, values
+
+
+class DecoderModel(nn.Module):
+    """Embeddings, blocks and the closing norm, under the canonical path `model`."""
+
+    def __init__(self, c: LanguageConfig, implementation: str):
+        super().__init__()
+        self.embed_tokens = Embedding(c.vocab, c.width)
+        self.layers = nn.ModuleList(LanguageBlock(c, implementation) for _ in range(c.layers))
+        self.norm = RMSNorm(c.width, c.norm_eps)
+
+
+class CausalDecoder(nn.Module):
+    """A decoder over input embeddings, so that image tokens can stand among text tokens."""
+
+    def __init__(self, c: LanguageConfig, dtype: torch.dtype, attention: str = "sdpa", recompute: bool = False):
+        super().__init__()
+        self.config, self.dtype, self.recompute = c, dtype, recompute
+        self.model = DecoderModel(c, attention)
+        self.lm_head = None if c.tied_head else Linear(c.width, c.vocab, False)
+
+    def embed(self, token_ids_BS: Tensor) -> Tensor:
+        """Token embeddings `[B, S, C]` in the compute dtype."""
+        return self.model.embed_tokens(token_ids_BS).to(self.dtype)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., V]` of hidden states that have passed the closing norm."""
+        if self.lm_head is not None:
+            return self.lm_head(hidden)
+        return torch.nn.functional.linear(hidden, self.model.embed_tokens.weight.to(hidden.dtype))
+
+    def forward(self, inputs_BSC: Tensor, positions_BS: Tensor, segments_BS: Tensor) -> Tensor:
+        """Hidden states `[B, S, C]` after the closing norm, under the shared-prefix mask."""
+        cos, sin = rotary(positions_BS, self.config.head_dim, self.config.rope_theta, self.dtype)
+        mask = attention_ops.shared_prefix_mask(segments_BS)
+        x = inputs_BSC
+        for block in self.model.layers:
+            if self.recompute and self.training:
+                x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, mask)
+        return self.model.norm(x)
+
+    def forward_cached(self, inputs_BSC: Tensor, positions_BS: Tensor, valid_BS: Tensor, keys: Tensor,
+                       values: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """As `forward` for one causal segment whose positions are its cache slots, with caches `[layers, B, KV, L, D]`.
+
+        Slots of tokens that are not valid (padding) stay empty. Returns hidden states and the caches.
+        """
+        cos, sin = rotary(positions_BS, self.config.head_dim, self.config.rope_theta, self.dtype)
+        slots = torch.arange(keys.shape[3], device=keys.device)
+        mask = (slots <= positions_BS[..., None])[:, None]
+        slots_BSL = (slots == positions_BS[..., None]) & valid_BS[..., None]
+        x, all_keys, all_values = inputs_BSC, [], []
+        for i, block in enumerate(self.model.layers):
+            x, k, v = block.forward_cached(x, cos, sin, mask, keys[i], values[i], slots_BSL)
+            all_keys.append(k)
+            all_values.append(v)
+        return self.model.norm(x), torch.stack(all_keys), torch.stack(all_values)

@@ -1,0 +1,77 @@
+"""Building blocks with the canonical parameter names. Weights are cast to the activations' dtype where they are used, so a
+float32 master serves a bfloat16 forward pass; norms compute in float32 (float64 where the activations are)."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 if it is that already: the dtype of norms, softmax and losses."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class Linear(nn.Module):
+    """`x @ weight.T + bias`, weight `[out, in]`."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Embedding(nn.Module):
+    """A table `[rows, width]`."""
+
+    def __init__(self, rows: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, width))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = wide(x)
+        return F.layer_norm(h, h.shape[-1:], self.weight.to(h.dtype), self.bias.to(h.dtype), self.eps).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = wide(x)
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return (h * self.weight.to(h.dtype)).to(x.dtype)
+
+
+def norm(kind: str, width: int, eps: float) -> nn.Module:
+    """The norm that a configuration calls `layer` or `rms`."""
+    return LayerNorm(width, eps) if kind == "layer" else RMSNorm(width, eps)
+
+
+def activate(kind: str, x: Tensor) -> Tensor:
+    """`gelu_tanh` (SigLIP), `gelu` (exact), `quick_gelu` (CLIP: x sigmoid(1.702 x)), `silu`."""
+    if kind == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if kind == "gelu":
+        return F.gelu(x)
+    if kind == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    return F.silu(x)

@@ -1,0 +1,60 @@
+"""Attention: one signature, several implementations, chosen by device when the model is built."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pt_granvit.layers import wide
+
+
+def shared_prefix_mask(segments_BS: Tensor) -> Tensor:
+    """Boolean `[B, 1, S, S]`, true where query i may see key j: j <= i and the key's segment is 0 (the prefix) or i's own."""
+    keys, queries = segments_BS[:, None, :], segments_BS[:, :, None]
+    order = torch.arange(segments_BS.shape[1], device=segments_BS.device)
+    causal = order[None, :] <= order[:, None]
+    return (causal & ((keys == 0) | (keys == queries)))[:, None]
+
+
+def composed(q_BHSD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, mask: Tensor | None) -> Tensor:
+    """Matrix product, softmax in float32, matrix product."""
+    scores = wide(torch.matmul(q_BHSD, k_BHLD.transpose(-1, -2)) * q_BHSD.shape[-1] ** -0.5)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return torch.matmul(scores.softmax(-1).to(v_BHLD.dtype), v_BHLD)
+
+
+def sdpa(q_BHSD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, mask: Tensor | None) -> Tensor:
+    """PyTorch's fused kernel for the device at hand."""
+    return F.scaled_dot_product_attention(q_BHSD, k_BHLD, v_BHLD, attn_mask=mask)
+
+
+def npu_fusion(q_BHSD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, mask: Tensor | None) -> Tensor:
+    """CANN's fused kernel (`torch_npu.npu_fusion_attention`; its mask is true where a key is discarded)."""
+    import torch_npu
+
+    return torch_npu.npu_fusion_attention(
+        q_BHSD, k_BHLD, v_BHLD, q_BHSD.shape[1], "BNSD", atten_mask=None if mask is None else ~mask,
+        scale=q_BHSD.shape[-1] ** -0.5,
+    )[0]  # fmt: skip
+
+
+IMPLEMENTATIONS = {"composed": composed, "sdpa": sdpa, "npu_fusion": npu_fusion}
+
+
+def choose(name: str, device: str) -> str:
+    """The implementation called `name`, or for `auto` the best that `device` (cpu, cuda, npu) supports."""
+    if name == "auto":
+        return "npu_fusion" if device == "npu" else "sdpa"
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"runtime.attention {name!r} is not one of auto, {', '.join(IMPLEMENTATIONS)}")
+    return name
+
+
+def attention(q_BHSD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, mask: Tensor | None, implementation: str) -> Tensor:
+    """`softmax(q k^T / sqrt(D)) v`, `[B, H, S, D]`; boolean mask `[B, 1, S, L]`, true where attention is allowed.
+
+    Fewer key heads than query heads means grouped-query attention: query head h uses key head h // (H / KV).
+    """
+    groups = q_BHSD.shape[1] // k_BHLD.shape[1]
+    if groups > 1:
+        k_BHLD, v_BHLD = (t.repeat_interleave(groups, dim=1) for t in (k_BHLD, v_BHLD))
+    return IMPLEMENTATIONS[implementation](q_BHSD, k_BHLD, v_BHLD, mask)

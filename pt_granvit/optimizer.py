@@ -1,0 +1,57 @@
+"""AdamW with clipping by global norm over one flat buffer.
+
+Every trained parameter, its gradient and its two moments are views into flat buffers, so the all-reduce, the norm and the
+update are each one pass over memory.
+"""
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from granvit.config import OptimizerSection
+
+
+class FlatParameters:
+    """Moves parameters into one flat buffer (matrices first: weight decay applies to that slice alone)."""
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]]):
+        self.named = sorted(named, key=lambda pair: pair[1].ndim < 2)
+        sizes = [p.numel() for _, p in self.named]
+        self.decayed = sum(p.numel() for _, p in self.named if p.ndim >= 2)
+        like = self.named[0][1]
+        self.values = torch.empty(sum(sizes), dtype=like.dtype, device=like.device)
+        self.gradients = torch.zeros_like(self.values)
+        for (_, parameter), value, gradient in zip(
+            self.named, self.values.split(sizes), self.gradients.split(sizes), strict=True
+        ):
+            value.copy_(parameter.detach().reshape(-1))
+            parameter.data = value.view(parameter.shape)
+            parameter.grad = gradient.view(parameter.shape)
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """A flat buffer as the parameters' names and shapes."""
+        sizes = [p.numel() for _, p in self.named]
+        return {name: part.view(p.shape) for (name, p), part in zip(self.named, flat.split(sizes), strict=True)}
+
+
+class AdamW:
+    """Decoupled weight decay (Loshchilov & Hutter 2019), bias-corrected, on float32 masters."""
+
+    def __init__(self, parameters: FlatParameters, config: OptimizerSection):
+        self.parameters, self.config = parameters, config
+        self.first_moment = torch.zeros_like(parameters.values)
+        self.second_moment = torch.zeros_like(parameters.values)
+
+    @torch.no_grad()
+    def step(self, step: int, learning_rate: float, grad_norm: Tensor) -> None:
+        """One update from the accumulated gradients, which are clipped to `clip_norm` and then zeroed; `step` counts from 1."""
+        c, p = self.config, self.parameters
+        g, m, v = p.gradients, self.first_moment, self.second_moment
+        g.mul_((c.clip_norm / (grad_norm + 1e-6)).clamp(max=1.0))
+        m.lerp_(g, 1 - c.betas[0])
+        v.mul_(c.betas[1]).addcmul_(g, g, value=1 - c.betas[1])
+        if c.weight_decay:
+            p.values[: p.decayed].mul_(1 - learning_rate * c.weight_decay)
+        correction1, correction2 = 1 - c.betas[0] ** step, 1 - c.betas[1] ** step
+        p.values.addcdiv_(m, (v / correction2).sqrt_().add_(c.eps), value=-learning_rate / correction1)
+        g.zero_()

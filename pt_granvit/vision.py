@@ -1,0 +1,158 @@
+"""VisionEncoder: every encoder row of the paper is one `VisionConfig`.
+
+Layout letters: B images, N patches, C width, R image side.
+"""
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from granvit.interpolate import position_matrix
+from granvit.models import VisionConfig
+from pt_granvit.layers import Embedding, Linear, activate, norm
+from pt_granvit.ops import attention as attention_ops
+
+
+class PatchEmbedding(nn.Module):
+    """A convolution whose stride is its kernel, as one matrix product over flattened patches."""
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.patch = c.patch_size
+        self.weight = nn.Parameter(torch.empty(c.width, 3, c.patch_size, c.patch_size))
+        self.bias = nn.Parameter(torch.empty(c.width)) if c.patch_bias else None
+
+    def forward(self, pixels_B3RR: Tensor) -> Tensor:
+        B, grid, p = pixels_B3RR.shape[0], pixels_B3RR.shape[2] // self.patch, self.patch
+        patches = pixels_B3RR.reshape(B, 3, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5).reshape(B, grid * grid, 3 * p * p)
+        weight = self.weight.reshape(self.weight.shape[0], -1).to(patches.dtype)
+        return torch.nn.functional.linear(patches, weight, None if self.bias is None else self.bias.to(patches.dtype))
+
+
+class VisionEmbeddings(nn.Module):
+    """Patches, class token, positions."""
+
+    def __init__(self, c: VisionConfig, image_size: int):
+        super().__init__()
+        self.patch_embedding = PatchEmbedding(c)
+        self.patch_norm = norm(c.norm, c.width, c.norm_eps) if c.patch_norm else None
+        self.class_embedding = nn.Parameter(torch.empty(c.width)) if c.class_token else None
+        self.position_embedding = Embedding(c.patches + c.class_token, c.width)
+        grid = image_size // c.patch_size
+        resample = None if grid == c.grid else torch.from_numpy(position_matrix(c.grid, grid))
+        self.register_buffer("resample", resample, persistent=False)
+
+    def positions(self) -> Tensor:
+        """Position embeddings `[1, N (+1), C]`, resampled to this image size."""
+        table = self.position_embedding.weight
+        if self.resample is None:
+            return table[None]
+        classes = table.shape[0] - self.resample.shape[1]
+        return torch.cat([table[:classes], self.resample.to(table.dtype) @ table[classes:]])[None]
+
+    def forward(self, pixels_B3RR: Tensor) -> Tensor:
+        x = self.patch_embedding(pixels_B3RR)
+        if self.patch_norm is not None:
+            x = self.patch_norm(x)
+        if self.class_embedding is not None:
+            x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
+        return x + self.positions().to(x.dtype)
+
+
+class VisionAttention(nn.Module):
+    """Multi-head self-attention over all tokens of one image."""
+
+    def __init__(self, c: VisionConfig, implementation: str):
+        super().__init__()
+        self.heads, self.implementation = c.heads, implementation
+        self.q_proj = Linear(c.width, c.width, c.bias)
+        self.k_proj = Linear(c.width, c.width, c.bias)
+        self.v_proj = Linear(c.width, c.width, c.bias)
+        self.out_proj = Linear(c.width, c.width, c.bias)
+
+    def forward(self, x_BNC: Tensor) -> Tensor:
+        q, k, v = (p(x_BNC).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        out = attention_ops.attention(q, k, v, None, self.implementation)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class VisionMLP(nn.Module):
+    """`fc2(act(fc1 x))`, or gated: `fc2(act(gate_proj x) * fc1 x)`."""
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.activation = c.activation
+        self.gate_proj = Linear(c.width, c.mlp, c.bias) if c.gated_mlp else None
+        self.fc1 = Linear(c.width, c.mlp, c.bias)
+        self.fc2 = Linear(c.mlp, c.width, c.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            return self.fc2(activate(self.activation, self.fc1(x)))
+        return self.fc2(activate(self.activation, self.gate_proj(x)) * self.fc1(x))
+
+
+class VisionBlock(nn.Module):
+    """A pre-norm transformer block, with InternViT's layer scale where the configuration has it."""
+
+    def __init__(self, c: VisionConfig, implementation: str):
+        super().__init__()
+        self.layer_norm1 = norm(c.norm, c.width, c.norm_eps)
+        self.self_attn = VisionAttention(c, implementation)
+        self.layer_norm2 = norm(c.norm, c.width, c.norm_eps)
+        self.mlp = VisionMLP(c)
+        self.layer_scale1 = nn.Parameter(torch.empty(c.width)) if c.layer_scale else None
+        self.layer_scale2 = nn.Parameter(torch.empty(c.width)) if c.layer_scale else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.self_attn(self.layer_norm1(x))
+        x = x + (h if self.layer_scale1 is None else h * self.layer_scale1.to(h.dtype))
+        h = self.mlp(self.layer_norm2(x))
+        return x + (h if self.layer_scale2 is None else h * self.layer_scale2.to(h.dtype))
+
+
+class VisionBlocks(nn.Module):
+    """Holds the blocks under the canonical path `encoder.layers`."""
+
+    def __init__(self, c: VisionConfig, implementation: str):
+        super().__init__()
+        self.layers = nn.ModuleList(VisionBlock(c, implementation) for _ in range(c.built_layers))
+
+
+class VisionEncoder(nn.Module):
+    """Patch features of images of one size.
+
+    `image_size` other than the configuration's resamples the position embeddings (bicubic). Blocks above `c.highest`
+    do not exist (see `VisionConfig`).
+    """
+
+    def __init__(self, c: VisionConfig, dtype: torch.dtype, image_size: int | None = None, attention: str = "sdpa",
+                 recompute: bool = False):  # fmt: skip
+        super().__init__()
+        self.config, self.dtype, self.recompute = c, dtype, recompute
+        self.embeddings = VisionEmbeddings(c, image_size or c.image_size)
+        self.pre_layernorm = norm(c.norm, c.width, c.norm_eps) if c.pre_norm else None
+        self.encoder = VisionBlocks(c, attention)
+        self.post_layernorm = norm(c.norm, c.width, c.norm_eps) if c.highest == "final" else None
+        self.register_buffer("mean", torch.tensor(c.mean).reshape(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(c.std).reshape(1, 3, 1, 1), persistent=False)
+
+    def normalise(self, pixels_B3RR: Tensor) -> Tensor:
+        """uint8 pixels -> `(x / 255 - mean) / std` in the compute dtype."""
+        exact = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return ((pixels_B3RR.to(exact) / 255 - self.mean.to(exact)) / self.std.to(exact)).to(self.dtype)
+
+    def forward(self, pixels_B3RR: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 pixels -> patch features `[B, N, C]` at `config.level` and at `config.highest`, class token dropped."""
+        x = self.embeddings(self.normalise(pixels_B3RR))
+        if self.pre_layernorm is not None:
+            x = self.pre_layernorm(x)
+        levels = {}
+        for i, block in enumerate(self.encoder.layers):
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
+            if i == self.config.layers - 2:
+                levels["penultimate"] = x
+        levels["last"] = x
+        if self.post_layernorm is not None:
+            levels["final"] = self.post_layernorm(x)
+        skip = int(self.config.class_token)
+        return levels[self.config.level][:, skip:], levels[self.config.highest][:, skip:]

@@ -1,0 +1,128 @@
+"""Rules that hold the house together."""
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from granvit.config import CONFIGS, differences, dump_config, language_config, load_config, parse_config, vision_config
+from granvit.init import initial_values
+from granvit.models import VisionConfig, parameter_shapes
+from tests.helpers import run_config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of everything a file imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize(
+    "package, foreign",
+    [("granvit", {"torch", "mindspore"}), ("ms_granvit", {"torch", "pt_granvit"}), ("pt_granvit", {"mindspore", "ms_granvit"})],
+)
+def test_packages_do_not_import_each_others_framework(package, foreign):
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    for path in files:
+        assert not imported(path) & foreign, path
+
+
+def test_the_twins_have_the_same_files():
+    ours, theirs = ({p.relative_to(ROOT / d) for p in (ROOT / d).rglob("*.py")} for d in ("ms_granvit", "pt_granvit"))
+    assert ours == theirs
+
+
+def test_full_size_rows_have_the_published_parameter_counts():
+    """SPEC sections 2 and 3: 428.8M with the 27th block, the closing norm and the MAP head, which are not built; 1.544B."""
+    vision, language = vision_config("siglip2-so400m-patch16-512"), language_config("qwen2.5-1.5b")
+    count = {"vision": 0, "language": 0, "projector": 0}
+    for name, shape in parameter_shapes(vision, language).items():
+        count[name.split(".")[0]] += int(np.prod(shape))
+    block = 4 * (1152 * 1152 + 1152) + 2 * 1152 * 4304 + 4304 + 1152 + 4 * 1152
+    head = block - 1152  # one norm fewer, and the probe
+    assert round((count["vision"] + block + 2 * 1152 + head) / 1e6, 1) == 428.8
+    assert round(count["language"] / 1e9, 3) == 1.544
+
+
+def test_start_values_depend_on_seed_and_name_alone():
+    shapes = parameter_shapes(vision_config("tiny-vision"), language_config("tiny-language"))
+    whole = initial_values(shapes, 7)
+    name = "vision.encoder.layers.1.mlp.fc1.weight"
+    np.testing.assert_array_equal(initial_values({name: shapes[name]}, 7)[name], whole[name])
+    assert not np.array_equal(initial_values({name: shapes[name]}, 8)[name], whole[name])
+
+
+def test_unknown_keys_are_named_with_the_nearest_valid_one(tmp_path):
+    path = tmp_path / "run.yaml"
+    tree = yaml.safe_load(dump_config(run_config()))
+    tree["optimizer"]["learning_rat"] = 1
+    tree["trian"] = {"steps": 3}
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ValueError, match=r"unknown key 'optimizer.learning_rat'.*unknown key 'trian'; did you mean 'train'"):
+        load_config(path)
+    with pytest.raises(ValueError, match=r"unknown key 'train.step'; did you mean 'train.steps'"):
+        parse_config({**yaml.safe_load(dump_config(run_config())), "train": {"step": 3}}, "run.yaml")
+
+
+def test_overrides_bases_and_round_trip(tmp_path):
+    (tmp_path / "base.yaml").write_text(dump_config(run_config()))
+    (tmp_path / "run.yaml").write_text("base: base.yaml\ntrain: {steps: 9}\n")
+    config = load_config(tmp_path / "run.yaml", ["optimizer.lr=3e-4", "data.mix={bbox2caption: 0.5}", "distill.grid=2"])
+    assert (config.train.steps, config.train.micro_batch, config.optimizer.lr) == (9, 2, 3e-4)
+    assert config.stage_spec.mix == {"bbox2caption": 0.5}
+    assert parse_config(yaml.safe_load(dump_config(config)), "again") == config
+    assert differences(run_config(), config)[:1] == ["data.mix: None -> {'bbox2caption': 0.5}"]
+    with pytest.raises(ValueError, match="key=value"):
+        load_config(tmp_path / "run.yaml", ["train.steps"])
+    with pytest.raises(ValueError, match=r"train\.steps: Input should be greater than 0"):
+        load_config(tmp_path / "run.yaml", ["train.steps=0"])
+
+
+def test_files_that_are_not_configurations(tmp_path):
+    with pytest.raises(ValueError, match=r"nothing\.yaml: no such file"):
+        load_config(tmp_path / "nothing.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ValueError, match=r"list\.yaml: expected a mapping"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1\n")
+    with pytest.raises(ValueError, match=r"bad\.yaml: not valid YAML"):
+        load_config(tmp_path / "bad.yaml")
+
+
+def test_a_model_that_is_not_there_is_named_with_the_nearest():
+    with pytest.raises(ValueError, match=r"did you mean 'siglip2-so400m-patch16-512'"):
+        vision_config("siglip2-so400m")
+    with pytest.raises(ValueError, match="not a VisionConfig"):
+        vision_config("tiny-language")
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "models").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_models_load(path):
+    try:
+        assert vision_config(path.stem).name == path.stem
+    except ValueError as error:
+        assert "not a VisionConfig" in str(error)
+        assert language_config(path.stem).name == path.stem
+
+
+def test_levels_say_how_many_blocks_exist():
+    row = vision_config("tiny-vision").model_dump()
+    for level, blocks in (("penultimate", 2), ("last", 3), ("final", 3)):
+        assert VisionConfig(**{**row, "level": level}).built_layers == blocks
+    with pytest.raises(ValueError, match="below"):
+        VisionConfig(**{**row, "level": "last", "top": "penultimate"})
+
+
+def test_a_global_batch_that_does_not_divide_says_so():
+    with pytest.raises(ValueError, match=r"3 rank\(s\) x train.micro_batch 2"):
+        run_config().local_micro_batches(3)
+    assert run_config(train={"global_batch": 32}).local_micro_batches(2) == 4

@@ -1,0 +1,233 @@
+"""What both engines must do, asked of each through `TrainEngine` alone; and that they do the same.
+
+One engine of each framework is built and compiled once (`engine`); `reset` gives it the start weights back.
+"""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from granvit.config import resolve_models
+from granvit.data.batch import Batch, PromptBatch
+from granvit.engine import NonFiniteLoss, Scalars
+from granvit.init import initial_values
+from granvit.models import language_shapes, parameter_shapes, part_of, projector_shapes, vision_shapes
+from tests.helpers import PREFIX_AFTER, PREFIX_BEFORE, random_batch, run_config, separate_rows
+
+LENGTH, ANSWERS, ROWS, REGIONS = 72, 20, 2, 6
+BIG = 1e9  # a clip norm that never clips: the first moment after one step is then 0.1 times the gradient
+
+
+def make_engine(framework: str, **sections):
+    """An engine on the tiny models with random weights of seed 0."""
+    pytest.importorskip({"torch": "torch", "mindspore": "mindspore"}[framework])
+    if framework == "torch":
+        from pt_granvit.engine import Engine
+    else:
+        from ms_granvit.engine import Engine
+    sections = {"data": {"regions_per_row": REGIONS}, "train": {"global_batch": 12}, **sections}
+    config = run_config(**sections)
+    vision, language = resolve_models(config)
+    start = {name: value for name, value in start_values(vision, language).items()}
+    return Engine(config, vision, language, start.items())
+
+
+def start_values(vision, language) -> dict[str, np.ndarray]:
+    """Random weights that make faults visible: embeddings of size 1, norms and biases away from 1 and 0."""
+    values = initial_values(parameter_shapes(vision, language), 0)
+    values["language.model.embed_tokens.weight"] *= 50
+    rng = np.random.default_rng(1)
+    return {n: (v + 0.1 * rng.standard_normal(v.shape)).astype(np.float32) if v.ndim == 1 else v for n, v in values.items()}
+
+
+def reset(engine) -> None:
+    start = start_values(*resolve_models(engine.config))
+    engine.load("model", start.items())
+    teacher = [("teacher" + n.removeprefix("vision"), v) for n, v in start.items() if part_of(n) == "vision"]
+    engine.load("teacher", teacher)
+    for group in ("first_moment", "second_moment"):
+        engine.load(group, [(n, np.zeros_like(v)) for n, v in engine.tensors(group)])
+
+
+def scalars(step: int, *batches: Batch, lr: float = 1e-2) -> Scalars:
+    return Scalars(step, lr, 0.9, sum(b.tokens for b in batches), sum(b.boxes for b in batches))
+
+
+def gradients(engine, batches: list[Batch]) -> tuple[object, dict[str, np.ndarray]]:
+    """Result and gradients of the given micro-batches from the start weights (needs clip_norm BIG)."""
+    reset(engine)
+    result = engine.step(batches, scalars(1, *batches))
+    return result, {n: m / np.float32(0.1) for n, m in engine.tensors("first_moment")}
+
+
+def assert_same_gradients(a: dict[str, np.ndarray], b: dict[str, np.ndarray], tolerance: float) -> None:
+    """Each tensor within `tolerance` of its own norm. A key bias has a true gradient of zero (softmax ignores a shift): what
+    is left is rounding, and is judged against the query bias beside it."""
+    assert a.keys() == b.keys()
+    for name in a:
+        scale = np.linalg.norm(b[name.replace("k_proj.bias", "q_proj.bias")])
+        assert np.linalg.norm(a[name] - b[name]) <= tolerance * scale, name
+
+
+@pytest.fixture(scope="module", params=["torch", "mindspore"])
+def engine(request):
+    return make_engine(request.param, optimizer={"clip_norm": BIG})
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    return random_batch(*resolve_models(run_config()), ROWS, REGIONS, LENGTH, ANSWERS, seed=0)
+
+
+def slices(batch: Batch, rows: int) -> list[Batch]:
+    """A batch cut into micro-batches of `rows` rows."""
+    cut = []
+    for first in range(0, len(batch.record_ids), rows):
+        arrays = {k: v[first : first + rows] for k, v in vars(batch).items() if isinstance(v, np.ndarray)}
+        cut.append(replace(batch, **arrays, record_ids=batch.record_ids[first : first + rows]))
+    return cut
+
+
+def test_parameters_have_the_canonical_names_shapes_and_order(engine):
+    shapes = {name: value.shape for name, value in engine.tensors("model")}
+    assert shapes == parameter_shapes(*resolve_models(engine.config))
+
+
+def test_packing_is_exact(engine, batch):
+    packed, packed_gradients = gradients(engine, [batch])
+    separate, separate_gradients = gradients(engine, slices(separate_rows(batch), ROWS))
+    assert packed.loss_caption == pytest.approx(separate.loss_caption, rel=1e-5)
+    assert packed.loss_distill == pytest.approx(separate.loss_distill, rel=1e-5)
+    assert_same_gradients(packed_gradients, separate_gradients, 1e-5)
+
+
+def test_packing_check_sees_a_plain_causal_mask(engine, batch):
+    packed, _ = gradients(engine, [batch])
+    leaking, _ = gradients(engine, [replace(batch, segments_BS=np.minimum(batch.segments_BS, 0))])
+    assert abs(packed.loss_caption - leaking.loss_caption) > 1e-3 * packed.loss_caption
+
+
+def test_accumulation_equals_one_batch(engine, batch):
+    other = random_batch(*resolve_models(engine.config), ROWS, REGIONS, LENGTH, ANSWERS, seed=5)
+    other.answer_weights_BA[:, 3:] = 0  # unlike counts: a mean of means would differ
+    halves = []
+    for one in (batch, other):
+        for keep in np.eye(2, dtype=np.float32)[:, :, None]:  # the first row alone, the second row alone
+            halves.append(replace(one, answer_weights_BA=one.answer_weights_BA * keep, box_weights_BK=one.box_weights_BK * keep))
+    whole, whole_gradients = gradients(engine, [batch, other])
+    split, split_gradients = gradients(engine, halves)
+    assert split.loss == pytest.approx(whole.loss, rel=1e-5)
+    assert_same_gradients(split_gradients, whole_gradients, 2e-5)
+
+
+def test_a_row_without_boxes_contributes_nothing(engine, batch):
+    compiled = dict(engine.compilations)
+    weights = batch.box_weights_BK.copy()
+    weights[1] = 0
+    one, _ = gradients(engine, [replace(batch, box_weights_BK=weights)])
+    boxes = batch.boxes_BK4.copy()
+    boxes[1] = boxes[0]
+    same, _ = gradients(engine, [replace(batch, box_weights_BK=weights, boxes_BK4=boxes)])
+    none, _ = gradients(engine, [replace(batch, box_weights_BK=np.zeros_like(weights))])
+    both, _ = gradients(engine, [batch])
+    assert one.loss_distill == same.loss_distill != both.loss_distill
+    assert none.loss_distill == 0 and none.loss_caption == both.loss_caption
+    if engine.compilations:
+        assert {k: engine.compilations[k] for k in compiled} == compiled or not compiled
+
+
+def test_a_text_row_ignores_its_pixels(engine, batch):
+    text = replace(batch, image_weights_B=np.zeros(ROWS, np.float32))
+    one, _ = gradients(engine, [text])
+    two, _ = gradients(engine, [replace(text, pixels_B3RR=255 - batch.pixels_B3RR)])
+    image, _ = gradients(engine, [batch])
+    assert one.loss_caption == two.loss_caption != image.loss_caption
+
+
+def test_ten_steps_move_what_trains_freeze_the_rest_and_carry_the_teacher(engine, batch):
+    reset(engine)
+    before = dict(engine.tensors("model"))
+    teacher = {n: v.astype(np.float64) for n, v in before.items() if part_of(n) == "vision"}
+    losses = []
+    for step in range(1, 11):
+        losses.append(engine.step([batch], scalars(step, batch)).loss)
+        student = dict(engine.tensors("model"))
+        teacher = {n: 0.9 * v + 0.1 * student[n] for n, v in teacher.items()}
+    after = dict(engine.tensors("model"))
+    for name, value in after.items():
+        assert np.array_equal(value, before[name]) == (part_of(name) == "language"), name
+    for name, value in engine.tensors("teacher"):
+        np.testing.assert_allclose(value, teacher["vision" + name.removeprefix("teacher")], rtol=0, atol=2e-6)
+    assert losses[-1] < losses[0]
+
+
+def test_a_loss_that_is_not_finite_changes_no_weight(engine, batch):
+    reset(engine)
+    broken = {n: np.full_like(v, np.nan) if n == "projector.linear_2.bias" else v for n, v in engine.tensors("model")}
+    engine.load("model", broken.items())
+    with pytest.raises(NonFiniteLoss) as caught:
+        engine.step([batch, batch], scalars(1, batch, batch))
+    assert caught.value.micro_batches == (0, 1)
+    for name, value in engine.tensors("model"):
+        assert np.array_equal(value, broken[name], equal_nan=True), name
+    again, _ = gradients(engine, [batch])
+    assert np.isfinite(again.loss), "gradients of the refused step were left behind"
+
+
+def test_generation_with_a_cache_equals_generation_without(engine, batch):
+    reset(engine)
+    new, N = 5, resolve_models(engine.config)[0].patches
+    prefix = PREFIX_BEFORE + N + PREFIX_AFTER
+    lengths = np.array([prefix + 3, prefix + 6], np.int32)
+    tokens = batch.token_ids_BS[:, : prefix + 6 + new].copy()
+    prompts = PromptBatch(batch.pixels_B3RR, tokens, lengths, batch.image_positions_BN)
+    answers = engine.generate(prompts, new, stop_token=-1)
+    for t in range(new):
+        longer = tokens.copy()
+        for row, length in enumerate(lengths):
+            longer[row, length : length + t] = answers[row, :t]
+        grown = engine.generate(replace(prompts, token_ids_BS=longer, lengths_B=lengths + t), new, stop_token=-1)
+        np.testing.assert_array_equal(grown[:, 0], answers[:, t])
+    stop = int(answers[0, 1])
+    stopped = engine.generate(prompts, new, stop_token=stop)
+    first = list(answers[0]).index(stop)
+    assert (stopped[0, first:] == stop).all() and (stopped[0, :first] == answers[0, :first]).all()
+
+
+@pytest.mark.parametrize("framework", ["torch", "mindspore"])
+def test_lambda_zero_changes_the_student(framework, batch):
+    def student(weight: float) -> np.ndarray:
+        one = make_engine(framework, distill={"weight": weight})
+        one.step([batch], scalars(1, batch))
+        return dict(one.tensors("model"))["vision.encoder.layers.0.mlp.fc1.weight"]
+
+    assert not np.array_equal(student(0.0), student(1.0))
+
+
+@pytest.mark.parametrize("stage, trained", [("stage2", {"projector", "language"}), ("guesser", {"language"})])
+def test_other_stages_train_what_they_say(stage, trained, batch):
+    engines = [make_engine(framework, stage=stage) for framework in ("torch", "mindspore")]
+    results = [one.step([batch], scalars(1, batch)) for one in engines]
+    assert results[0].loss == pytest.approx(results[1].loss, rel=1e-5)
+    assert results[0].grad_norm == pytest.approx(results[1].grad_norm, rel=1e-4)
+    before = start_values(*resolve_models(engines[0].config))
+    for one in engines:
+        moved = {part_of(n) for n, v in one.tensors("model") if not np.array_equal(v, before[n])}
+        assert moved == trained
+
+
+def test_the_twins_follow_one_curve(batch):
+    settings = {"optimizer": {"weight_decay": 0.1, "clip_norm": 0.5}, "distill": {"grid": 2, "crop_size": 32}}
+    curves = []
+    for framework in ("torch", "mindspore"):
+        one = make_engine(framework, **settings)
+        curves.append([one.step([batch], scalars(step, batch, lr=1e-3)) for step in range(1, 6)])
+    for a, b in zip(*curves, strict=True):
+        for field in ("loss", "loss_caption", "loss_distill", "grad_norm", "feature_std"):
+            assert getattr(a, field) == pytest.approx(getattr(b, field), rel=1e-4), field
+
+
+def test_shapes_of_every_part_are_disjoint():
+    vision, language = resolve_models(run_config())
+    parts = vision_shapes(vision), projector_shapes(vision, language), language_shapes(language)
+    assert len(parameter_shapes(vision, language)) == sum(map(len, parts))
