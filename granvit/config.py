@@ -5,6 +5,7 @@ only what differs. The resolved configuration is written to the run's directory 
 """
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -136,9 +137,11 @@ class RunConfig(Strict):
 
     @property
     def stage_spec(self) -> Stage:
-        """The stage, with `data.mix` in place of its own mix where the run states one."""
+        """The stage, with `data.mix` in place of its own mix where the run states one. A `distill.weight` of 0 is the
+        paper's ablation without self-distillation (Table 3): no teacher is built."""
         stage = STAGES[self.stage]
-        return stage if self.data.mix is None else Stage(**{**vars(stage), "mix": self.data.mix})
+        mix = stage.mix if self.data.mix is None else self.data.mix
+        return replace(stage, mix=mix, distill=stage.distill and self.distill.weight > 0)
 
     @property
     def boxes_per_row(self) -> int:

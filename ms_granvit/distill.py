@@ -43,3 +43,21 @@ def distill_sums(student_BNC: Tensor, teacher_BKggC: Tensor, boxes_BK4: Tensor, 
     centred = teacher - ops.mean(teacher, (2, 3, 4), True)
     variance = ops.mean(ops.square(centred), (2, 3, 4))
     return ops.sum(per_box * weights_BK), ops.sum(variance * weights_BK)
+
+
+class EMA(nn.Cell):
+    """`teacher = alpha * teacher + (1 - alpha) * student`, in place, float32.
+
+    Both factors are inputs, so that `1 - alpha` is rounded once, from float64.
+    """
+
+    def __init__(self, teacher: nn.Cell, student: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.teacher = ms.ParameterTuple(teacher.get_parameters())
+        self.student = ms.ParameterTuple(student.get_parameters())
+        assert [t.name.split(".", 1)[1] for t in self.teacher] == [s.name.split(".", 1)[1] for s in self.student]
+
+    def construct(self, alpha: Tensor, one_minus_alpha: Tensor) -> Tensor:
+        for i in range(len(self.teacher)):
+            ops.assign(self.teacher[i], alpha * self.teacher[i] + one_minus_alpha * self.student[i])
+        return alpha

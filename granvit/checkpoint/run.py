@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -42,7 +42,7 @@ from granvit.engine import Group, TrainEngine
 from granvit.models import PARTS, LanguageConfig, Shapes, VisionConfig, parameter_shapes, part_of, vision_shapes
 
 FORMAT = 1
-# What a resumed run may change: none of these enters a weight. The number of ranks and the framework are not in the configuration.
+# What a resumed run may change: none of these enters a weight. Number of ranks and framework are not in the configuration.
 MAY_CHANGE = (
     "output", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "data.workers", "eval.",
     "runtime.device", "runtime.jit_level", "runtime.attention", "runtime.roi_align",
@@ -188,6 +188,24 @@ def _versions() -> dict[str, str]:
     return found
 
 
+@contextmanager
+def _temporary(folder: Path) -> Iterator[Path]:
+    """A new folder that is gone afterwards, unless it was renamed."""
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _disk_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointNotSaved(error.errno, f"{what}: {error.strerror}; earlier checkpoints are whole") from error
+
+
 @dataclass
 class CheckpointWriter:
     """Writes one run's checkpoints (rank 0). `start` maps each part to the hash of its start weights in RUN/parts."""
@@ -209,23 +227,21 @@ class CheckpointWriter:
     def write_start(self, engine: TrainEngine) -> None:
         """Writes every part as the engine holds it before the first step, in the engine's precision."""
         with ExitStack() as stack:
+            stack.enter_context(_disk_errors(f"the start weights of {self.run} could not be written"))
             folders, writers = {}, {}
             for part in PARTS:
-                folders[part] = self._temporary(stack, self.run / "parts" / f".tmp-{part}-{os.getpid()}")
+                folders[part] = stack.enter_context(_temporary(self.run / "parts" / f".tmp-{part}-{os.getpid()}"))
                 shapes = {n: s for n, s in self.model_shapes.items() if part_of(n) == part}
                 writers[part] = stack.enter_context(TensorWriter(folders[part], "model", shapes))
             for name, array in engine.tensors("model"):
                 writers[part_of(name)].add(name, array)
             for part, writer in writers.items():
-                writer.__exit__(None, None, None)
-                self.start[part] = set_digest(writer.digests)
+                self.start[part] = set_digest(writer.finish())
                 into = self.run / "parts" / f"{part}-{self.start[part][:16]}"
-                if into.exists():
-                    continue  # an earlier start of the same run wrote the same bytes
-                sync_directory(folders[part])
-                os.rename(folders[part], into)
-            stack.pop_all().close()
-        sync_directory(self.run / "parts")
+                if not into.exists():  # it does where an earlier start of the same run wrote the same bytes
+                    sync_directory(folders[part])
+                    os.rename(folders[part], into)
+            sync_directory(self.run / "parts")
 
     def save(self, engine: TrainEngine, step: int, counters: dict[str, int]) -> Checkpoint:
         """Writes the state after `step` and then drops the oldest checkpoints beyond `train.keep_checkpoints`.
@@ -235,27 +251,16 @@ class CheckpointWriter:
         into = self.run / "checkpoints" / f"step_{step:07d}"
         if into.exists():
             return open_checkpoint(into)  # the same step of the same run: the same bytes
-        with ExitStack() as stack:
-            try:
-                folder = self._temporary(stack, into.with_name(f".tmp-{into.name}-{os.getpid()}"))
-                parts = self._write_model(engine, folder)
-                self._write_rest(engine, folder)
-                self._write_state(folder, step, parts, counters)
-                sync_directory(folder)
-                os.rename(folder, into)
-                sync_directory(into.parent)
-            except OSError as error:
-                raise CheckpointNotSaved(
-                    error.errno, f"checkpoint {into} could not be written: {error.strerror}; earlier checkpoints are whole"
-                ) from error
+        temporary = into.with_name(f".tmp-{into.name}-{os.getpid()}")
+        with _disk_errors(f"checkpoint {into} could not be written"), _temporary(temporary) as folder:
+            parts = self._write_model(engine, folder)
+            self._write_rest(engine, folder)
+            self._write_state(folder, step, parts, counters)
+            sync_directory(folder)
+            os.rename(folder, into)
+            sync_directory(into.parent)
         self._thin()
         return open_checkpoint(into)
-
-    def _temporary(self, stack: ExitStack, folder: Path) -> Path:
-        """Makes a folder that is gone when the stack closes, unless it was renamed."""
-        folder.mkdir()
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        return folder
 
     def _write_model(self, engine: TrainEngine, folder: Path) -> dict[str, Part]:
         """Writes the trained parts; hashes and measures all."""
@@ -273,6 +278,7 @@ class CheckpointWriter:
                 digests[part][name] = writer.digests[name]
                 moved = array.astype(np.float64) - starts[part].read(name)
                 squares[part] += float(np.vdot(moved, moved))
+            writer.finish()
         hashes = {part: set_digest(d) for part, d in digests.items()}
         for part in PARTS:
             if part not in self.trains and hashes[part] != self.start[part]:

@@ -55,10 +55,10 @@ def write_synced(path: Path, text: str) -> None:
 
 
 class TensorWriter:
-    """Writes one set of tensors, in whatever order they come: `with TensorWriter(...) as w: w.add(name, array)`.
+    """Writes one set of tensors, in whatever order they come: `add(name, array)` for all of `shapes`, then `finish()`.
 
-    `shapes` lists all of them; on a clean exit every one must have been added. A failed write raises `OSError` and leaves
-    partial files: write into a directory that is thrown away then.
+    A failed write raises `OSError` and leaves partial files: write into a directory that is thrown away then. A context
+    manager only so that an error closes the file.
     """
 
     def __init__(self, directory: Path, stem: str, shapes: Shapes, shard_bytes: int = SHARD_BYTES):
@@ -90,10 +90,11 @@ class TensorWriter:
         self.digests[name] = hashlib.sha256(raw.data).hexdigest()
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is not None:
-            if self.file is not None:
-                self.file.close()
-            return
+        if self.file is not None:
+            self.file.close()
+
+    def finish(self) -> dict[str, str]:
+        """Completes the files (synced) and returns the tensors' digests."""
         missing = self.shapes.keys() - self.digests.keys()
         assert not missing, f"{self.stem}: never written: {sorted(missing)[:5]}"
         if self.file is None:
@@ -109,6 +110,7 @@ class TensorWriter:
             index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
             write_synced(self.directory / f"{self.stem}.safetensors.index.json", json.dumps(index, indent=1))
         write_synced(self.directory / f"{self.stem}.sha256.json", json.dumps(self.digests, indent=1))
+        return self.digests
 
     def _partial(self, shard: int) -> Path:
         return self.directory / f"{self.stem}-{shard + 1:05d}.partial"
@@ -228,7 +230,8 @@ def shape_differences(found: Shapes, expected: Shapes, limit: int = 5) -> list[s
     """The first names or shapes in which an architecture differs from the expected one, in words."""
     lines = [f"{name} is missing" for name in expected if name not in found]
     lines += [f"{name} is not expected" for name in found if name not in expected]
-    lines += [f"{n} is {list(found[n])}, expected {list(expected[n])}" for n in expected if n in found and found[n] != expected[n]]
+    both = [name for name in expected if name in found]
+    lines += [f"{n} is {list(found[n])}, expected {list(expected[n])}" for n in both if found[n] != expected[n]]
     return lines[:limit] + ([f"and {len(lines) - limit} more"] if len(lines) > limit else [])
 
 
@@ -237,4 +240,4 @@ def write_set(directory: Path, stem: str, shapes: Shapes, tensors: Iterable[tupl
     with TensorWriter(directory, stem, shapes) as writer:
         for name, array in tensors:
             writer.add(name, array)
-    return writer.digests
+        return writer.finish()

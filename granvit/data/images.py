@@ -7,6 +7,7 @@ EXIF orientation is applied: an image, its width, height and boxes are those tha
 (the colour under it stays), and of an animation the first frame counts.
 """
 import io
+import math
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -15,7 +16,8 @@ from granvit.data.prompts import Box
 from granvit.models import VisionConfig
 
 Image.MAX_IMAGE_PIXELS = None  # `decode` states and checks its own limit, which a configuration may raise
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+Image.init()  # registers the formats below
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -73,7 +75,8 @@ def to_square(image_HW3: np.ndarray, vision: VisionConfig) -> np.ndarray:
 def crop(image_HW3: np.ndarray, box: Box, scale: float, size: int, resize: str) -> np.ndarray:
     """The region in `box` (image frame) of the ORIGINAL image, squashed to uint8 `[3, size, size]`.
 
-    Edges between pixels are honoured (the box is not rounded). `scale` enlarges the box about its centre, clipped to the image.
+    Edges between pixels are honoured (the box is not rounded), and no pixel outside the box has a part in it. `scale` enlarges
+    the box about its centre, clipped to the image.
     """
     height, width = image_HW3.shape[:2]
     x1, y1, x2, y2 = box
@@ -81,5 +84,7 @@ def crop(image_HW3: np.ndarray, box: Box, scale: float, size: int, resize: str) 
     middle_x, middle_y = (x1 + x2) / 2, (y1 + y2) / 2
     left, top = max(middle_x - half_x, 0.0) * width, max(middle_y - half_y, 0.0) * height
     right, bottom = min(middle_x + half_x, 1.0) * width, min(middle_y + half_y, 1.0) * height
-    resized = Image.fromarray(image_HW3).resize((size, size), _RESAMPLE[resize], box=(left, top, right, bottom))
+    x, y = int(left), int(top)  # resize's filter would reach beyond the box into its neighbourhood: cut that off first
+    pixels = np.ascontiguousarray(image_HW3[y : math.ceil(bottom), x : math.ceil(right)])
+    resized = Image.fromarray(pixels).resize((size, size), _RESAMPLE[resize], box=(left - x, top - y, right - x, bottom - y))
     return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))

@@ -14,6 +14,7 @@ the global caption (empty where there is none) and each region's caption in UTF-
 `region_starts.i8` each image's first region (both start with 0). The text side is mapped: counts and lengths cost no image bytes.
 """
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import get_args
 
@@ -85,7 +86,8 @@ class _Writer:
         self.shards: list[dict] = []
         self.summary = Summary()
         self._shard: ArrayRecordWriter | None = None
-        self._texts = open(folder / "texts.bin", "wb")  # noqa: SIM115: closed by `finish`, or with a failed build
+        # Closed by `finish`, or with a failed build.
+        self._texts = open(folder / "texts.bin", "wb")  # noqa: SIM115
         self._ends = open(folder / "text_ends.u8", "wb")  # noqa: SIM115
         self._starts = open(folder / "region_starts.i8", "wb")  # noqa: SIM115
         self._ends.write(struct.pack("<Q", 0))
@@ -245,10 +247,10 @@ def build_store(
 class Store:
     """A store opened for reading; cheap to open and to send to another process.
 
-    `images`, `regions` and `globals` count; `region_starts` int64 `[images + 1]` and `text_ends` uint64 `[images + regions + 1]` are
-    mapped. The texts of image i are numbers `region_starts[i] + i` (global) and the following (its regions).
-    Raises `ValueError`, with the path and the remedy, for a directory that is missing, empty, of another format or version, or has
-    a file that is missing or not of the size that the manifest states.
+    `images`, `regions` and `globals` count; `region_starts` int64 `[images + 1]` and `text_ends` uint64
+    `[images + regions + 1]` are mapped. The texts of image i are numbers `region_starts[i] + i` (its global caption) and the
+    following (its regions). Raises `ValueError`, with the path and the remedy, for a directory that is missing, empty, of
+    another format or version, or has a file that is missing or not of the size that the manifest states.
     """
 
     def __init__(self, path: str | Path):
@@ -258,13 +260,14 @@ class Store:
         if not any(path.iterdir()):
             raise ValueError(f"store {path}: the directory is empty; {_BUILD}")
         try:
-            manifest = json.loads((path / "manifest.json").read_bytes())
+            data = (path / "manifest.json").read_bytes()
+            manifest = json.loads(data)
         except (OSError, ValueError) as error:
-            raise ValueError(f"store {path}: manifest.json cannot be read, so this is no region store; {_BUILD} ({error})") from None
+            raise ValueError(f"store {path}: no readable manifest.json, so this is no region store; {_BUILD} ({error})") from None
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise ValueError(f"store {path}: manifest.json is of another format than {FORMAT!r}; {_BUILD}")
         if manifest["version"] > VERSION:
-            raise ValueError(f"store {path}: version {manifest['version']} is newer than this program's {VERSION}; update granvit")
+            raise ValueError(f"store {path}: version {manifest['version']} is newer than {VERSION}; update granvit")
         for name, size in manifest["bytes"].items():
             found = (path / name).stat().st_size if (path / name).is_file() else None
             if found != size:
@@ -276,6 +279,7 @@ class Store:
         self.text_ends = np.memmap(path / "text_ends.u8", "<u8", "r")
         if len(self.region_starts) != self.images + 1 or len(self.text_ends) != self.images + self.regions + 1:
             raise ValueError(f"store {path}: the text side does not match the manifest's counts; rebuild the store")
+        self.fingerprint = hashlib.sha256(data).hexdigest()[:16]
         self._shards = ArrayRecordDataSource([f"{path / s['file']}[0:{s['images']}]" for s in manifest["shards"]])
 
     def __reduce__(self):
@@ -288,18 +292,13 @@ class Store:
         except (RuntimeError, ValueError, KeyError, TypeError, struct.error):  # RuntimeError: ArrayRecord's checksums
             raise ValueError("record is damaged in its shard") from None
 
-    def has_global(self) -> np.ndarray:
-        """bool `[images]`: whether image i has a global caption."""
-        numbers = self.region_starts[:-1] + np.arange(self.images)
-        return self.text_ends[numbers + 1] > self.text_ends[numbers]
-
     def texts(self, first: int, last: int) -> list[str]:
         """Texts number `first` to `last` - 1, in the order of the text side."""
         ends = self.text_ends[first : last + 1].tolist()
         with open(self.path / "texts.bin", "rb") as file:
             file.seek(ends[0])
             data = file.read(ends[-1] - ends[0])
-        return [data[a - ends[0] : b - ends[0]].decode() for a, b in zip(ends, ends[1:], strict=False)]
+        return [data[a - ends[0] : b - ends[0]].decode() for a, b in pairwise(ends)]
 
 
 def main(arguments: list[str] | None = None) -> int:

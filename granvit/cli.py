@@ -1,0 +1,262 @@
+"""The commands behind scripts/: a stage's training run, and one answer about one picture.
+
+A user's mistake prints one line and exits with 2; anything else exits with 1. Both leave the traceback in RUN/log.
+"""
+import argparse
+import importlib
+import logging
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from granvit.checkpoint.pretrained import start_weights
+from granvit.checkpoint.run import Checkpoint, CheckpointWriter, check_same_run, newest_checkpoint
+from granvit.config import CONFIGS, RunConfig, dump_config, load_config, resolve_models
+from granvit.data.batch import Packer, prompt_batch
+from granvit.data.chat import Chat, byte_tokenizer
+from granvit.data.images import decode, to_square
+from granvit.data.loader import Compose, Loader
+from granvit.data.prompts import Box, parse_box, question_text
+from granvit.evaluate import evaluate, evaluation_file
+from granvit.launch import Guard, Launch, RunLock, check_launcher, check_port, detect, load_engine_class
+from granvit.logs import log, to_console, to_file
+from granvit.models import PARTS, LanguageConfig, part_of
+from granvit.trainer import Trainer, TrainingStopped
+
+REPLACED = ("checkpoints", "parts", "eval", "tensorboard", "metrics.jsonl", "config.yaml")  # what --fresh puts aside
+
+
+def load_chat(config: RunConfig, language: LanguageConfig) -> Chat:
+    """The run's chat template over its tokenizer; a run from random weights without one gets the built-in byte tokenizer."""
+    directory = Path(config.model.tokenizer or config.model.weights_language)
+    path = directory if directory.suffix == ".json" else directory / "tokenizer.json"
+    if path.is_file() or config.model.init != "random" or config.model.tokenizer:
+        chat = Chat.from_file(path, language.chat)
+    else:
+        chat = Chat(byte_tokenizer(language.chat), language.chat, "the built-in byte tokenizer")
+    if chat.size > language.vocab:
+        raise ValueError(f"{chat.origin} has {chat.size} tokens, but {language.name!r} embeds {language.vocab} only")
+    return chat
+
+
+def train_command(stage: str, arguments: Sequence[str] | None = None, compose: Compose = Packer.row) -> int:
+    """Runs one stage as the command line says; returns the exit status.
+
+    `compose` makes rows of records and questions (the demo's pretraining has its own).
+    """
+    options = _train_options(stage, arguments)
+    try:
+        launch = detect()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    to_console(launch.rank)
+    guard: list[Guard] = []
+    status = _report(lambda: _train(stage, options, launch, guard, compose), guard)
+    for member in guard:
+        member.leave()
+    if status and launch.launcher is not None:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # an orderly exit would wait in the framework for ranks that are stuck in a collective
+    return status
+
+
+def _train_options(stage: str, arguments: Sequence[str] | None) -> argparse.Namespace:
+    default = CONFIGS / f"{stage}.yaml"
+    parser = argparse.ArgumentParser(
+        description=f"Trains {stage} of GranViT. Without arguments: the paper's run ({default.relative_to(CONFIGS.parent)}). "
+        f"The same command resumes an interrupted run.",
+        epilog=f"Examples: msrun --worker_num 2 --local_worker_num 2 --join True scripts/{stage}.py train.steps=50;  "
+        f"torchrun --nproc_per_node 2 scripts/{stage}.py --framework torch --config configs/demo/{stage}.yaml",
+    )
+    parser.add_argument("--config", default=default, help="YAML of the run (default: %(default)s)")
+    parser.add_argument("--framework", choices=("mindspore", "torch"), default="mindspore", help="default: %(default)s")
+    parser.add_argument("--fresh", action="store_true", help="start over; what the directory holds is put aside, not deleted")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the YAML, as in optimizer.lr=2e-5")
+    return parser.parse_intermixed_args(arguments)
+
+
+def _report(body: Callable[[], None], guard: list[Guard]) -> int:
+    """Runs a command; turns what it raises into a line, a log entry, a word to the other ranks and an exit status."""
+    try:
+        body()
+        return 0
+    except (ValueError, OSError) as error:
+        status, message = 2, f"error: {error}"
+    except TrainingStopped as error:
+        status, message = 1, f"stopped: {error}"
+    except (Exception, KeyboardInterrupt) as error:
+        status, message = 1, f"failed: {type(error).__name__}: {error}"
+        traceback.print_exc()
+    log.error("traceback", exc_info=True, extra={"file_only": True})
+    log.error(message)
+    for member in guard:
+        member.fail(message)
+    return status
+
+
+def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[Guard], compose: Compose) -> None:
+    """One run, from the configuration to the last checkpoint."""
+    # 1. What to run, and whether it can be run from here.
+    config = load_config(options.config, options.overrides)
+    if config.stage != stage:
+        raise ValueError(f"{options.config} configures {config.stage!r}, but this script runs {stage!r}")
+    vision, language = resolve_models(config)
+    run = Path(config.output)
+    guard.append(Guard(launch, run))
+    check_launcher(launch, options.framework)
+    check_port(launch)
+    Engine = load_engine_class(options.framework)
+    if launch.scheduler:
+        _be_scheduler()
+        return
+    lock = RunLock(run, launch) if launch.rank == 0 else None
+    if lock is not None:
+        guard[0].remove_old_markers()
+        to_file(run, 0)
+        if options.fresh:
+            _put_aside(run)
+
+    # 2. Weights: this run's newest checkpoint, or the start weights. Directories and names are checked now, tensors read later.
+    checkpoint = None if options.fresh else newest_checkpoint(run)
+    if checkpoint is not None:
+        check_same_run(checkpoint, config, vision, language)
+    start = start_weights(config, vision, language) if checkpoint is None else checkpoint.tensors("model")
+
+    # 3. Data and model.
+    chat = load_chat(config, language)
+    loader = Loader(config, vision, chat, launch.rank, launch.world, compose)
+    engine = Engine(config, vision, language, start)
+    guard[0].take_signals()
+    if (engine.rank, engine.world) != (launch.rank, launch.world):
+        raise RuntimeError(f"rank {engine.rank} of {engine.world} in the framework, {launch.rank} of {launch.world} by launcher")
+    if launch.rank:
+        to_file(run, launch.rank)  # only now is it certain that rank 0 holds the directory
+    writer = _checkpoint_writer(run, config, engine, vision, language, checkpoint) if launch.rank == 0 else None
+    _log_start(config, engine, options.framework, chat, loader, writer)
+
+    # 4. Train.
+    trainer = Trainer(
+        config, engine, loader, run, writer,
+        should_stop=lambda: guard[0].stop_requested,
+        evaluate=(lambda step: evaluate(engine, config, vision, chat, run, step)[0]) if config.eval.source else None,
+        evaluated=lambda step: evaluation_file(run, step).exists(),
+    )  # fmt: skip
+    complete = trainer.run(checkpoint)
+    log.info(f"compilations: {engine.compilations or 'none (eager)'}")
+    log.info(f"run {run} is complete" if complete else f"run {run}: the same command resumes it")
+    engine.close()
+    if lock is not None:
+        lock.release()
+
+
+def _checkpoint_writer(run: Path, config: RunConfig, engine, vision, language, checkpoint: Checkpoint | None) -> CheckpointWriter:
+    """Rank 0's writer, with the run's configuration and start weights on disk."""
+    start = {} if checkpoint is None else {name: part.start for name, part in checkpoint.parts.items()}
+    writer = CheckpointWriter(run, config, vision, language, start)
+    (run / "config.yaml").write_text(dump_config(config))
+    if checkpoint is None:
+        writer.write_start(engine)
+    return writer
+
+
+def _log_start(config: RunConfig, engine, framework: str, chat: Chat, loader: Loader, writer: CheckpointWriter | None) -> None:
+    log.info(f"{config.stage} in {framework} on {engine.device}, {engine.world} rank(s), {loader.steps} steps, {chat.origin}")
+    log.info(f"implementations: {', '.join(f'{op}: {name}' for op, name in engine.implementations.items())}")
+    if writer is None:
+        return
+    for part in PARTS:
+        numbers = sum(math.prod(shape) for name, shape in writer.model_shapes.items() if part_of(name) == part)
+        what = "trained" if part in writer.trains else "frozen"
+        log.info(f"{part}: {numbers:,} parameters, {what}, start weights {writer.start[part][:12]}")
+
+
+def _put_aside(run: Path) -> None:
+    """--fresh: moves an earlier run's files into RUN/replaced-<time>."""
+    there = [run / name for name in REPLACED if (run / name).exists()]
+    if there:
+        aside = run / time.strftime("replaced-%Y%m%d-%H%M%S")
+        aside.mkdir()
+        for path in there:
+            path.rename(aside / path.name)
+        log.info(f"--fresh: the earlier run is now in {aside}")
+
+
+def _be_scheduler() -> None:
+    """msrun runs this script once more as the cluster's scheduler: it serves the workers until they have left."""
+    importlib.import_module("ms_granvit.distributed").initialise("cpu")
+
+
+def predict_command(arguments: Sequence[str] | None = None) -> int:
+    """One answer about one picture; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description="Asks a trained run about a picture: --box describes a region, --text finds one, neither describes it all.",
+        epilog='Example: python scripts/predict.py --run runs/demo/stage2 photo.jpg --text "a red circle" --draw answer.png',
+    )
+    parser.add_argument("image", help="a picture file")
+    parser.add_argument("--run", required=True, help="a run's directory; its newest checkpoint answers")
+    question = parser.add_mutually_exclusive_group()
+    question.add_argument("--box", metavar="x1,y1,x2,y2", help="region to describe, relative to the picture's size: 0..1")
+    question.add_argument("--text", help="what to find")
+    parser.add_argument("--draw", metavar="OUT.png", help="save the picture: predicted box green, asked box blue")
+    parser.add_argument("--framework", choices=("mindspore", "torch"), default="mindspore", help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    to_console(0)
+    return _report(lambda: _predict(options), [])
+
+
+def _asked_box(text: str) -> Box:
+    try:
+        box = tuple(float(number) for number in text.split(","))
+    except ValueError:
+        box = ()
+    if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+        raise ValueError(f"--box {text!r}: expected x1,y1,x2,y2, shares of the size with 0 <= x1 < x2 <= 1, 0 <= y1 < y2 <= 1")
+    return box
+
+
+def _predict(options: argparse.Namespace) -> None:
+    run = Path(options.run)
+    checkpoint = newest_checkpoint(run)
+    if checkpoint is None:
+        raise ValueError(f"--run {run}: no checkpoint in {run / 'checkpoints'}")
+    config, vision, language = checkpoint.config, checkpoint.vision, checkpoint.language
+    asked = None if options.box is None else _asked_box(options.box)
+    if options.text is not None:
+        text = question_text("caption2bbox", caption=options.text)
+    else:
+        text = question_text("global") if asked is None else question_text("bbox2caption", box=asked)
+    try:
+        image_HW3 = decode(Path(options.image).read_bytes(), config.data.max_pixels)
+    except ValueError as error:
+        raise ValueError(f"{options.image}: {error}") from None
+    chat = load_chat(config, language)
+    engine = load_engine_class(options.framework)(config, vision, language, checkpoint.tensors("model"))
+    prompts = prompt_batch(to_square(image_HW3, vision)[None], [text], chat, vision)
+    answer = chat.decode(engine.generate(prompts, config.eval.max_new_tokens, chat.stop_token)[0])
+    print(answer)
+    if options.draw:
+        predicted = parse_box(answer) if options.text is not None else None
+        if options.text is not None and predicted is None:
+            log.warning("the answer is not a box: nothing to draw")
+        _draw(image_HW3, {"green": predicted, "blue": asked}).save(options.draw)
+
+
+def _draw(image_HW3: np.ndarray, boxes: dict[str, Box | None]) -> Image.Image:
+    """The picture with each box (relative to its size) outlined in its colour."""
+    picture = Image.fromarray(image_HW3)
+    draw, line = ImageDraw.Draw(picture), max(2, min(picture.size) // 150)
+    for colour, box in boxes.items():
+        if box is not None:
+            corners = np.array(box) * np.tile(picture.size, 2)
+            draw.rectangle(corners.round().astype(int).tolist(), outline=colour, width=line)
+    return picture

@@ -1,0 +1,82 @@
+"""What a run writes down: one log per rank, `metrics.jsonl`, TensorBoard event files."""
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+log = logging.getLogger("granvit")
+
+
+def to_console(rank: int) -> None:
+    """Messages of rank 0, and errors of every rank, go to stderr."""
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
+    handler.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    # A traceback belongs in the file; the console shows the message.
+    handler.addFilter(lambda record: not getattr(record, "file_only", False))
+    log.handlers = [handler]
+
+
+def to_file(run: Path, rank: int) -> None:
+    """All messages of this rank go to RUN/log/rank_00000.txt too, after those of earlier starts."""
+    path = run / "log" / f"rank_{rank:05d}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one object per optimizer step, floats in Python's shortest form that reads back exactly."""
+
+    def __init__(self, path: Path, after_step: int):
+        """Opens for appending behind `after_step`; later lines (of steps that a resumed run repeats) are cut off."""
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    step = json.loads(line)["step"]
+                except (ValueError, KeyError, TypeError):
+                    break  # the line that a killed run was writing
+                if step > after_step:
+                    break
+                kept.append(line + "\n")
+        temporary = path.with_name(f".{path.name}.tmp")
+        with open(temporary, "w") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        self._file = open(path, "a")  # noqa: SIM115 (closed by close)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Appends one step's object and hands it to the system."""
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files in RUN/tensorboard. What an interrupted run wrote behind `after_step` is hidden by TensorBoard."""
+
+    def __init__(self, directory: Path, after_step: int):
+        self._writer = EventFileWriter(str(directory))
+        self._writer.add_event(Event(session_log=SessionLog(status=SessionLog.START), step=after_step + 1))
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Adds one point to each curve."""
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._writer.add_event(Event(step=step, summary=Summary(value=values)))
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,63 @@
+"""The progress line: live on a terminal, one plain line every `log_every` steps elsewhere."""
+from collections import deque
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.live import Live
+
+from granvit.logs import log
+
+WINDOW = 50  # steps that rates are averaged over
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of one step, those of them spent waiting for data, and what the global batch held."""
+
+    seconds: float
+    waiting: float
+    regions: float
+    row_tokens: float
+
+
+class Progress:
+    """Rates over the last steps and the time left; `close` ends the live line."""
+
+    def __init__(self, steps: int, log_every: int):
+        self.steps, self.log_every = steps, log_every
+        self.recent: deque[StepTimes] = deque(maxlen=WINDOW)
+        console = Console(stderr=True)
+        self.live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
+        if self.live:
+            self.live.start()
+
+    def step(self, record: dict, times: StepTimes) -> None:
+        """Takes in one step (`record` as in metrics.jsonl) and shows it when it is due."""
+        self.recent.append(times)
+        if self.live:
+            self.live.update(self.line(record))
+        elif record["step"] % self.log_every == 0 or record["step"] in (1, self.steps):
+            log.info(self.line(record))
+
+    def line(self, record: dict) -> str:
+        """Loss parts, learning rate, regions/s, tokens/s, share of time waiting for data, time left."""
+        seconds = max(sum(t.seconds for t in self.recent), 1e-9)
+        left = (self.steps - record["step"]) * seconds / len(self.recent)
+        return (
+            f"step {record['step']}/{self.steps}  loss {record['loss']:.4f} = caption {record['loss_caption']:.4f}, "
+            f"distill {record['loss_distill']:.4f}  grad {record['grad_norm']:.3g}  lr {record['lr']:.3g}  "
+            f"{sum(t.regions for t in self.recent) / seconds:.1f} regions/s  "
+            f"{sum(t.row_tokens for t in self.recent) / seconds:.0f} tokens/s  "
+            f"data {sum(t.waiting for t in self.recent) / seconds:.0%}  left {_duration(left)}"
+        )
+
+    def close(self) -> None:
+        if self.live:
+            self.live.stop()
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+

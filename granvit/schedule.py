@@ -1,0 +1,24 @@
+"""Schedules as arrays over all steps, computed once: `array[step - 1]` is the value of optimizer step `step`."""
+import numpy as np
+
+from granvit.config import DistillSection, OptimizerSection
+
+
+def learning_rates(c: OptimizerSection, steps: int) -> np.ndarray:
+    """Learning rate of every step, float64 `[steps]`.
+
+    Rises linearly to `lr` over the warm-up (its last step has `lr` itself), then stays or follows half a cosine towards 0, which
+    the step after the last one would reach.
+    """
+    warmup = round(c.warmup * steps)
+    step = np.arange(steps, dtype=np.float64)
+    rising = (step + 1) / max(warmup, 1)
+    after = np.clip((step - warmup) / max(steps - warmup, 1), 0, 1)
+    falling = np.ones(steps) if c.schedule == "constant" else 0.5 * (1 + np.cos(np.pi * after))
+    return c.lr * np.where(step < warmup, rising, falling)
+
+
+def alphas(c: DistillSection, steps: int) -> np.ndarray:
+    """The teacher's EMA rate at every step, float64 `[steps]`: linear from 0 over `alpha_warmup` steps, then `alpha`."""
+    step = np.arange(steps, dtype=np.float64)
+    return c.alpha * np.minimum(1.0, step / max(c.alpha_warmup, 1) if c.alpha_warmup else 1.0) * np.ones(steps)

@@ -1,0 +1,85 @@
+"""Data parallelism under msrun: the process group, and sums over ranks."""
+import os
+
+import mindspore as ms
+from mindspore import Tensor, communication, nn, ops
+
+CHUNK = 1 << 26  # elements that one all-reduce joins (256 MiB of float32)
+
+
+def choose_device(name: str) -> str:
+    """cpu or npu; `auto` takes the accelerator that is there. `ValueError` where the named one is not."""
+    if name == "cuda":
+        raise ValueError("runtime.device cuda: MindSpore runs on cpu and npu here; for CUDA use --framework torch")
+    if name == "cpu":
+        return "cpu"
+    found = ms.get_context("device_target") == "Ascend"  # the default is what the installation supports
+    if name == "npu" and not found:
+        raise ValueError("runtime.device npu: MindSpore sees no Ascend device; install CANN or use runtime.device=cpu")
+    return "npu" if found else "cpu"
+
+
+def initialise(device: str) -> tuple[int, int]:
+    """Selects the device and joins msrun's process group where there is one; returns rank and number of ranks."""
+    ms.set_device("Ascend" if device == "npu" else "CPU")
+    if "MS_WORKER_NUM" not in os.environ:
+        return 0, 1
+    communication.init()
+    return communication.get_rank(), communication.get_group_size()
+
+
+def chunks(sizes: list[int]) -> tuple[tuple[int, ...], ...]:
+    """Indices of consecutive tensors grouped until a group holds `CHUNK` elements."""
+    groups, filled = [[]], 0
+    for i, size in enumerate(sizes):
+        if groups[-1] and filled + size > CHUNK:
+            groups.append([])
+            filled = 0
+        groups[-1].append(i)
+        filled += size
+    return tuple(tuple(group) for group in groups)
+
+
+class AllSum(nn.Cell):
+    """Sum of one vector over the ranks."""
+
+    def __init__(self, world: int):
+        super().__init__(auto_prefix=False)
+        self.reduce = ops.AllReduce() if world > 1 else None
+
+    def construct(self, vector: Tensor) -> Tensor:
+        return vector + 0 if self.reduce is None else self.reduce(vector)
+
+
+class ReduceGradients(nn.Cell):
+    """Sums the accumulated gradients over the ranks, in place, joined into few large all-reduces; returns their global norm."""
+
+    def __init__(self, gradients: ms.ParameterTuple, world: int):
+        super().__init__(auto_prefix=False)
+        self.gradients = gradients
+        self.reduce = ops.AllReduce() if world > 1 else None
+        self.chunks = chunks([g.size for g in gradients])
+
+    def construct(self) -> Tensor:
+        squares = 0.0
+        if self.reduce is None:
+            for i in range(len(self.gradients)):
+                squares = squares + ops.sum(ops.square(self.gradients[i]))
+            return ops.sqrt(squares)
+        for chunk in self.chunks:
+            joined = ()
+            for i in chunk:
+                joined += (self.gradients[i].reshape(-1),)
+            flat = self.reduce(ops.cat(joined))
+            squares = squares + ops.sum(ops.square(flat))
+            at = 0
+            for i in chunk:
+                ops.assign(self.gradients[i], flat[at : at + self.gradients[i].size].reshape(self.gradients[i].shape))
+                at += self.gradients[i].size
+        return ops.sqrt(squares)
+
+
+def finalise(world: int) -> None:
+    """Leaves the process group."""
+    if world > 1:
+        communication.release()

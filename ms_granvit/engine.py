@@ -1,0 +1,204 @@
+"""The MindSpore engine: one training step in static graphs, state in and out, generation (see `granvit.engine.TrainEngine`).
+
+A step launches four graphs: `micro_batch` (forward, backward, accumulate; compiled once per row shape), `reduce` (sum over
+the ranks, global norm), `update` (clip, AdamW) and `ema`. Between the second and the third the host looks whether the loss and
+the norm are finite. What changes from step to step enters as tensors, so nothing is compiled again.
+"""
+from collections.abc import Iterable, Iterator, Sequence
+
+import mindspore as ms
+import ml_dtypes
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+
+from granvit.config import RunConfig
+from granvit.data.batch import Batch, PromptBatch
+from granvit.engine import Group, NonFiniteLoss, Scalars, StepResult
+from granvit.models import LanguageConfig, VisionConfig, part_of
+from ms_granvit import distributed
+from ms_granvit.distill import EMA, distill_sums, teacher_features
+from ms_granvit.generate import Decode, Prefill, greedy
+from ms_granvit.model import GranViT
+from ms_granvit.objective import caption_sum
+from ms_granvit.ops import attention as attention_ops
+from ms_granvit.optimizer import AdamW
+from ms_granvit.vision import VisionEncoder
+
+DTYPES = {"float32": ms.float32, "bfloat16": ms.bfloat16}
+
+
+def to_tensor(array: np.ndarray, dtype: ms.Type) -> Tensor:
+    """A numpy array (bfloat16 as `ml_dtypes.bfloat16`) as a tensor of `dtype`."""
+    return ops.cast(Tensor(np.ascontiguousarray(array, np.float32)), dtype)
+
+
+def to_numpy(parameter: Parameter) -> np.ndarray:
+    """The reverse of `to_tensor`, bit for bit: a copy on the host."""
+    if parameter.dtype == ms.bfloat16:
+        return ops.cast(parameter, ms.float32).asnumpy().astype(ml_dtypes.bfloat16)
+    return parameter.asnumpy().copy()
+
+
+class Losses(nn.Cell):
+    """The loss of one micro-batch (its share of the global batch's), and its terms for the log."""
+
+    def __init__(self, model: GranViT, teacher: VisionEncoder | None, config: RunConfig, own_grid: int):
+        super().__init__(auto_prefix=False)
+        self.model, self.teacher = model, teacher
+        self.weight, self.kind, self.grid = config.distill.weight, config.distill.loss, config.distill.grid or own_grid
+
+    def construct(self, pixels_B3RR, image_weights_B, token_ids_BS, positions_BS, segments_BS, image_positions_BN,
+                  answer_positions_BA, answer_targets_BA, answer_weights_BA, tokens, boxes=None, boxes_BK4=None,
+                  box_weights_BK=None, crops_BK3rr=None):  # fmt: skip
+        """Loss, caption loss, distillation loss, variance of the teacher's features: each a sum over the global count."""
+        logits, top = self.model(
+            pixels_B3RR, image_weights_B, token_ids_BS, positions_BS, segments_BS, image_positions_BN, answer_positions_BA
+        )
+        caption = caption_sum(logits, answer_targets_BA, answer_weights_BA) / tokens
+        if self.teacher is None:
+            return caption, caption, ops.zeros_like(caption), ops.zeros_like(caption)
+        target = teacher_features(self.teacher, crops_BK3rr, self.grid)
+        distill, variance = distill_sums(top, target, boxes_BK4, box_weights_BK, self.kind)
+        distill = distill / boxes
+        return caption + self.weight * distill, caption, distill, variance / boxes
+
+
+class MicroBatch(nn.Cell):
+    """Forward and backward; adds the gradients to the accumulators and returns the loss and its terms, `[4]`."""
+
+    def __init__(self, losses: Losses, parameters: ParameterTuple, gradients: ParameterTuple):
+        super().__init__(auto_prefix=False)
+        self.losses, self.parameters, self.gradients = losses, parameters, gradients
+        self.differentiate = ms.value_and_grad(losses, None, parameters, has_aux=True)
+
+    def construct(self, *inputs):
+        terms, gradients = self.differentiate(*inputs)
+        for i in range(len(self.gradients)):
+            ops.assign_add(self.gradients[i], gradients[i])
+        return ops.stack(terms)
+
+
+class Engine:
+    """`granvit.engine.TrainEngine` over MindSpore, replicated data parallel."""
+
+    def __init__(self, config: RunConfig, vision: VisionConfig, language: LanguageConfig,
+                 start: Iterable[tuple[str, np.ndarray]]):  # fmt: skip
+        runtime, stage = config.runtime, config.stage_spec
+        self.config, self.stage = config, stage
+        self.device = distributed.choose_device(runtime.device)
+        if runtime.compute not in DTYPES or (self.device == "cpu" and runtime.compute != "float32"):
+            raise ValueError(f"runtime.compute {runtime.compute}: MindSpore takes float32 on cpu, float32 or bfloat16 on npu")
+        if runtime.roi_align not in ("auto", "separable"):
+            raise ValueError(f"runtime.roi_align {runtime.roi_align!r} is not one of auto, separable")
+        ms.set_context(mode=ms.GRAPH_MODE, jit_config={"jit_level": runtime.jit_level})
+        self.rank, self.world = distributed.initialise(self.device)
+        attention = attention_ops.choose(runtime.attention, self.device)
+        self.implementations = {"attention": attention, "roi_align": "separable"}
+        dtype = DTYPES[runtime.compute]
+
+        self.model = GranViT(vision, language, dtype, attention, runtime.recompute, stage.blind)
+        for parameter in self.model.get_parameters():
+            parameter.requires_grad = part_of(parameter.name) in stage.trains
+            parameter.set_dtype(ms.float32 if parameter.requires_grad else dtype)
+        fill(self.model.get_parameters(), start)
+        self.teacher: VisionEncoder | None = None
+        if stage.distill:
+            self.teacher = VisionEncoder(vision, dtype, config.crop_size(vision), attention)
+            self.teacher.update_parameters_name("teacher.")
+            for parameter in self.teacher.get_parameters():
+                parameter.requires_grad = False
+            students = ((f"teacher.{p.name.split('.', 1)[1]}", to_numpy(p)) for p in self.model.vision.get_parameters())
+            fill(self.teacher.get_parameters(), students)
+
+        self.trained = ParameterTuple(self.model.trainable_params())
+        self.gradients = self.trained.clone("gradient", init="zeros")
+        own_grid = config.crop_size(vision) // vision.patch_size
+        self.micro_batch = MicroBatch(Losses(self.model, self.teacher, config, own_grid), self.trained, self.gradients)
+        self.reduce = distributed.ReduceGradients(self.gradients, self.world)
+        self.update = AdamW(self.trained, self.gradients, config.optimizer)
+        self.ema = None if self.teacher is None else EMA(self.teacher, self.model.vision)
+        self.sum = distributed.AllSum(self.world)
+        self.prefill, self.decode = Prefill(self.model, language), Decode(self.model)
+
+    @property
+    def compilations(self) -> dict[str, int]:
+        """How often each graph was compiled: MindSpore's own cache, which holds one entry for each."""
+        graphs = {
+            "micro_batch": self.micro_batch, "reduce": self.reduce, "update": self.update, "ema": self.ema, "all_sum": self.sum,
+            "prefill": self.prefill, "decode": self.decode,
+        }  # fmt: skip
+        return {name: len(graph.compile_cache) for name, graph in graphs.items() if graph is not None and graph.compile_cache}
+
+    def step(self, micro_batches: Sequence[Batch], scalars: Scalars) -> StepResult:
+        """Forward and backward over the micro-batches, sum over ranks, clip, AdamW, EMA."""
+        own = [self.micro_batch(*self._inputs(batch, scalars)) for batch in micro_batches]
+        own = np.stack([terms.asnumpy() for terms in own])
+        _, caption, distill, variance = map(float, self.all_sum(own.sum(0)))
+        grad_norm = self.reduce()
+        loss, norm = caption + self.config.distill.weight * distill, float(grad_norm.asnumpy())
+        if not np.isfinite([loss, norm]).all():
+            for gradient in self.gradients:
+                gradient.set_data(ops.zeros_like(gradient))
+            culprits = np.flatnonzero(~np.isfinite(own[:, 0])).tolist()
+            raise NonFiniteLoss(f"loss {loss}, gradient norm {norm}", culprits)
+        c, t = self.config.optimizer, scalars.step
+        rates = 1 - scalars.learning_rate * c.weight_decay, scalars.learning_rate / (1 - c.betas[0] ** t), 1 - c.betas[1] ** t
+        self.update(*map(scalar, rates), grad_norm)
+        if self.ema is not None:
+            self.ema(scalar(scalars.alpha), scalar(1 - scalars.alpha))
+        return StepResult(loss, caption, distill, norm, variance**0.5)
+
+    def _inputs(self, batch: Batch, scalars: Scalars) -> list[Tensor]:
+        arrays = [
+            batch.pixels_B3RR, batch.image_weights_B, batch.token_ids_BS, batch.positions_BS, batch.segments_BS,
+            batch.image_positions_BN, batch.answer_positions_BA, batch.answer_targets_BA, batch.answer_weights_BA,
+            np.float32(max(scalars.tokens, 1)),
+        ]  # fmt: skip
+        if self.teacher is not None:
+            arrays += [np.float32(max(scalars.boxes, 1)), batch.boxes_BK4, batch.box_weights_BK, batch.crops_BK3rr]
+        return [Tensor(array) for array in arrays]
+
+    def all_sum(self, values: np.ndarray) -> np.ndarray:
+        """Sum of a small float32 vector over the ranks."""
+        return self.sum(Tensor(values.astype(np.float32))).asnumpy()
+
+    def tensors(self, group: Group) -> Iterator[tuple[str, np.ndarray]]:
+        """One group's tensors under the parameters' names."""
+        for name, parameter in self._group(group).items():
+            yield name, to_numpy(parameter)
+
+    def load(self, group: Group, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+        """Replaces one group's tensors."""
+        into = self._group(group)
+        for name, array in tensors:
+            into[name].set_data(to_tensor(array, into[name].dtype))
+
+    def generate(self, prompts: PromptBatch, max_new_tokens: int, stop_token: int) -> np.ndarray:
+        """Greedy continuation, int32 `[B, max_new_tokens]`."""
+        return greedy(self.prefill, self.decode, prompts, max_new_tokens, stop_token)
+
+    def close(self) -> None:
+        """Leaves the process group."""
+        distributed.finalise(self.world)
+
+    def _group(self, group: Group) -> dict[str, Parameter]:
+        if group == "model":
+            return {p.name: p for p in self.model.get_parameters()}
+        if group == "teacher":
+            return {} if self.teacher is None else {p.name: p for p in self.teacher.get_parameters()}
+        moments = self.update.first_moment if group == "first_moment" else self.update.second_moment
+        return {p.name.removeprefix(f"{group}."): p for p in moments}
+
+
+def scalar(value: float) -> Tensor:
+    """A float32 tensor without axes."""
+    return Tensor(np.float32(value))
+
+
+def fill(parameters: Iterable[Parameter], tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Gives every parameter its start value, by name."""
+    missing = {p.name: p for p in parameters}
+    for name, value in tensors:
+        parameter = missing.pop(name)
+        parameter.set_data(to_tensor(value, parameter.dtype))
+    assert not missing, f"no start value for {sorted(missing)[:5]}"

@@ -1,0 +1,42 @@
+"""AdamW with clipping by global norm.
+
+Parameter by parameter, so that the temporaries are one parameter large (the torch twin's flat buffer would be copied whole
+in a static graph, where a parameter cannot be a view).
+"""
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+
+from granvit.config import OptimizerSection
+
+
+class AdamW(nn.Cell):
+    """Decoupled weight decay (Loshchilov & Hutter 2019), bias-corrected, on float32 masters; decay on matrices alone.
+
+    Everything that changes from step to step is a tensor input, so the graph is compiled once.
+    """
+
+    def __init__(self, parameters: ms.ParameterTuple, gradients: ms.ParameterTuple, config: OptimizerSection):
+        super().__init__(auto_prefix=False)
+        self.parameters, self.gradients = parameters, gradients
+        self.first_moment = parameters.clone("first_moment", init="zeros")
+        self.second_moment = parameters.clone("second_moment", init="zeros")
+        self.clip_norm, self.eps = config.clip_norm, config.eps
+        self.beta1, self.beta2 = config.betas
+        self.decayed = tuple(config.weight_decay > 0 and p.ndim >= 2 for p in parameters)
+
+    def construct(self, keep: Tensor, rate: Tensor, correction2: Tensor, grad_norm: Tensor) -> Tensor:
+        """One update from the accumulated gradients, which are clipped to `clip_norm` and then zeroed.
+
+        `keep` is 1 - learning_rate * weight_decay, `rate` is learning_rate / (1 - beta1^t), `correction2` is 1 - beta2^t.
+        """
+        scale = ops.minimum(self.clip_norm / (grad_norm + 1e-6), ops.ones_like(grad_norm))
+        for i in range(len(self.parameters)):
+            g = self.gradients[i] * scale
+            m = self.beta1 * self.first_moment[i] + (1 - self.beta1) * g
+            v = self.beta2 * self.second_moment[i] + (1 - self.beta2) * ops.square(g)
+            p = self.parameters[i] * keep if self.decayed[i] else self.parameters[i]
+            ops.assign(self.parameters[i], p - rate * m / (ops.sqrt(v / correction2) + self.eps))
+            ops.assign(self.first_moment[i], m)
+            ops.assign(self.second_moment[i], v)
+            ops.assign(self.gradients[i], ops.zeros_like(g))
+        return scale

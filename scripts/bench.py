@@ -1,0 +1,173 @@
+"""Benchmarks, printed as ratios within one run with the limit beside them.
+
+    python scripts/bench.py packing [--framework mindspore|torch]     regions/s of shared-prefix rows against separate rows
+    python scripts/bench.py twins                                     a training step of one framework against the other
+"""
+import argparse
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from granvit.cli import load_engine_class
+from rich.console import Console
+from rich.table import Table
+
+from granvit.config import RunConfig, parse_config
+from granvit.cost import language_macs, vision_macs
+from granvit.data.batch import Batch
+from granvit.engine import Scalars, TrainEngine
+from granvit.init import initial_values
+from granvit.models import LanguageConfig, VisionConfig, parameter_shapes
+
+PREFIX, QUESTION, ANSWER = 20, 48, 8  # text tokens: prefix around the image, one region question, its answer
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model pair to measure, with the images of one step and the teacher's crop side."""
+
+    name: str
+    vision: VisionConfig
+    language: LanguageConfig
+    images: int
+    crop: int
+
+
+DEMO = Size(
+    "demo",
+    VisionConfig(name="demo", image_size=96, patch_size=12, width=128, layers=5, heads=4, mlp=512),
+    LanguageConfig(name="demo", vocab=512, width=128, layers=4, heads=4, kv_heads=2, head_dim=32, mlp=384, rope_theta=1e4,
+                   norm_eps=1e-6, tied_head=True, qkv_bias=True),
+    images=8,
+    crop=48,
+)  # fmt: skip
+MID = Size(
+    "mid-size",
+    VisionConfig(name="mid", image_size=224, patch_size=14, width=384, layers=13, heads=6, mlp=1536),
+    LanguageConfig(name="mid", vocab=4096, width=512, layers=6, heads=8, kv_heads=2, head_dim=64, mlp=1536, rope_theta=1e6,
+                   norm_eps=1e-6, tied_head=True, qkv_bias=True),
+    images=2,
+    crop=112,
+)  # fmt: skip
+
+
+def synthetic_batch(size: Size, rows: int, regions: int, crops: bool) -> Batch:
+    """Random pixels and tokens in the shape of real rows: one image and `regions` questions each."""
+    rng, N = np.random.default_rng(0), size.vision.patches
+    prefix, span = PREFIX + N, QUESTION + ANSWER
+    length, answers = prefix + regions * span, regions * ANSWER
+    starts = prefix + span * np.arange(regions)
+    positions = np.concatenate([np.arange(prefix), np.tile(prefix + np.arange(span), regions)])
+    segments = np.concatenate([np.zeros(prefix), 1 + np.arange(regions).repeat(span)])
+    at = (starts[:, None] + QUESTION - 1 + np.arange(ANSWER)).reshape(-1)
+    tokens = rng.integers(1, size.language.vocab, (rows, length))
+    K = regions if crops else 0
+    corners = np.sort(rng.uniform(0, 1, (rows, K, 2, 2)), axis=2).reshape(rows, K, 4)
+
+    def tile(row: np.ndarray) -> np.ndarray:
+        return np.tile(row.astype(np.int32), (rows, 1))
+
+    return Batch(
+        pixels_B3RR=rng.integers(0, 256, (rows, 3, size.vision.image_size, size.vision.image_size)).astype(np.uint8),
+        image_weights_B=np.ones(rows, np.float32),
+        token_ids_BS=tokens.astype(np.int32),
+        positions_BS=tile(positions),
+        segments_BS=tile(segments),
+        image_positions_BN=tile(PREFIX // 2 + np.arange(N)),
+        answer_positions_BA=tile(at),
+        answer_targets_BA=tokens[:, at + 1].astype(np.int32),
+        answer_weights_BA=np.ones((rows, answers), np.float32),
+        boxes_BK4=corners.astype(np.float32),
+        box_weights_BK=np.ones((rows, K), np.float32),
+        crops_BK3rr=rng.integers(0, 256, (rows, K, 3, size.crop, size.crop)).astype(np.uint8),
+        record_ids=("",) * rows,
+        questions=rows * regions,
+    )
+
+
+def config_for(size: Size, regions: int, crops: bool) -> RunConfig:
+    """A stage-1 run of this size, with or without the teacher."""
+    return parse_config(
+        {
+            "stage": "stage1",
+            "output": "unused",
+            "data": {"sources": [{"path": "unused"}], "regions_per_row": regions, "buckets": [{"length": 1, "answers": 1}]},
+            "train": {"global_batch": regions, "micro_batch": 1},
+            "distill": {"weight": 1.0 if crops else 0.0, "crop_size": size.crop},
+        },
+        "bench",
+    )
+
+
+def seconds_per_step(engine: TrainEngine, batch: Batch, repeats: int) -> float:
+    """Median time of a training step (forward, backward, update) after one to compile and warm up."""
+    times = []
+    for step in range(1, repeats + 2):
+        start = time.perf_counter()
+        engine.step([batch], Scalars(step, 1e-4, 0.9, batch.tokens, batch.boxes))
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[1:]))
+
+
+def train_macs(size: Size, regions: int, rows: int, crops: bool) -> float:
+    """Multiply-accumulates of stage 1 by formula: encoder three passes, frozen decoder two, teacher one per region."""
+    length = PREFIX + size.vision.patches + regions * (QUESTION + ANSWER)
+    row = 3 * vision_macs(size.vision) + 2 * language_macs(size.language, length, regions * ANSWER)
+    return rows * (row + crops * regions * vision_macs(size.vision, size.crop))
+
+
+def packing(console: Console, framework: str, regions: int, repeats: int) -> None:
+    """One image with `regions` questions in one shared-prefix row, against one row a question."""
+    engine_class = load_engine_class(framework)
+    table = Table(title=f"packing, K = {regions}, {framework}: a training step on the same images and regions")
+    for column in ("model", "teacher's crops", "separate, regions/s", "packed, regions/s", "ratio", "limit (by multiplications)"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for size in (DEMO, MID):
+        for crops in (False, True):
+            speeds = []
+            for per_row, rows in ((1, size.images * regions), (regions, size.images)):
+                start = initial_values(parameter_shapes(size.vision, size.language), 0)
+                engine = engine_class(config_for(size, per_row, crops), size.vision, size.language, start.items())
+                seconds = seconds_per_step(engine, synthetic_batch(size, rows, per_row, crops), repeats)
+                speeds.append(size.images * regions / seconds)
+            limit = train_macs(size, 1, size.images * regions, crops) / train_macs(size, regions, size.images, crops)
+            separate, packed = speeds
+            table.add_row(size.name, "with" if crops else "without", f"{separate:.1f}", f"{packed:.1f}",
+                          f"{packed / separate:.2f}x", f"{limit:.2f}x")  # fmt: skip
+    console.print(table)
+
+
+def twins(console: Console, regions: int, repeats: int) -> None:
+    """The same training step (stage 1 with the teacher, packed) in both frameworks."""
+    table = Table(title=f"a training step, K = {regions}, float32")
+    for column in ("model", "PyTorch, s", "MindSpore, s", "PyTorch / MindSpore"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for size in (DEMO, MID):
+        start = initial_values(parameter_shapes(size.vision, size.language), 0)
+        batch = synthetic_batch(size, size.images, regions, True)
+        torch_s, mindspore_s = (
+            seconds_per_step(
+                load_engine_class(name)(config_for(size, regions, True), size.vision, size.language, start.items()), batch, repeats
+            )
+            for name in ("torch", "mindspore")
+        )
+        table.add_row(size.name, f"{torch_s:.3f}", f"{mindspore_s:.3f}", f"{torch_s / mindspore_s:.2f}x")
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("packing", "twins"))
+    parser.add_argument("--framework", choices=("mindspore", "torch"), default="mindspore")
+    parser.add_argument("--regions", type=int, default=6, help="questions per image (default 6; the paper's data has 6.2)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps; the median is printed (default 5)")
+    args = parser.parse_args()
+    console = Console(width=130)
+    if args.what == "packing":
+        packing(console, args.framework, args.regions, args.repeats)
+    else:
+        twins(console, args.regions, args.repeats)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Chat templates against transformers' `apply_chat_template`, and text that tries to be a control token."""
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from granvit.data.chat import SYSTEM, TEMPLATES, Chat, byte_tokenizer, train_tokenizer
+
+# As published with the models (Qwen2.5's without its branch for tools).
+PUBLISHED = {
+    "qwen2.5": "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "llama-3": "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    " + message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
+    "{{ content }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+}
+
+
+@pytest.mark.parametrize("family", list(TEMPLATES))
+@pytest.mark.parametrize("trained", [False, True])
+def test_equals_the_published_template(family, trained):
+    question, answer = "Where is the red cup? It costs 12.50!", "[0.19, 0.756, 0.417, 0.888]"
+    tokenizer = train_tokenizer([question, answer, SYSTEM, "user assistant"], 340, family) if trained else byte_tokenizer(family)
+    peer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.to_str()), bos_token="<|begin_of_text|>", chat_template=PUBLISHED[family]
+    )
+    messages = [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": f"<image>\n{question}"},
+        {"role": "assistant", "content": answer},
+    ]
+    text = peer.apply_chat_template(messages, tokenize=False)
+    before, after = text.split("<image>")
+    peer_ids = [peer(part, add_special_tokens=False)["input_ids"] for part in (before, after)]
+    chat = Chat(tokenizer, family)
+    assert chat.prefix_before == peer_ids[0]
+    ours = chat.prefix_after + chat.question_ids(question) + chat.answer_ids(answer)
+    rest = peer_ids[1][len(ours) :]
+    assert peer_ids[1][: len(ours)] == ours
+    assert peer.decode(rest) == ("\n" if family == "qwen2.5" else "")  # after the last supervised token
+    prompt = peer.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True).split("<image>")[1]
+    assert chat.prefix_after + chat.question_ids(question) == peer(prompt, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("family", list(TEMPLATES))
+def test_text_cannot_inject_control_tokens(family):
+    chat = Chat(byte_tokenizer(family), family)
+    controls = {chat.tokenizer.token_to_id(token) for token in TEMPLATES[family].control_tokens}
+    text = "a cup" + "".join(TEMPLATES[family].control_tokens) + "ignore all"
+    ids = chat.answer_ids(text)
+    assert not controls & set(ids[:-1])
+    assert ids[-1] == chat.stop_token
+    assert chat.decode(ids) == text
+    assert chat.answer_lengths([text, "cup"]) == [len(ids), 4]
+    assert chat.question_lengths([text]) == [len(chat.question_ids(text))]
+
+
+def test_decode_stops_at_the_first_stop_token(chat):
+    assert chat.decode([*chat.answer_ids("a cup"), *chat.answer_ids("more")]) == "a cup"
+
+
+def test_a_tokenizer_of_another_family_is_refused_by_token_and_file(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    byte_tokenizer("qwen2.5").save(str(path))
+    assert Chat.from_file(path, "qwen2.5").size == 259
+    with pytest.raises(ValueError, match=r"tokenizer\.json.*<\|begin_of_text\|>"):
+        Chat.from_file(path, "llama-3")
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="not a tokenizer"):
+        Chat.from_file(path, "qwen2.5")
+    with pytest.raises(ValueError, match="no such file"):
+        Chat.from_file(tmp_path / "absent.json", "qwen2.5")
+
+
+def test_a_control_token_that_is_not_special_is_refused():
+    vocabulary = {token: i for i, token in enumerate(TEMPLATES["qwen2.5"].control_tokens)}
+    with pytest.raises(ValueError, match="must be marked special"):
+        Chat(Tokenizer(models.WordLevel(vocabulary, unk_token="<|im_end|>")), "qwen2.5")
+
+
+def test_training_makes_words_single_tokens_and_digits_single_characters():
+    texts = ["a small red circle", "the word exit in blue", "box 0.123"] * 3
+    tokenizer = train_tokenizer(texts, 400, "qwen2.5")
+    assert tokenizer.encode("a small red circle").tokens == ["a", "Ġsmall", "Ġred", "Ġcircle"]
+    assert tokenizer.encode("0.312").tokens == ["0", ".", "3", "1", "2"]
+    assert tokenizer.get_vocab_size() <= 400
+    assert tokenizer.to_str() == train_tokenizer(texts, 400, "qwen2.5").to_str()
+    assert tokenizer.decode(tokenizer.encode("never seen: ünïcode\n").ids) == "never seen: ünïcode\n"

@@ -1,0 +1,320 @@
+"""The order of the data, and the pipeline that follows it."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from granvit.config import RunConfig, parse_config
+from granvit.data.batch import Batch, Packer
+from granvit.data.chat import Chat, train_tokenizer
+from granvit.data.lengths import TurnLengths, text_lengths
+from granvit.data.loader import Loader, held_out, splitmix64
+from granvit.data.prompts import format_box, question_text
+from granvit.data.records import ImageRecord
+from granvit.data.store import Store, write_store
+from granvit.stages import TASKS
+from tests.conftest import random_record
+
+BUCKETS = [{"length": 600, "answers": 120}, {"length": 1100, "answers": 250}]
+
+
+def run(store_path: Path, stage: str = "stage1", mix=None, regions_per_row=4, rate=1.0, data=None, **train) -> RunConfig:
+    return parse_config(
+        {
+            "stage": stage,
+            "output": "unused",
+            "seed": 3,
+            "model": {"vision": "tiny-vision", "language": "tiny-language", "init": "random"},
+            "data": {
+                "sources": [{"path": str(store_path), "rate": rate}],
+                "mix": mix,
+                "regions_per_row": regions_per_row,
+                "buckets": BUCKETS,
+                **(data or {}),
+            },
+            "train": {"global_batch": 4 * regions_per_row, "micro_batch": 1, **train},
+            "distill": {"crop_size": 16},
+        },
+        "test",
+    )
+
+
+def same(a: Batch, b: Batch) -> bool:
+    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(Batch)]
+    return all(x.tobytes() == y.tobytes() if isinstance(x, np.ndarray) else x == y for x, y in pairs)
+
+
+def questions_in(loader: Loader, epoch: int) -> Counter:
+    """(source, image, task, region) of every row of an epoch, in the order of the steps."""
+    asked: Counter = Counter()
+    first = loader.plan.steps(epoch)
+    for step in range(first, first + loader.plan.epoch_steps(epoch)):
+        e, _, rows = loader.plan.batch(step)
+        assert e == epoch
+        for source, image, questions in loader.plan.contents(e, rows[rows >= 0]):
+            assert len([q for q in questions if q.region is not None]) <= loader.plan.K
+            asked.update((source, image, q.task, q.region) for q in questions)
+    return asked
+
+
+def all_questions(records: list[ImageRecord], mix: dict) -> Counter:
+    asked: Counter = Counter()
+    for image, record in enumerate(records):
+        for task in TASKS:
+            if task == "global":
+                asked.update([(0, image, task, None)] * (record.global_caption is not None and task in mix))
+            else:
+                asked.update((0, image, task, region) for region in range(len(record.regions) if task in mix else 0))
+    return asked
+
+
+@pytest.mark.parametrize("regions_per_row", [1, 3, 8])
+@pytest.mark.parametrize("mix", [{"global": 1, "bbox2caption": 1}, dict.fromkeys(TASKS, 1), {"global": 1}, {"caption2bbox": 1}])
+def test_an_epoch_asks_every_question_once(store, records, vision, chat, regions_per_row, mix):
+    loader = Loader(run(store.path, mix=mix, regions_per_row=regions_per_row), vision, chat, 0, 1)
+    for epoch in (0, 1):
+        assert questions_in(loader, epoch) == all_questions(records, mix)
+
+
+def test_sources_are_mixed_each_at_its_rate(store, records, tmp_path, vision, chat):
+    write_store([random_record(f"r{i}", 6, i) for i in range(50)], tmp_path / "second")
+    sources = [{"path": str(store.path), "rate": 0.0}, {"path": str(tmp_path / "second")}]
+    asked = questions_in(Loader(run(store.path, data={"sources": sources}), vision, chat, 0, 1), 0)
+    assert sum(n for (source, _, task, _), n in asked.items() if source == 1 and task == "bbox2caption") == 300
+    assert {task for source, _, task, _ in asked if source == 0} == {"global"}  # rates are of region questions
+    assert sum(n for (source, *_), n in asked.items() if source == 0) == store.globals
+
+
+def test_epochs_differ_in_order(store, vision, chat):
+    loader = Loader(run(store.path), vision, chat, 0, 1)
+    steps = loader.plan.epoch_steps(0)
+    first, second = (np.concatenate([loader.plan.batch(s + e * steps)[2] for s in range(steps)]) for e in (0, 1))
+    assert sorted(first) == sorted(second) and first.tolist() != second.tolist()
+
+
+def test_shares_ask_their_part_anew_in_every_epoch(tmp_path, vision, chat):
+    write_store([random_record(f"r{i}", 6, i) for i in range(200)], tmp_path / "s")
+    mix = {"global": 0.5, "bbox2caption": 1.0, "caption2bbox": 0.2}
+    loader = Loader(run(tmp_path / "s", mix=mix, rate=0.5), vision, chat, 0, 1)
+    epochs = [questions_in(loader, epoch) for epoch in range(3)]
+    for asked in epochs:
+        assert max(asked.values()) == 1
+        count = Counter(task for _, _, task, _ in asked)
+        for task, share, available in (("global", 0.5, 200), ("bbox2caption", 0.5, 1200), ("caption2bbox", 0.1, 1200)):
+            assert abs(count[task] - share * available) < 5 * (available * share * (1 - share)) ** 0.5
+    assert epochs[0] != epochs[1] != epochs[2]
+    again = Loader(run(tmp_path / "s", mix=mix, rate=0.5), vision, chat, 0, 1)
+    assert questions_in(again, 2) == epochs[2]  # also without the epochs before it
+
+
+def test_hash_is_splitmix64():
+    """The generator's published first outputs for seed 0; keys give other, evenly spread streams."""
+    assert splitmix64(np.arange(3)).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    streams = [splitmix64(np.arange(10_000), *key) for key in ((1, 2), (2, 1), (1, 2, 0), (3,))]
+    assert len(set(np.concatenate(streams).tolist())) == 40_000
+    for stream in streams:
+        assert abs((stream >> np.uint64(63)).mean() - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_ranks_share_out_what_one_rank_reads(store, vision, chat, stage):
+    """Every step: the rows of two ranks are those of one, in one bucket, whatever the number of ranks."""
+    one = Loader(run(store.path, stage), vision, chat, 0, 1).batches()
+    two = [Loader(run(store.path, stage), vision, chat, rank, 2).batches() for rank in (0, 1)]
+    four = [Loader(run(store.path, stage), vision, chat, rank, 4).batches() for rank in range(4)]
+    steps = 0
+    for whole, *parts in zip(one, *two, *four, strict=True):
+        halves, quarters = [b for p in parts[:2] for b in p], [b for p in parts[2:] for b in p]
+        assert len(whole) == len(halves) == len(quarters) == 4
+        for split in (halves, quarters):
+            assert len({b.token_ids_BS.shape for b in split}) == 1
+            assert sorted(b.token_ids_BS.tobytes() for b in split) == sorted(b.token_ids_BS.tobytes() for b in whole)
+            assert sorted(b.record_ids for b in split) == sorted(b.record_ids for b in whole)
+            assert sum(b.tokens for b in split) == sum(b.tokens for b in whole)
+        steps += 1
+    assert steps == Loader(run(store.path, stage), vision, chat, 0, 1).steps
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_at_a_step_gives_the_identical_bytes(store, vision, chat, workers):
+    config = run(store.path, data={"workers": workers}, steps=20)  # more than an epoch
+    loader = Loader(config, vision, chat, 1, 2)
+    assert loader.plan.epoch_steps(0) < 20 == loader.steps
+    whole = list(Loader(run(store.path, steps=20), vision, chat, 1, 2).batches())
+    for start in (0, 15) if workers else (0, 5, 14, 19, 20):
+        rest = list(Loader(config, vision, chat, 1, 2).batches(start))
+        assert len(rest) == 20 - start
+        assert all(same(a, b) for x, y in zip(rest, whole[start:], strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_a_row_always_fits_its_bucket_and_both_buckets_are_used(store, records, vision, chat):
+    """A row of the larger bucket is there because of itself or of a neighbour in its batch, never every row."""
+    loader = Loader(run(store.path, mix=dict.fromkeys(TASKS, 1)), vision, chat, 0, 1)
+    seen, asked = Counter(), 0
+    for micro_batches in loader.batches():
+        seen[micro_batches[0].token_ids_BS.shape[1]] += 1
+        for batch in micro_batches:
+            assert batch.skipped == ()
+            asked += batch.questions
+    assert set(seen) == {600, 1100} and asked == sum(all_questions(records, dict.fromkeys(TASKS, 1)).values())
+
+
+def test_lengths_bound_the_packers_rows_closely(store, records, vision, chat):
+    tokenizer = train_tokenizer(["Describe the content within the box word all of image"], 330, "qwen2.5")
+    for speaker in (chat, Chat(tokenizer, "qwen2.5")):
+        lengths = TurnLengths(store, speaker, frozenset(TASKS))
+        for image, record in enumerate(records[:10]):
+            first = int(store.region_starts[image]) + image
+            for number, region in enumerate(record.regions):
+                for task, box in ((1, (0.123, 0.456, 0.678, 0.789)), (2, (0.123, 0.456, 0.678, 0.789)), (1, region.box)):
+                    tokens, answers = lengths.of(np.array([task]), np.array([first + 1 + number]))
+                    asked = question_text(TASKS[task], box, region.caption)
+                    answer = speaker.answer_ids(format_box(box) if task == 2 else region.caption)
+                    true = len(speaker.question_ids(asked)) + len(answer) - 1, len(answer)
+                    assert true[0] <= tokens[0] and true[1] <= answers[0]
+                    if box != region.box:
+                        assert true == (tokens[0], answers[0])
+
+
+def test_lengths_are_computed_once_per_tokenizer(store, chat, monkeypatch):
+    first = text_lengths(store, chat, "answer")
+    assert first[0] == len(chat.answer_ids(store.texts(0, 1)[0]))
+    monkeypatch.setattr(Chat, "_lengths", lambda *_: pytest.fail("computed twice"))
+    np.testing.assert_array_equal(text_lengths(store, chat, "answer"), first)
+
+
+def test_a_read_only_store_keeps_its_lengths_in_the_home_directory(store, chat, tmp_path, monkeypatch):
+    expected = text_lengths(store, chat, "answer")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    reopened = Store(store.path)
+    reopened.path = Path("/proc/1/nothing-can-be-made-here")
+    monkeypatch.setattr(reopened, "texts", store.texts)
+    monkeypatch.setattr(Path, "mkdir", _refusing(Path.mkdir, "/proc"))
+    np.testing.assert_array_equal(text_lengths(reopened, chat, "answer"), expected)
+    assert list((tmp_path / ".cache" / "granvit").glob("*.u2"))
+
+
+def _refusing(mkdir, prefix):
+    def wrapped(self, *args, **kwargs):
+        if str(self).startswith(prefix):
+            raise PermissionError(13, "read-only")
+        return mkdir(self, *args, **kwargs)
+
+    return wrapped
+
+
+def test_the_tail_is_filled_with_rows_of_weight_zero(store, records, vision, chat):
+    loader = Loader(run(store.path, regions_per_row=1), vision, chat, 0, 1)
+    rows = [i for micro_batches in loader.batches() for b in micro_batches for i in b.record_ids]
+    questions = sum(all_questions(records, {"global": 1, "bbox2caption": 1}).values())
+    assert sum(i != "" for i in rows) == questions and len(rows) == -(-questions // 4) * 4 > questions
+
+
+def test_bad_records_are_rows_of_weight_zero_that_are_named(tmp_path, vision, chat):
+    records = [random_record(f"r{i}", 3, i) for i in range(8)]
+    records[3] = replace(records[3], image=records[3].image[:200])
+    long = replace(records[5].regions[0], caption="x" * 2000)
+    records[5] = replace(records[5], regions=(long, *records[5].regions[1:]))
+    write_store(records, tmp_path / "s")
+    shard = tmp_path / "s" / "shard-00000.array_record"
+    data = bytearray(shard.read_bytes())
+    data[data.index(b'"id":"r6"')] ^= 1
+    shard.write_bytes(data)
+    loader = Loader(run(tmp_path / "s"), vision, chat, 0, 1)
+    batches = [b for micro_batches in loader.batches() for b in micro_batches]
+    skipped = dict(s for b in batches for s in b.skipped)
+    assert skipped.pop(f"{tmp_path / 's'} image 6") == "record is damaged in its shard"
+    assert skipped.pop("r3") == "image file is truncated or damaged"
+    assert "does not fit" in skipped.pop("r5 region 0") and not skipped
+    assert sum(b.questions for b in batches) == 6 * 4 - 1
+    assert sorted(i for b in batches for i in b.record_ids if i) == [f"r{i}" for i in (0, 1, 2, 4, 5, 7)]
+
+
+def test_compose_decides_what_a_row_holds(store, vision, chat):
+    def text_rows(packer: Packer, record, questions, bucket) -> Batch:
+        return packer.text_row(record.id, [5] * vision.patches, [q.turn(record) for q in questions], bucket)
+
+    loader = Loader(run(store.path), vision, chat, 0, 1, compose=text_rows)
+    (batch, *_) = next(loader.batches())
+    assert batch.image_weights_B.tolist() == [0] and batch.questions > 0
+    assert (batch.token_ids_BS[0, batch.image_positions_BN[0]] == 5).all()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"mix": {"global": 1.5}}, "between 0 and 1.*1.5"),
+        ({"data": {"buckets": [{"length": 40, "answers": 10}]}}, "no room after the prefix of 61"),
+        ({"data": {"buckets": [{"length": 100, "answers": 10}, {"length": 200, "answers": 5}]}}, "answers must not fall"),
+        ({"mix": {"global": 0.0}}, "no question of the tasks"),
+        ({"data": {"sources": [{"path": "/nowhere"}]}}, "/nowhere: no such directory"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(store, vision, chat, changes, message):
+    with pytest.raises(ValueError, match=message):
+        Loader(run(store.path, **changes), vision, chat, 0, 1)
+
+
+def test_held_out_questions_come_in_one_shape_and_are_shared_among_ranks(store, records, vision, chat):
+    tasks = ("bbox2caption", "caption2bbox")
+    whole = list(held_out(store, tasks, chat, vision, 8, 10))
+    assert len({prompts.token_ids_BS.shape for prompts, _ in whole}) == 1
+    items = [item for _, part in whole for item in part]
+    by_id = {record.id: record for record in records}
+    chosen = {item[0] for item in items}
+    assert len(items) == sum(2 * len(by_id[i].regions) for i in chosen) and 5 < len(chosen) <= 10
+    for prompts, part in whole:
+        for row, (record_id, task, question, reference, box) in enumerate(part):
+            region = next(r for r in by_id[record_id].regions if r.box == box)
+            assert reference == (region.caption if task == "bbox2caption" else format_box(box))
+            ids = prompts.token_ids_BS[row, : prompts.lengths_B[row]].tolist()
+            assert ids[chat.prefix_length(vision.patches) :] == chat.question_ids(question)
+    ranks = [list(held_out(store, tasks, chat, vision, 8, 10, rank, 2)) for rank in (0, 1)]
+    assert sorted(i for rank in ranks for _, part in rank for i in part) == sorted(items)
+
+
+def test_reading_processes_end_with_their_parent(store, tmp_path):
+    """kill -9 of the training process leaves no reader behind."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from multiprocessing import active_children\n"
+        "from pathlib import Path\n"
+        "from granvit.config import vision_config\n"
+        "from granvit.data.chat import Chat, byte_tokenizer\n"
+        "from granvit.data.loader import Loader\n"
+        "from tests.data.test_loader import run\n"
+        "if __name__ == '__main__':\n"
+        f"    config = run(Path({str(store.path)!r}), data={{'workers': 1}}, steps=1000)\n"
+        "    batches = Loader(config, vision_config('tiny-vision'), Chat(byte_tokenizer('qwen2.5'), 'qwen2.5'), 0, 1).batches()\n"
+        "    next(batches)\n"
+        "    print(*[child.pid for child in active_children()], flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(root)}
+    )
+    readers = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(readers) == 1 and Path(f"/proc/{readers[0]}").exists()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 20
+    while _running(readers[0]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not _running(readers[0])
+
+
+def _running(pid: int) -> bool:
+    """A process that has ended but that nobody has waited for (state Z) is not running."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
