@@ -91,13 +91,13 @@ def _report(body: Callable[[], None], guard: list[Guard]) -> int:
         body()
         return 0
     except (ValueError, OSError) as error:
-        status, message = 2, f"error: {error}"
+        raised, status, message = error, 2, f"error: {error}"
     except TrainingStopped as error:
-        status, message = 1, f"stopped: {error}"
+        raised, status, message = error, 1, f"stopped: {error}"
     except (Exception, KeyboardInterrupt) as error:
-        status, message = 1, f"failed: {type(error).__name__}: {error}"
+        raised, status, message = error, 1, f"failed: {type(error).__name__}: {error}"
         traceback.print_exc()
-    log.error("traceback", exc_info=True, extra={"file_only": True})
+    log.error("traceback", exc_info=raised, extra={"file_only": True})
     log.error(message)
     for member in guard:
         member.fail(message)

@@ -124,7 +124,7 @@ class RuntimeSection(Strict):
 class RunConfig(Strict):
     """One run."""
 
-    stage: Literal["stage1", "stage2", "pretrain", "guesser"]
+    stage: Literal["stage1", "stage2", "pretrain_text", "pretrain_image", "guesser"]
     output: str
     seed: int = 0
     model: ModelSection = ModelSection()

@@ -5,8 +5,6 @@ answer that does not parse counts 0.
 """
 from functools import cache
 
-from rouge_score.rouge_scorer import RougeScorer
-
 from granvit.data.prompts import Box, parse_box
 from granvit.stages import Task
 
@@ -23,7 +21,9 @@ def iou(a: Box, b: Box) -> float:
 
 
 @cache
-def _rouge() -> RougeScorer:
+def _rouge():
+    from rouge_score.rouge_scorer import RougeScorer  # here: its own imports take as long as all of ours
+
     return RougeScorer(["rougeL"])
 
 

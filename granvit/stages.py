@@ -24,7 +24,8 @@ STAGES = {
     for stage in (
         Stage("stage1", frozenset({"vision", "projector"}), {"global": 1.0, "bbox2caption": 1.0}, distill=True),
         Stage("stage2", frozenset({"projector", "language"}), {"global": 1.0, "caption2bbox": 1.0}),
-        Stage("pretrain", frozenset({"vision", "projector", "language"}), {"global": 1.0}),
+        Stage("pretrain_text", frozenset({"language"}), {"global": 1.0, "bbox2caption": 1.0}, blind=True),
+        Stage("pretrain_image", frozenset({"vision", "projector"}), {"global": 1.0}),
         Stage("guesser", frozenset({"language"}), {"bbox2caption": 1.0, "caption2bbox": 1.0}, blind=True),
     )
 }

@@ -7,9 +7,11 @@ about the word. Boxes are exact: the extent of the outline or of the glyphs befo
 on their longer side and between 96 and 128 on the other, so that padding to a square is exercised.
 """
 import io
+import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +56,7 @@ class Stamp:
     extent: tuple[float, float]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _photograph(name: str) -> Image.Image:
     import skimage.data
 
@@ -64,7 +66,7 @@ def _photograph(name: str) -> Image.Image:
     return Image.open(path).convert("RGB")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
     import matplotlib
 
@@ -177,8 +179,12 @@ def compose(rng: np.random.Generator, split: str, identifier: str) -> ImageRecor
     )
 
 
+def scene(split: str, seed: int, index: int) -> ImageRecord:
+    """Scene number `index` of the split (`train` or `heldout`): it depends on nothing but these three."""
+    return compose(np.random.default_rng((seed, list(PHOTOGRAPHS).index(split), index)), split, f"{split}-{index:06d}")
+
+
 def scenes(split: str, count: int, seed: int) -> Iterator[ImageRecord]:
-    """`count` scenes of the split (`train` or `heldout`). Scene i depends on (split, seed, i) alone."""
-    stream = sorted(PHOTOGRAPHS).index(split)
-    for i in range(count):
-        yield compose(np.random.default_rng((seed, stream, i)), split, f"{split}-{i:06d}")
+    """The first `count` scenes of the split, made on all cores."""
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield from pool.map(partial(scene, split, seed), range(count), chunksize=32)

@@ -1,6 +1,6 @@
 """Attention: one signature, several implementations, chosen by device when the model is built."""
 import mindspore as ms
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 
 
 def shared_prefix_mask(segments_BS: Tensor) -> Tensor:
@@ -12,18 +12,44 @@ def shared_prefix_mask(segments_BS: Tensor) -> Tensor:
     return ops.expand_dims(allowed, 1)
 
 
+class Composed(nn.Cell):
+    """Matrix product, softmax in float32, matrix product; returns the output and the probabilities.
+
+    The backward pass is written out because MindSpore's CPU backend takes the gradient of softmax apart into reductions and
+    broadcasts over `[B, H, S, L]`. With O the output, P the probabilities and D = sum(dO * O) of each query, the gradient of the
+    scores is P * (dO V^T - D): D goes into the product as one more column, so P is read once.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.nn, self.nt, self.tn = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True), ops.BatchMatMul(transpose_a=True)
+
+    def construct(self, q_BHSD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        scores = ops.cast(self.nt(q_BHSD, k_BHLD), ms.float32) + bias
+        p_BHSL = ops.cast(ops.softmax(scores, -1), v_BHLD.dtype)
+        return self.nn(p_BHSL, v_BHLD), p_BHSL
+
+    def bprop(self, q_BHSD, k_BHLD, v_BHLD, bias, outputs, gradients):
+        out, p_BHSL = outputs
+        dout, _ = gradients
+        total = ops.sum(ops.cast(dout, ms.float32) * ops.cast(out, ms.float32), -1, True)
+        minus = ops.cast(-total, dout.dtype)
+        dscores = p_BHSL * self.nt(ops.cat((dout, minus), -1), ops.cat((v_BHLD, ops.ones_like(v_BHLD[..., :1])), -1))
+        return self.nn(dscores, k_BHLD), self.tn(dscores, q_BHSD), self.tn(p_BHSL, dout), ops.zeros_like(bias)
+
+
 def composed(q_BHSD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, mask: Tensor | None) -> Tensor:
-    """Matrix product, softmax in float32, matrix product."""
-    groups = q_BHSD.shape[1] // k_BGLD.shape[1]
-    if groups > 1:
-        B, G, L, D = k_BGLD.shape
-        k_BGLD = ops.broadcast_to(ops.expand_dims(k_BGLD, 2), (B, G, groups, L, D)).reshape(B, G * groups, L, D)
-        v_BGLD = ops.broadcast_to(ops.expand_dims(v_BGLD, 2), (B, G, groups, L, D)).reshape(B, G * groups, L, D)
-    scores = ops.BatchMatMul(transpose_b=True)(q_BHSD * q_BHSD.shape[-1] ** -0.5, k_BGLD)
-    scores = ops.cast(scores, ms.float32)
-    if mask is not None:  # added, for masked_fill is slow on CPU; -1e30 swallows any score, as the lowest float32 does
-        scores = scores + ops.cast(ops.logical_not(mask), ms.float32) * -1e30
-    return ops.BatchMatMul()(ops.cast(ops.softmax(scores, -1), v_BGLD.dtype), v_BGLD)
+    """`Composed` for any number of key heads. The mask is added, -1e30 where a key is not seen (which swallows any score, as
+    the lowest float32 does): masked_fill is slow on CPU, and so is a broadcast, so it is widened once for all layers."""
+    B, H, S, D = q_BHSD.shape
+    G, L = k_BGLD.shape[1], k_BGLD.shape[2]
+    if G < H:
+        k_BGLD = ops.broadcast_to(ops.expand_dims(k_BGLD, 2), (B, G, H // G, L, D)).reshape(B, H, L, D)
+        v_BGLD = ops.broadcast_to(ops.expand_dims(v_BGLD, 2), (B, G, H // G, L, D)).reshape(B, H, L, D)
+    bias = Tensor(0.0, ms.float32)
+    if mask is not None:
+        bias = ops.broadcast_to(ops.cast(ops.logical_not(mask), ms.float32) * -1e30, (B, H, S, L))
+    return COMPOSED(q_BHSD * D**-0.5, k_BGLD, v_BGLD, bias)[0]
 
 
 def flash(q_BHSD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, mask: Tensor | None) -> Tensor:
@@ -45,6 +71,7 @@ def flash(q_BHSD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, mask: Tensor | None) -
     return out[..., :width] if padding else out
 
 
+COMPOSED = Composed()
 IMPLEMENTATIONS = ("composed", "flash")
 
 

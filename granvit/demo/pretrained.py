@@ -1,0 +1,136 @@
+"""The demo's own small pretrained pair: what it learns from, and the directories it is shipped in.
+
+GranViT starts from a pretrained language model and a pretrained encoder. The demo downloads none, so it makes a small pair:
+- the decoder, on text alone. A row's image slot holds a text map: one token for each patch of the image saying what covers it (a word of
+  the object's caption, or a sign for bare ground or padding), made from the annotations, never from pixels. Bbox2Caption
+  questions about the map teach it to look up WHERE in its context, as a large language model can;
+- the encoder, on whole images with their global captions through the frozen decoder: an image-level encoder, as SigLIP is.
+Neither sees Caption2Bbox, nor a region question about an image.
+"""
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from granvit.checkpoint.run import newest_checkpoint
+from granvit.config import Bucket
+from granvit.data.batch import Batch, Packer, Question
+from granvit.data.chat import Chat
+from granvit.data.images import box_to_square
+from granvit.data.records import ImageRecord
+from granvit.init import initial_value
+from granvit.models import LanguageConfig, VisionConfig, vision_shapes
+
+GROUND, PADDING = ".", ":"  # what a map writes where there is no object, and outside the image
+FUNCTION_WORDS = {"the", "word", "in", '"'}
+
+
+def _content_tokens(caption: str, chat: Chat) -> list[int]:
+    """The caption's tokens as its answer spells them, without function words and quotation marks."""
+    ids = chat.answer_ids(caption)[:-1]
+    return [i for i in ids if chat.decode([i]).strip() not in FUNCTION_WORDS]
+
+
+def text_map(record: ImageRecord, chat: Chat, grid: int) -> list[int]:
+    """One token for each of `grid` x `grid` cells of the padded frame, row by row.
+
+    A cell belongs to the region that covers most of it; a region writes the content words of its caption into its cells,
+    over and over, in an order drawn from the record's id. It has a cell for every word if it touches that many.
+    """
+    rng = np.random.default_rng(list(record.id.encode()))
+    edges = np.arange(grid + 1) / grid
+    centres = (edges[1:] + edges[:-1]) / 2
+    left, top, right, bottom = box_to_square((0, 0, 1, 1), record.width, record.height)
+    inside = np.outer((centres > top) & (centres < bottom), (centres > left) & (centres < right)).ravel()
+    ground, padding = (chat.answer_ids(sign)[0] for sign in (GROUND, PADDING))
+    cells = np.where(inside, ground, padding)
+
+    boxes = [box_to_square(region.box, record.width, record.height) for region in record.regions]
+    covered = np.array([
+        np.outer(np.clip(np.minimum(y2, edges[1:]) - np.maximum(y1, edges[:-1]), 0, None),
+                 np.clip(np.minimum(x2, edges[1:]) - np.maximum(x1, edges[:-1]), 0, None)).ravel()
+        for x1, y1, x2, y2 in boxes
+    ]) * grid**2  # fmt: skip
+    owner = covered.argmax(0)
+    for number, region in enumerate(record.regions):
+        words = rng.permutation(_content_tokens(region.caption, chat))
+        own = np.where(owner == number, covered[number], 0)
+        by_share = np.argsort(-own, kind="stable")
+        taken = [c for rank, c in enumerate(by_share) if own[c] > 0.4 or (own[c] > 0 and rank < len(words))]
+        cells[taken] = np.resize(words, len(taken))
+    return cells.tolist()
+
+
+def compose_text(packer: Packer, record: ImageRecord, questions: Sequence[Question], bucket: Bucket) -> Batch:
+    """A row about the record's text map in place of its image (`granvit.data.loader.Loader`'s `compose`)."""
+    image_ids = text_map(record, packer.chat, packer.vision.grid)
+    return packer.text_row(record.id, image_ids, [question.turn(record) for question in questions], bucket)
+
+
+def publish_language(run: Path, language: LanguageConfig, tokenizer: Path, out: Path) -> None:
+    """Writes a run's decoder as transformers ships a Qwen2: config.json, model.safetensors, tokenizer.json."""
+    tensors = {
+        name.removeprefix("language."): array for name, array in _newest(run) if name.startswith("language.")
+    }
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": language.vocab,
+        "hidden_size": language.width,
+        "intermediate_size": language.mlp,
+        "num_hidden_layers": language.layers,
+        "num_attention_heads": language.heads,
+        "num_key_value_heads": language.kv_heads,
+        "head_dim": language.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": language.norm_eps,
+        "rope_theta": language.rope_theta,
+        "tie_word_embeddings": language.tied_head,
+        "torch_dtype": "float32",
+    }
+    _publish(out, config, tensors)
+    (out / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+
+
+def publish_vision(run: Path, vision: VisionConfig, seed: int, out: Path) -> None:
+    """Writes a run's encoder as transformers ships a SigLIP vision tower: config.json, model.safetensors.
+
+    The blocks above the level that the run trained, and the closing norm, are written as initialised, so that the file is complete.
+    """
+    whole = vision_shapes(VisionConfig(**{**vision.model_dump(), "top": "final"}))
+    trained = {name: array for name, array in _newest(run) if name.startswith("vision.")}
+    tensors = {
+        name.replace("vision.", "vision_model.", 1): trained[name] if name in trained else initial_value(name, shape, seed)
+        for name, shape in whole.items()
+    }
+    config = {
+        "architectures": ["SiglipVisionModel"],
+        "model_type": "siglip_vision_model",
+        "hidden_size": vision.width,
+        "intermediate_size": vision.mlp,
+        "num_hidden_layers": vision.layers,
+        "num_attention_heads": vision.heads,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "num_channels": 3,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": vision.norm_eps,
+        "vision_use_head": False,
+        "torch_dtype": "float32",
+    }
+    _publish(out, config, tensors)
+
+
+def _newest(run: Path):
+    checkpoint = newest_checkpoint(run)
+    if checkpoint is None:
+        raise ValueError(f"{run}: no checkpoint; `python scripts/demo.py prepare` makes it")
+    return checkpoint.tensors("model")
+
+
+def _publish(out: Path, config: dict, tensors: dict[str, np.ndarray]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config, indent=1))

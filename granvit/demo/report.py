@@ -1,0 +1,244 @@
+"""The demo's report: RUN/report.md with its table and pictures, read from the runs' evaluations and metrics alone."""
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from granvit.config import load_config
+from granvit.data.images import decode
+from granvit.data.prompts import parse_box
+from granvit.data.records import ImageRecord
+from granvit.data.store import MAX_PIXELS, Store
+from granvit.metrics import iou
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.patches import Rectangle
+
+PREDICTED, TRUE = "#14c414", "#f02020"
+COLUMNS = ("guesser", "stage1", "stage2")
+TITLES = {"guesser": "guesser (no image)", "stage1": "after stage 1", "stage2": "after stage 2"}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of one run: means of the scores by task (0..1) and every prediction."""
+
+    step: int
+    table: dict[str, dict[str, float]]
+    predictions: list[dict[str, Any]]
+
+    @property
+    def rouge_l(self) -> float:
+        return 100 * self.table["bbox2caption"]["rouge_l"]
+
+    @property
+    def exact_match(self) -> float:
+        return 100 * self.table["bbox2caption"]["exact_match"]
+
+    @property
+    def acc_iou50(self) -> float:
+        return 100 * self.table["caption2bbox"]["acc_iou50"]
+
+
+def evaluations(run: Path) -> list[Evaluation]:
+    """A run's evaluations in order of steps; `ValueError` where it has none."""
+    found = [Evaluation(**json.loads(path.read_text())) for path in sorted((run / "eval").glob("step_*.json"))]
+    if not found:
+        raise ValueError(f"{run}: no evaluation in {run / 'eval'}; `python scripts/demo.py` makes it")
+    return found
+
+
+def machine() -> str:
+    """What this ran on, in words."""
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    except OSError:
+        pass
+    return f"{len(os.sched_getaffinity(0))} CPU core(s) ({model}), {platform.system()}, Python {platform.python_version()}"
+
+
+def write_report(root: Path, framework: str, seconds: dict[str, float]) -> Path:
+    """Writes report.md and its pictures into the demo's directory; `seconds` says how long each part took."""
+    runs = {name: evaluations(root / name) for name in COLUMNS}
+    last = {name: found[-1] for name, found in runs.items()}
+    _draw_curve(root, runs, root / "figure4a.png")
+    store = Store(load_config(root / "stage1" / "config.yaml").eval.source)
+    records = {record.id: record for record in (store[i] for i in range(store.images))}
+    _draw_boxes(records, last, root / "caption2bbox.png")
+    _draw_captions(records, last, root / "bbox2caption.png")
+    path = root / "report.md"
+    path.write_text(_text(root, last, framework, seconds))
+    return path
+
+
+def _text(root: Path, last: dict[str, Evaluation], framework: str, seconds: dict[str, float]) -> str:
+    configs = {name: load_config(root / name / "config.yaml") for name in ("pretrain_text", "pretrain_image", *COLUMNS)}
+    images = {split: Store(root / "data" / split) for split in ("train", "heldout")}
+    row = lambda name, values, unit="": f"| {name} | " + " | ".join(f"{v:.1f}{unit}" for v in values) + " |"  # noqa: E731
+    ratio = lambda a, b: f"{a / b:.1f}x" if b else "all against none"  # noqa: E731
+    stage1, stage2, guesser = last["stage1"], last["stage2"], last["guesser"]
+    samples = int(stage1.table["bbox2caption"]["samples"])
+    lines = [
+        "# GranViT's demo",
+        "",
+        f"One run, seed {configs['stage1'].seed}, {framework}, {machine()}. Held-out: {samples} questions of each task about "
+        f"{samples // 4} images whose backgrounds come from photographs that were not trained on.",
+        "",
+        "| % | " + " | ".join(TITLES[name] for name in COLUMNS) + " |",
+        "|---|" + "---|" * len(COLUMNS),
+        row("Bbox2Caption, ROUGE-L", [last[n].rouge_l for n in COLUMNS]),
+        row("Bbox2Caption, exact match", [last[n].exact_match for n in COLUMNS]),
+        row("Caption2Bbox, ACC@IoU0.5", [last[n].acc_iou50 for n in COLUMNS]),
+        row("Caption2Bbox, unparsable answers", [100 * last[n].table["caption2bbox"]["unparsable"] for n in COLUMNS]),
+        "",
+        f"- Exact match after stage 1 against the guesser's: {ratio(stage1.exact_match, guesser.exact_match)} (aim: at least 3x).",
+        f"- ACC@IoU0.5 after stage 2: {stage2.acc_iou50:.1f}% (aim: at least 20%), "
+        f"{ratio(stage2.acc_iou50, stage1.acc_iou50)} that after stage 1 (aim: at least 4x). Stage 1 mixed Caption2Bbox in, with "
+        f"the decoder frozen.",
+        "",
+        "The guesser is the honest floor: the same decoder, all of it trained, image tokens zeroed, on the same questions for "
+        "as many steps as stage 1. It reads the question alone; a box's size and shape give much away.",
+        "",
+        "![the paper's Fig. 4(a) in small](figure4a.png)",
+        "",
+        "## Caption2Bbox on held-out images: predicted green, true red",
+        "![boxes](caption2bbox.png)",
+        "",
+        "## Bbox2Caption on held-out images",
+        "![captions](bbox2caption.png)",
+        "",
+        "## What was trained on what",
+        f"Data: {images['train'].images} training and {images['heldout'].images} held-out scenes of four objects (granvit/demo/scenes.py).",
+        "",
+        "| Part | Trained | Questions | Steps | Questions a step |",
+        "|---|---|---|---|---|",
+    ]
+    content = {
+        "pretrain_text": "Bbox2Caption and global captions about text maps in the image's place (no image)",
+        "pretrain_image": "global captions of whole images (no region)",
+    }
+    for name, config in configs.items():
+        spec = config.stage_spec
+        steps = json.loads((root / name / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+        mix = content.get(name) or ", ".join(f"{task} {share:g}" for task, share in spec.mix.items() if share)
+        mix += " (image tokens zeroed)" if name == "guesser" else ""
+        lines.append(f"| {name} | {', '.join(sorted(spec.trains))} | {mix} | {steps} | {config.train.global_batch} |")
+    lines += ["", "## Time", "", "| Part | Seconds |", "|---|---|"]
+    lines += [f"| {name} | {value:.0f} |" for name, value in seconds.items()]
+    lines += [f"| together | {sum(seconds.values()):.0f} |", ""]
+    return "\n".join(lines)
+
+
+def _draw_curve(root: Path, runs: dict[str, list[Evaluation]], path: Path) -> None:
+    """Both scores over the steps of stage 1 and then stage 2, with the guesser's as dashed lines."""
+    first, second = runs["stage1"], runs["stage2"]
+    border = first[-1].step
+    steps = [e.step for e in first] + [border + e.step for e in second]
+    points = [*first, *second]
+    figure, axes = plt.subplots(figsize=(8, 4.8), dpi=130)
+    series = (
+        ("Bbox2Caption ROUGE-L", "rouge_l", "#c0392b", "o"),
+        ("Bbox2Caption exact match", "exact_match", "#e08e0b", "^"),
+        ("Caption2Bbox ACC@IoU0.5", "acc_iou50", "#1f5fbf", "s"),
+    )
+    for label, key, colour, marker in series:
+        values = [getattr(e, key) for e in points]
+        axes.plot(steps, values, color=colour, marker=marker, label=label, linewidth=2, markersize=6)
+        floor = getattr(runs["guesser"][-1], key)
+        axes.axhline(floor, color=colour, linestyle=":", linewidth=1.4)
+        axes.annotate(f"guesser {floor:.1f}", (1.005, floor), xycoords=("axes fraction", "data"), color=colour, fontsize=8, va="center")
+        for at in (len(first) - 1, len(points) - 1):
+            axes.annotate(f"{values[at]:.1f}", (steps[at], values[at]), textcoords="offset points", xytext=(0, 7), ha="center",
+                          color=colour, fontsize=9)  # fmt: skip
+    axes.axvspan(0, border, color="#f3f0e6", zorder=0)
+    axes.axvspan(border, steps[-1], color="#e8eef5", zorder=0)
+    for x, text in ((border / 2, "stage 1: decoder frozen"), ((border + steps[-1]) / 2, "stage 2: encoder frozen")):
+        axes.annotate(text, (x, 1.015), xycoords=("data", "axes fraction"), ha="center", fontsize=10)
+    axes.set(xlim=(0, steps[-1]), ylim=(0, 100), xlabel="optimizer steps", ylabel="% on held-out images")
+    axes.legend(loc="center left", fontsize=8, framealpha=0.9)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _answers(evaluation: Evaluation, task: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """Predictions of one task by record and question."""
+    return {(p["record"], p["question"]): p for p in evaluation.predictions if p["task"] == task}
+
+
+def _show(axes: plt.Axes, record: ImageRecord) -> np.ndarray:
+    pixels = decode(record.image, MAX_PIXELS)
+    axes.imshow(pixels, interpolation="bicubic")
+    axes.axis("off")
+    return np.tile([record.width, record.height], 2)
+
+
+def _rectangle(axes: plt.Axes, box: Sequence[float], scale: np.ndarray, colour: str) -> None:
+    x1, y1, x2, y2 = np.array(box) * scale - 0.5
+    axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="white", linewidth=4.5))
+    axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=2.5))
+
+
+def _one_per_image(evaluation: Evaluation, task: str, count: int) -> list[dict[str, Any]]:
+    """The first `count` images' questions, one each: the first of image 0, the second of image 1, ... Nothing is picked by its score."""
+    by_image: dict[str, list[dict[str, Any]]] = {}
+    for prediction in evaluation.predictions:
+        if prediction["task"] == task:
+            by_image.setdefault(prediction["record"], []).append(prediction)
+    return [questions[i % len(questions)] for i, questions in enumerate(by_image.values())][:count]
+
+
+def _draw_boxes(records: dict[str, ImageRecord], last: dict[str, Evaluation], path: Path, columns: int = 4, rows: int = 2) -> None:
+    """For each image the answer after stage 1 above the answer after stage 2."""
+    chosen = _one_per_image(last["stage2"], "caption2bbox", columns * rows)
+    figure, grid = plt.subplots(2 * rows, columns, figsize=(3.3 * columns, 7.2 * rows), dpi=100)
+    for number, sample in enumerate(chosen):
+        for line, name in enumerate(("stage1", "stage2")):
+            axes = grid[2 * (number // columns) + line, number % columns]
+            answer = _answers(last[name], "caption2bbox")[sample["record"], sample["question"]]["answer"]
+            scale = _show(axes, records[sample["record"]])
+            _rectangle(axes, sample["box"], scale, TRUE)
+            predicted = parse_box(answer)
+            if predicted is None:
+                outcome = "no box"
+            else:
+                _rectangle(axes, predicted, scale, PREDICTED)
+                outcome = f"IoU {iou(predicted, sample['box']):.2f}"
+            caption = _caption_of(records[sample["record"]], sample["box"])
+            axes.set_title(f"{caption}\n{TITLES[name]}: {outcome}", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _caption_of(record: ImageRecord, box: Sequence[float]) -> str:
+    return next(region.caption for region in record.regions if tuple(region.box) == tuple(box))
+
+
+def _draw_captions(records: dict[str, ImageRecord], last: dict[str, Evaluation], path: Path, columns: int = 4, rows: int = 3) -> None:
+    """The box that was asked about, and what the guesser, stage 1 and stage 2 say it holds."""
+    chosen = _one_per_image(last["stage1"], "bbox2caption", columns * rows)
+    answers = {name: _answers(last[name], "bbox2caption") for name in COLUMNS}
+    figure, grid = plt.subplots(rows, columns, figsize=(3.3 * columns, 4.6 * rows), dpi=100)
+    for sample, axes in zip(chosen, grid.flat, strict=True):
+        scale = _show(axes, records[sample["record"]])
+        _rectangle(axes, sample["box"], scale, TRUE)
+        axes.set_title(sample["reference"], fontsize=12, color=TRUE)
+        for line, name in enumerate(COLUMNS):
+            prediction = answers[name][sample["record"], sample["question"]]
+            right = prediction["answer"].strip() == sample["reference"]
+            axes.annotate(f"{TITLES[name]}: {prediction['answer']}", (0.5, -0.05 - 0.085 * line), xycoords="axes fraction", ha="center",
+                          va="top", fontsize=9.5, color=PREDICTED if right else "black")  # fmt: skip
+    figure.tight_layout(h_pad=3)
+    figure.savefig(path)
+    plt.close(figure)

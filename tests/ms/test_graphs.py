@@ -1,0 +1,131 @@
+"""Static graphs: how often they are compiled, what recomputation and the other encoder rows do to their values."""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+ms = pytest.importorskip("mindspore")
+torch = pytest.importorskip("torch")
+
+from granvit.config import resolve_models  # noqa: E402
+from granvit.engine import Scalars  # noqa: E402
+from granvit.init import initial_values  # noqa: E402
+from granvit.models import VisionConfig, parameter_shapes, vision_shapes  # noqa: E402
+from ms_granvit.engine import Engine, fill  # noqa: E402
+from ms_granvit.vision import VisionEncoder  # noqa: E402
+from tests.helpers import random_batch, run_config  # noqa: E402
+
+BUCKETS = ((48, 12), (64, 16))
+
+
+def make_engine(kind=Engine, **sections):
+    config = run_config(optimizer={"clip_norm": 1e9}, **sections)
+    vision, language = resolve_models(config)
+    return kind(config, vision, language, initial_values(parameter_shapes(vision, language), 0).items())
+
+
+def restarted(engine: Engine) -> Engine:
+    """An engine that has made steps, as it was built."""
+    start = initial_values(parameter_shapes(*resolve_models(engine.config)), 0)
+    engine.load("model", start.items())
+    engine.load("teacher", [(n.replace("vision", "teacher", 1), v) for n, v in start.items() if n.startswith("vision.")])
+    for group in ("first_moment", "second_moment"):
+        engine.load(group, [(n, np.zeros_like(v)) for n, v in engine.tensors(group)])
+    return engine
+
+
+def batches(engine, length: int, answers: int, seed: int, crop: int | None = None):
+    return random_batch(*resolve_models(engine.config), 2, 2, length, answers, seed, crop)
+
+
+def gradients(engine) -> dict[str, np.ndarray]:
+    """Of the one step that the engine has made: its first moment, undivided by 1 - beta1."""
+    return dict(engine.tensors("first_moment"))
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return make_engine()
+
+
+def test_one_compilation_per_bucket_whatever_else_changes(engine):
+    for step in range(1, 7):
+        length, answers = BUCKETS[step % 2]
+        batch = batches(engine, length, answers, seed=step)
+        if step > 3:  # no box in the whole batch, no supervised token: masks, not branches
+            batch = replace(batch, box_weights_BK=0 * batch.box_weights_BK, answer_weights_BA=0 * batch.answer_weights_BA)
+        micro_batches = [batch] * (1 + step % 3)
+        n = len(micro_batches)
+        result = engine.step(micro_batches, Scalars(step, 1e-3 * step, 0.9 - 0.1 * step, n * batch.tokens, n * batch.boxes))
+        assert (result.loss == 0) == (step > 3)
+    assert engine.compilations == {"micro_batch": len(BUCKETS), "reduce": 1, "update": 1, "ema": 1, "all_sum": 1}
+
+
+def test_recomputation_changes_no_value(engine):
+    results, found = [], []
+    for one in (restarted(engine), make_engine(runtime={"recompute": True})):
+        batch = batches(one, *BUCKETS[0], seed=0)
+        results.append(one.step([batch], Scalars(1, 1e-3, 0.9, batch.tokens, batch.boxes)))
+        found.append(gradients(one))
+    assert results[0] == results[1]
+    for name, gradient in found[0].items():
+        np.testing.assert_array_equal(gradient, found[1][name], err_msg=name)
+
+
+def test_cosine_on_final_features_with_small_crops_equals_the_torch_twin():
+    from pt_granvit.engine import Engine as TorchEngine
+
+    sections = {"distill": {"loss": "cosine", "features": "final", "crop_size": 16, "weight": 3.0}}
+    results, found = [], []
+    for kind in (Engine, TorchEngine):
+        one = make_engine(kind, **sections)
+        batch = batches(one, *BUCKETS[0], seed=0, crop=16)
+        results.append(one.step([batch], Scalars(1, 1e-3, 0.9, batch.tokens, batch.boxes)))
+        found.append(gradients(one))
+    assert results[0].loss_distill == pytest.approx(results[1].loss_distill, rel=1e-5)
+    assert results[0].feature_std == pytest.approx(results[1].feature_std, rel=1e-5)
+    for name, gradient in found[1].items():
+        scale = np.linalg.norm(found[1][name.replace("k_proj.bias", "q_proj.bias")])  # a key bias has no true gradient
+        assert np.linalg.norm(found[0][name] - gradient) <= 2e-5 * scale, name
+
+
+SHAPE = {"image_size": 32, "patch_size": 8, "width": 16, "layers": 3, "heads": 2, "mlp": 24}
+ROWS = {
+    "CLIP": VisionConfig(name="clip", **SHAPE, activation="quick_gelu", patch_bias=False, class_token=True, pre_norm=True,
+                         norm_eps=1e-5),
+    "AIMv2": VisionConfig(name="aimv2", **SHAPE, norm="rms", activation="silu", gated_mlp=True, bias=False, patch_norm=True,
+                          level="final", mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28)),
+    "InternViT": VisionConfig(name="internvit", **SHAPE, activation="gelu", class_token=True, layer_scale=True,
+                              closing_norm=False, level="last"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("size", [32, 48])
+def test_every_encoder_row_equals_the_torch_twin(row, size):
+    from pt_granvit.vision import VisionEncoder as TorchEncoder
+
+    config, rng = ROWS[row], np.random.default_rng(0)
+    start = initial_values(vision_shapes(config), 0)
+    start = {n: (v + 0.1 * rng.standard_normal(v.shape)).astype(np.float32) for n, v in start.items()}
+    pixels = rng.integers(0, 256, (2, 3, size, size)).astype(np.uint8)
+
+    ms.set_context(mode=ms.GRAPH_MODE)
+    ours = VisionEncoder(config, ms.float32, size)
+    ours.update_parameters_name("vision.")
+    assert {p.name: p.shape for p in ours.get_parameters()} == vision_shapes(config)
+    fill(ours.get_parameters(), start.items())
+    theirs = TorchEncoder(config, torch.float32, size)
+    theirs.load_state_dict({n.removeprefix("vision."): torch.from_numpy(v) for n, v in start.items()})
+
+    ours, theirs = ours(ms.Tensor(pixels)), theirs(torch.from_numpy(pixels))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == (2, (size // 8) ** 2, 16)
+        np.testing.assert_allclose(a.asnumpy(), b.detach().numpy(), rtol=0, atol=1e-5)
+
+
+def test_precisions_that_a_cpu_does_not_have_are_refused():
+    with pytest.raises(ValueError, match=r"runtime\.compute bfloat16"):
+        make_engine(runtime={"compute": "bfloat16", "device": "cpu"})
+    with pytest.raises(ValueError, match=r"runtime\.device npu: MindSpore sees no Ascend device"):
+        make_engine(runtime={"device": "npu"})

@@ -1,0 +1,131 @@
+"""What MindSpore's twin writes by hand, against definitions in float64: activations, attention with its own backward pass,
+the padding that CANN's kernel needs, the grouping of all-reduces."""
+import math
+
+import numpy as np
+import pytest
+
+ms = pytest.importorskip("mindspore")
+
+from mindspore import ops  # noqa: E402
+
+from ms_granvit import distributed  # noqa: E402
+from ms_granvit.layers import activate  # noqa: E402
+from ms_granvit.ops import attention as attention_ops  # noqa: E402
+
+B, H, G, S, D = 2, 4, 2, 7, 6
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+DEFINITIONS = {
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "gelu": lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
+    "quick_gelu": lambda x: x * sigmoid(1.702 * x),
+    "silu": lambda x: x * sigmoid(x),
+}
+
+
+@pytest.mark.parametrize("kind", DEFINITIONS)
+def test_activations_and_their_slopes_also_where_they_saturate(kind):
+    x = np.linspace(-12, 12, 2001).astype(np.float32)
+
+    def total(t):
+        y = activate(kind, t)
+        return y.sum(), y
+
+    (_, y), slope = ms.jit(ms.value_and_grad(total, 0, has_aux=True))(ms.Tensor(x))
+    wide, h = x.astype(np.float64), 1e-5
+    np.testing.assert_allclose(y.asnumpy(), DEFINITIONS[kind](wide), rtol=2e-6, atol=1e-6)
+    expected = (DEFINITIONS[kind](wide + h) - DEFINITIONS[kind](wide - h)) / (2 * h)
+    np.testing.assert_allclose(slope.asnumpy(), expected, rtol=2e-6, atol=2e-6)
+
+
+def reference_attention(q, k, v, mask):
+    """The definition, query by query, in float64."""
+    out = np.zeros(q.shape)
+    for b, h, s in np.ndindex(q.shape[:3]):
+        keys, values = k[b, h // (H // G)], v[b, h // (H // G)]
+        seen = np.flatnonzero(mask[b, 0, s])
+        scores = keys[seen] @ q[b, h, s] / math.sqrt(q.shape[-1])
+        weights = np.exp(scores - scores.max())
+        out[b, h, s] = weights @ values[seen] / weights.sum()
+    return out
+
+
+@pytest.fixture(scope="module")
+def qkv():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((B, heads, S, D)) for heads in (H, G, G))
+    segments = np.array([[0, 0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 2, -1, -1]], np.int32)
+    mask = attention_ops.shared_prefix_mask(ms.Tensor(segments)).asnumpy()
+    return q, k, v, segments, mask
+
+
+def test_shared_prefix_mask_follows_its_definition(qkv):
+    *_, segments, mask = qkv
+    for b, i, j in np.ndindex(B, S, S):
+        assert mask[b, 0, i, j] == (j <= i and segments[b, j] in (0, segments[b, i]))
+
+
+def test_composed_attention_and_its_own_backward_pass(qkv):
+    q, k, v, _, mask = qkv
+    cotangent = np.random.default_rng(1).standard_normal((B, H, S, D))
+
+    def weighted(q, k, v, mask, cotangent):
+        out = attention_ops.attention(q, k, v, mask, "composed")
+        return (out * cotangent).sum(), out
+
+    tensors = [ms.Tensor(x.astype(np.float32)) for x in (q, k, v)]
+    run = ms.jit(ms.value_and_grad(weighted, (0, 1, 2), has_aux=True))
+    (_, out), gradients = run(*tensors, ms.Tensor(mask), ms.Tensor(cotangent.astype(np.float32)))
+    np.testing.assert_allclose(out.asnumpy(), reference_attention(q, k, v, mask), rtol=0, atol=2e-6)
+
+    rng, h = np.random.default_rng(2), 1e-6
+    for which, gradient in enumerate(gradients):  # central differences of the definition along random directions
+        for _ in range(4):
+            direction = rng.standard_normal((q, k, v)[which].shape)
+            ends = []
+            for sign in (1, -1):
+                moved = [q, k, v]
+                moved[which] = moved[which] + sign * h * direction
+                ends.append((reference_attention(*moved, mask) * cotangent).sum())
+            expected = (ends[0] - ends[1]) / (2 * h)
+            assert (gradient.asnumpy() * direction).sum() == pytest.approx(expected, rel=1e-4, abs=1e-4), "qkv"[which]
+
+
+def test_flash_attention_is_called_as_cann_documents_it(qkv, monkeypatch):
+    """The kernel itself needs an NPU; here it is replaced by its documented behaviour (head width a multiple of 16, mask true
+    where a key is discarded, the scale as given), so padding, mask and scale are checked and the kernel is not."""
+    q, k, v, _, mask = qkv
+    given = {}
+
+    def documented(query, key, value, head_num, attn_mask, scalar_value, input_layout):
+        assert query.shape[-1] % 16 == 0 and input_layout == "BNSD" and head_num == query.shape[1]
+        given["width"] = query.shape[-1]
+        true_scale = scalar_value * math.sqrt(query.shape[-1])
+        arrays = [t.asnumpy().astype(np.float64) for t in (query, key, value)]
+        return ms.Tensor(reference_attention(arrays[0] * true_scale, *arrays[1:], ~attn_mask.asnumpy()).astype(np.float32))
+
+    monkeypatch.setattr(ops, "flash_attention_score", documented)
+    tensors = [ms.Tensor(x.astype(np.float32)) for x in (q, k, v)]
+    out = attention_ops.attention(*tensors, ms.Tensor(mask), "flash")
+    assert given["width"] == 16
+    np.testing.assert_allclose(out.asnumpy(), reference_attention(q, k, v, mask), rtol=0, atol=1e-5)
+
+
+def test_implementations_are_refused_by_name():
+    assert attention_ops.choose("auto", "cpu") == "composed" and attention_ops.choose("auto", "npu") == "flash"
+    with pytest.raises(ValueError, match=r"runtime\.attention 'flash' runs on npu alone"):
+        attention_ops.choose("flash", "cpu")
+    with pytest.raises(ValueError, match=r"runtime\.attention 'sdpa' is not one of auto, composed, flash"):
+        attention_ops.choose("sdpa", "cpu")
+    with pytest.raises(ValueError, match="--framework torch"):
+        distributed.choose_device("cuda")
+
+
+def test_all_reduces_join_every_gradient_once_in_bounded_chunks(monkeypatch):
+    monkeypatch.setattr(distributed, "CHUNK", 10)
+    assert distributed.chunks([4, 4, 4, 25, 1, 9, 1]) == ((0, 1), (2,), (3,), (4, 5), (6,))

@@ -1,0 +1,90 @@
+"""Every shipped YAML against the script that takes it, and what the commands say to mistakes."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from granvit import cli
+from granvit.config import CONFIGS, dump_config, load_config, parse_config, resolve_models
+from granvit.data.chat import Chat, byte_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = sorted(p for p in CONFIGS.rglob("*.yaml") if "models" not in p.parts)
+PAPER = [CONFIGS / f"{name}.yaml" for name in ("stage1", "stage2", "stage1_packed", "stage2_packed")]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: str(p.relative_to(CONFIGS)))
+def test_every_configuration_loads_and_survives_a_round_trip(path):
+    config = load_config(path)
+    resolve_models(config)
+    assert parse_config(yaml.safe_load(dump_config(config)), "dumped") == config
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
+def test_the_papers_runs_are_the_papers(path):
+    """Section 5.1: AdamW, 1e-5, one epoch, 256 on 128 devices, lambda 1, alpha 0.9, SigLIP2-So400m/16-512, Qwen2.5-1.5B."""
+    config = load_config(path)
+    vision, language = resolve_models(config)
+    assert (vision.name, language.name) == ("siglip2-so400m-patch16-512", "qwen2.5-1.5b")
+    assert config.optimizer.lr == 1e-5 and config.train.epochs == 1 and config.train.steps is None
+    assert (config.runtime.compute, config.runtime.recompute) == ("bfloat16", True)
+    assert config.local_micro_batches(128) == 1
+    if config.stage == "stage1":
+        assert (config.distill.weight, config.distill.alpha) == (1.0, 0.9)
+    if not path.stem.endswith("packed"):
+        assert (config.train.global_batch, config.data.regions_per_row) == (256, 1)
+    prefix = Chat(byte_tokenizer(language.chat), language.chat).prefix_length(vision.patches)
+    assert config.data.buckets[0].length > prefix
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: str(p.relative_to(CONFIGS)))
+def test_each_stages_script_takes_its_own_configurations_and_refuses_the_others(path, tmp_path, capsys, monkeypatch):
+    """Weights and data are not there: the right script gets as far as saying so."""
+    monkeypatch.chdir(tmp_path)
+    stage = load_config(path).stage
+    for script in ("stage1", "stage2"):
+        status = cli.train_command(script, ["--config", str(path), "--framework", "torch", f"output={tmp_path}/run"])
+        said = capsys.readouterr().err
+        assert status == 2
+        assert ("but this script runs" in said) == (stage != script), said
+        if stage == script:
+            assert "no directory" in said or "no checkpoint in" in said, said
+
+
+def script(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_scripts_help():
+    said = script("stage1.py", "--help").stdout
+    for word in ("--config", "--framework", "--fresh", "key=value", "configs/stage1.yaml", "msrun", "torchrun"):
+        assert word in said
+
+
+def test_a_mistake_is_one_line_without_a_traceback(tmp_path):
+    done = script("stage1.py", "--framework", "torch", f"output={tmp_path}", "optimizer.weight_decey=1")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+    assert "unknown key 'optimizer.weight_decey'; did you mean 'optimizer.weight_decay'?" in done.stderr
+
+
+def test_the_log_has_the_traceback_of_a_mistake(tmp_path):
+    done = script("stage1.py", "--framework", "torch", f"output={tmp_path}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "model.init=random" in done.stderr
+    assert "Traceback" in (tmp_path / "log/rank_00000.txt").read_text()
+
+
+@pytest.mark.parametrize("box", ["0.1,0.2,0.9", "0.5,0.1,0.2,0.9", "10,20,30,40", "0.1,0.2,nan,0.4", "left", ""])
+def test_predict_explains_boxes(box):
+    with pytest.raises(ValueError, match="expected x1,y1,x2,y2, shares of the size"):
+        cli._asked_box(box)
+
+
+def test_predict_without_a_checkpoint(tmp_path, capsys):
+    assert cli.predict_command(["--run", str(tmp_path), "image.png"]) == 2
+    assert "no checkpoint in" in capsys.readouterr().err

@@ -1,0 +1,115 @@
+"""Scores against slow or published definitions, and the evaluation's sums over ranks."""
+import json
+
+import numpy as np
+import pytest
+
+from granvit.evaluate import evaluate, evaluation_file
+from granvit.metrics import SCORES, exact_match, iou, rouge_l, score
+from granvit.stages import TASKS
+from tests.helpers import run_config
+
+
+def painted_iou(a, b, side=400):
+    """IoU by counting cells of a fine grid."""
+    x = (np.arange(side) + 0.5) / side
+    inside = [((x > c[0]) & (x < c[2]))[None, :] & ((x > c[1]) & (x < c[3]))[:, None] for c in (a, b)]
+    union = (inside[0] | inside[1]).sum()
+    return (inside[0] & inside[1]).sum() / union if union else 0.0
+
+
+def test_iou_against_painted_boxes():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        a, b = (tuple(np.sort(rng.uniform(0, 1, (2, 2)), axis=0).ravel()) for _ in range(2))
+        assert iou(a, b) == pytest.approx(painted_iou(a, b), abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "a, b, expected",
+    [((0, 0, 1, 1), (0, 0, 1, 1), 1.0), ((0, 0, 0.5, 1), (0.5, 0, 1, 1), 0.0), ((0, 0, 1, 1), (0, 0, 0.5, 1), 0.5),
+     ((0.2, 0.2, 0.2, 0.2), (0.2, 0.2, 0.2, 0.2), 0.0)],
+)  # fmt: skip
+def test_iou_of_simple_boxes(a, b, expected):
+    assert iou(a, b) == pytest.approx(expected)
+
+
+def slow_rouge_l(answer: str, reference: str) -> float:
+    """F1 of the longest common subsequence of words, by brute force over the answer's subsequences."""
+    a, r = answer.split(), reference.split()
+    longest = 0
+    for mask in range(2 ** len(a)):
+        chosen = [word for i, word in enumerate(a) if mask >> i & 1]
+        rest = iter(r)
+        if all(word in rest for word in chosen):
+            longest = max(longest, len(chosen))
+    if not longest:
+        return 0.0
+    precision, recall = longest / len(a), longest / len(r)
+    return 2 * precision * recall / (precision + recall)
+
+
+def test_rouge_l_against_brute_force():
+    rng = np.random.default_rng(1)
+    words = np.array(["red", "blue", "circle", "small", "cup"])
+    for _ in range(100):
+        answer, reference = (" ".join(words[rng.integers(0, 5, rng.integers(1, 8))]) for _ in range(2))
+        assert rouge_l(answer, reference) == pytest.approx(slow_rouge_l(answer, reference))
+
+
+def test_exact_match_ignores_case_and_surrounding_space_alone():
+    assert exact_match(" A red cup\n", "a red cup") == 1
+    assert exact_match("a red  cup", "a red cup") == 0
+
+
+@pytest.mark.parametrize("answer", ["", "no box", "[0.1, 0.2, 0.3]", "[0.9, 0.1, 0.2, 0.8]", "[nan, 0, 1, 1]", "[0, 0, 2, 1]"])
+def test_an_answer_that_does_not_parse_counts_0(answer):
+    assert score("caption2bbox", answer, "", (0, 0, 1, 1)) == {"acc_iou50": 0.0, "mean_iou": 0.0, "unparsable": 1.0}
+
+
+def test_the_threshold_counts_as_a_hit():
+    scores = score("caption2bbox", "It is [0, 0, 0.5, 1].", "", (0, 0, 1, 1))
+    assert scores == {"acc_iou50": 1.0, "mean_iou": 0.5, "unparsable": 0.0}
+
+
+def test_every_task_has_its_scores():
+    for task in TASKS:
+        assert tuple(score(task, "a", "a", (0, 0, 1, 1))) == SCORES[task]
+
+
+class Parrot:
+    """An engine that answers `answer` to everything; two of them sum as two ranks would."""
+
+    def __init__(self, chat, answer: str, rank: int = 0, world: int = 1, other: list | None = None):
+        self.chat, self.answer, self.rank, self.world, self.others = chat, answer, rank, world, other or []
+        self.sent = []
+
+    def generate(self, prompts, max_new_tokens, stop_token):
+        ids = [*self.chat.answer_ids(self.answer)][:max_new_tokens]
+        row = ids + [stop_token] * (max_new_tokens - len(ids))
+        return np.tile(np.array(row, np.int32), (len(prompts.lengths_B), 1))
+
+    def all_sum(self, values):
+        self.sent.append(values)
+        return values + (self.others[len(self.sent) - 1] if self.others else 0)
+
+
+def test_two_ranks_evaluate_what_one_does(store, vision, chat, tmp_path):
+    """Rank 1 first: its sums are played to rank 0, which finds rank 1's file beside its own and merges."""
+    tasks = ["global", "bbox2caption", "caption2bbox"]
+    config = run_config(eval={"source": str(store.path), "images": 7, "batch": 3, "max_new_tokens": 40, "tasks": tasks})
+    single, predictions = evaluate(Parrot(chat, "[0.1, 0.1, 0.9, 0.9]"), config, vision, chat, tmp_path / "one", 5)
+    second = Parrot(chat, "[0.1, 0.1, 0.9, 0.9]", 1, 2)
+    evaluate(second, config, vision, chat, tmp_path / "two", 5)
+    first = Parrot(chat, "[0.1, 0.1, 0.9, 0.9]", 0, 2, second.sent)
+    double, merged = evaluate(first, config, vision, chat, tmp_path / "two", 5)
+    for task in tasks:
+        assert double[task] == pytest.approx(single[task], rel=1e-6)
+    assert merged == predictions and len(predictions) > 10
+    assert [p.name for p in (tmp_path / "two/eval").iterdir()] == ["step_0000005.json"]
+    written = json.loads(evaluation_file(tmp_path / "two", 5).read_text())
+    assert written["table"] == double and written["predictions"] == json.loads(json.dumps(predictions))
+    boxes = [p for p in predictions if p["task"] == "caption2bbox"]
+    expected = np.mean([iou((0.1, 0.1, 0.9, 0.9), p["box"]) >= 0.5 for p in boxes])
+    assert single["caption2bbox"]["acc_iou50"] == pytest.approx(expected)
+    assert {p["answer"] for p in predictions} == {"[0.1, 0.1, 0.9, 0.9]"}

@@ -1,0 +1,200 @@
+"""The training loop with a numpy engine: order, resume, bad data, NaN, stop. No framework, no processes."""
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from granvit import trainer as trainer_module
+from granvit.checkpoint.pretrained import start_weights
+from granvit.checkpoint.run import CheckpointNotSaved, CheckpointWriter, newest_checkpoint
+from granvit.config import DistillSection, OptimizerSection, language_config, vision_config
+from granvit.logs import MetricsFile
+from granvit.schedule import alphas, learning_rates
+from granvit.trainer import Trainer, TrainingStopped
+from tests.helpers import run_config
+from tests.toy import ToyEngine, ToyLoader
+
+VISION, LANGUAGE = vision_config("tiny-vision"), language_config("tiny-language")
+STEPS = 9
+
+
+def configuration(**sections):
+    return run_config(train={"steps": STEPS, "checkpoint_every": 3, "keep_checkpoints": 2, "log_every": 4}, **sections)
+
+
+def trainer_in(directory, config, change=lambda step, batch: batch, should_stop=lambda: False, **arguments):
+    """A trainer that resumes what is in the directory, and the checkpoint it resumes from."""
+    checkpoint = newest_checkpoint(directory)
+    start = start_weights(config, VISION, LANGUAGE) if checkpoint is None else checkpoint.tensors("model")
+    engine = ToyEngine(config, VISION, LANGUAGE, start)
+    parts = {} if checkpoint is None else {name: part.start for name, part in checkpoint.parts.items()}
+    writer = CheckpointWriter(directory, config, VISION, LANGUAGE, parts)
+    if checkpoint is None:
+        writer.write_start(engine)
+    loader = ToyLoader(STEPS, change)
+    return Trainer(config, engine, loader, directory, writer, should_stop, **arguments), checkpoint
+
+
+def metrics(directory) -> list[dict]:
+    """Every step's object, less what a clock decides."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def final_bytes(directory) -> dict[str, bytes]:
+    path = newest_checkpoint(directory).path
+    return {file.name: file.read_bytes() for file in path.glob("*.safetensors")}
+
+
+@pytest.fixture
+def uninterrupted(tmp_path):
+    directory = tmp_path / "uninterrupted"
+    trainer, _ = trainer_in(directory, configuration())
+    assert trainer.run(None)
+    return directory
+
+
+def test_a_run_writes_every_step_and_keeps_the_newest_checkpoints(uninterrupted):
+    lines = metrics(uninterrupted)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert list(lines[0])[:8] == ["step", "loss", "loss_caption", "loss_distill", "grad_norm", "lr", "regions", "skipped"]
+    assert sorted(p.name for p in (uninterrupted / "checkpoints").iterdir()) == ["step_0000006", "step_0000009"]
+    assert list((uninterrupted / "tensorboard").iterdir())
+
+
+def test_metrics_read_back_exactly(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    values = np.random.default_rng(0).normal(size=100) * 10.0 ** np.arange(-50, 50)
+    for step, value in enumerate(values, 1):
+        file.write({"step": step, "loss": float(value)})
+    assert [line["loss"] for line in metrics(tmp_path)] == values.tolist()
+    with pytest.raises(ValueError):
+        file.write({"step": 101, "loss": float("nan")})
+
+
+@pytest.mark.parametrize("dies_in_step", [1, 3, 4, 8])
+def test_resume_after_a_crash_is_exact(tmp_path, uninterrupted, dies_in_step):
+    """The crash comes before the step's metrics; a torn last line is what kill -9 leaves."""
+
+    def crash(step, batch):
+        if step == dies_in_step:
+            raise KeyboardInterrupt
+        return batch
+
+    directory = tmp_path / "crashed"
+    trainer, _ = trainer_in(directory, configuration(), crash)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(None)
+    with open(directory / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99, "lo')
+    trainer, checkpoint = trainer_in(directory, configuration())
+    assert (checkpoint.step if checkpoint else 0) == (dies_in_step - 1) // 3 * 3
+    assert trainer.run(checkpoint)
+    assert metrics(directory) == metrics(uninterrupted)
+    assert final_bytes(directory) == final_bytes(uninterrupted)
+
+
+def test_asked_to_stop_saves_after_the_step_and_resumes(tmp_path, uninterrupted):
+    asked = iter([False] * 4 + [True] * 99)
+    trainer, _ = trainer_in(tmp_path / "stopped", configuration(), should_stop=lambda: next(asked))
+    assert trainer.run(None) is False
+    assert newest_checkpoint(tmp_path / "stopped").step == 5
+    trainer, checkpoint = trainer_in(tmp_path / "stopped", configuration())
+    assert trainer.run(checkpoint) is True
+    assert metrics(tmp_path / "stopped") == metrics(uninterrupted)
+    assert final_bytes(tmp_path / "stopped") == final_bytes(uninterrupted)
+
+
+def test_a_complete_run_trains_no_further(uninterrupted):
+    before = final_bytes(uninterrupted), metrics(uninterrupted)
+    trainer, checkpoint = trainer_in(uninterrupted, configuration())
+    assert trainer.run(checkpoint) is True
+    assert (final_bytes(uninterrupted), metrics(uninterrupted)) == before
+
+
+def poisoned(batch):
+    weights = batch.answer_weights_BA.copy()
+    weights[0, 0] = np.nan
+    return type(batch)(**{**vars(batch), "answer_weights_BA": weights})
+
+
+def test_nan_names_rank_step_and_records_and_keeps_the_state_before(tmp_path, uninterrupted):
+    trainer, _ = trainer_in(tmp_path, configuration(), lambda step, batch: poisoned(batch) if step == 5 else batch)
+    with pytest.raises(TrainingStopped, match=r"step 5.*rank\(s\) 0; records of rank 0: image-4-0, image-4-1.*saved as step 4"):
+        trainer.run(None)
+    assert newest_checkpoint(tmp_path).step == 4
+    trainer, checkpoint = trainer_in(tmp_path, configuration())
+    trainer.run(checkpoint)
+    assert final_bytes(tmp_path) == final_bytes(uninterrupted)
+
+
+def with_skipped(batch, skipped):
+    return type(batch)(**{**vars(batch), "skipped": tuple(skipped)})
+
+
+def test_bad_records_are_counted_named_and_bounded(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(trainer_module, "BAD_AFTER", 12)
+    monkeypatch.setattr(trainer_module.log, "propagate", True)
+    three = [("a", "truncated"), ("b", "truncated"), ("c", "box is inverted")]
+    config = configuration(data={"max_bad_fraction": 0.5})
+    trainer, _ = trainer_in(tmp_path, config, lambda step, batch: with_skipped(batch, three))
+    with caplog.at_level(logging.INFO), pytest.raises(ValueError, match=r"step 3: 9 of 15 .* data\.max_bad_fraction 0\.5"):
+        trainer.run(None)
+    messages = [record.getMessage() for record in caplog.records]
+    assert sum(m.startswith("skipped ") and ": " in m and "on rank" not in m for m in messages) == 9
+    assert "skipped 6 on rank 0: truncated" in messages and "skipped 3 on rank 0: box is inverted" in messages
+    assert [line["skipped"] for line in metrics(tmp_path)] == [3, 3]
+
+
+def test_few_bad_records_do_not_stop_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module, "BAD_AFTER", 6)
+    config = configuration(data={"max_bad_fraction": 0.2})
+    trainer, _ = trainer_in(tmp_path, config, lambda step, batch: with_skipped(batch, [("a", "b")] if step == 5 else []))
+    assert trainer.run(None)
+    assert newest_checkpoint(tmp_path).counters == {"questions": 2 * STEPS, "skipped": 1}
+
+
+def test_a_batch_without_any_supervised_token_is_an_error(tmp_path):
+    def silent(step, batch):
+        return type(batch)(**{**vars(batch), "answer_weights_BA": np.zeros_like(batch.answer_weights_BA)})
+
+    trainer, _ = trainer_in(tmp_path, configuration(), silent)
+    with pytest.raises(ValueError, match="no supervised token"):
+        trainer.run(None)
+
+
+def test_evaluation_is_due_every_so_often_and_at_the_end_and_not_repeated(tmp_path):
+    done = []
+    arguments = {"evaluate": lambda step: done.append(step) or {"bbox2caption": {"samples": 1.0}}, "evaluated": done.__contains__}
+    trainer, _ = trainer_in(tmp_path, configuration(eval={"source": "held", "every": 4}), **arguments)
+    trainer.run(None)
+    assert done == [4, 8, 9]
+    trainer, checkpoint = trainer_in(tmp_path, configuration(eval={"source": "held", "every": 4}), **arguments)
+    trainer.run(checkpoint)
+    assert done == [4, 8, 9]
+
+
+def test_a_failed_save_ends_the_run_and_says_why(tmp_path, monkeypatch):
+    trainer, _ = trainer_in(tmp_path, configuration())
+
+    def full(*_):
+        raise OSError(28, "No space left")
+
+    monkeypatch.setattr("os.rename", full)
+    with pytest.raises(CheckpointNotSaved, match="No space left"):
+        trainer.run(None)
+
+
+def test_learning_rate_warms_up_and_follows_the_cosine():
+    rates = learning_rates(OptimizerSection(lr=2.0, warmup=0.1), 100)
+    np.testing.assert_allclose(rates[:10], 2.0 * np.arange(1, 11) / 10)
+    for step in (10, 55, 99):
+        assert rates[step] == pytest.approx(1 + np.cos(np.pi * (step - 10) / 90))
+    assert (np.diff(rates[10:]) < 0).all() and rates[-1] > 0
+    np.testing.assert_array_equal(learning_rates(OptimizerSection(lr=2.0, warmup=0, schedule="constant"), 5), np.full(5, 2.0))
+
+
+def test_alpha_rises_linearly_from_zero():
+    np.testing.assert_allclose(alphas(DistillSection(alpha=0.8, alpha_warmup=4), 6), [0, 0.2, 0.4, 0.6, 0.8, 0.8])
+    np.testing.assert_array_equal(alphas(DistillSection(alpha=0.8), 3), np.full(3, 0.8))

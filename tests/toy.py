@@ -1,0 +1,142 @@
+"""The trainer's unit-test double: a linear model in numpy that implements `TrainEngine`, and batches to feed it.
+
+As a script it is a whole training command with that engine in place of a framework's, for tests that kill processes:
+`python tests/toy.py [arguments of scripts/stage1.py]`. Environment variables plant faults.
+"""
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from granvit.config import RunConfig
+from granvit.data.batch import Batch, PromptBatch
+from granvit.engine import Group, NonFiniteLoss, Scalars, StepResult
+from granvit.models import LanguageConfig, VisionConfig, part_of
+
+
+class ToyEngine:
+    """Adam on a quadratic: every trained weight is pulled towards a number that the batch's token ids decide.
+
+    Several processes sum through files in the directory TOY_EXCHANGE, and, as in a framework, wait for ever for a dead rank.
+    """
+
+    def __init__(self, config: RunConfig, vision: VisionConfig, language: LanguageConfig, start: Iterable[tuple[str, np.ndarray]],
+                 rank: int = 0, world: int = 1, exchange: Path | None = None):  # fmt: skip
+        self.rank, self.world, self.exchange = rank, world, exchange
+        self.config, self.stage = config, config.stage_spec
+        self.device, self.implementations, self.compilations = "toy", {"attention": "none"}, {"step": 1}
+        self.weights = {name: np.array(array, np.float32) for name, array in start}
+        self.trained = [name for name in self.weights if part_of(name) in self.stage.trains]
+        self.first = {name: np.zeros_like(self.weights[name]) for name in self.trained}
+        self.second = {name: np.zeros_like(self.weights[name]) for name in self.trained}
+        self.teacher = {
+            name.replace("vision.", "teacher.", 1): self.weights[name].copy()
+            for name in self.weights
+            if self.stage.distill and part_of(name) == "vision"
+        }
+        self.sums = 0
+
+    def step(self, micro_batches: Sequence[Batch], scalars: Scalars) -> StepResult:
+        own = sum(float((b.answer_targets_BA * b.answer_weights_BA).sum()) for b in micro_batches)
+        target = np.float32(self.all_sum(np.array([own], np.float32))[0] / max(scalars.tokens, 1) / 1000)
+        if not np.isfinite(target):
+            bad = [i for i, b in enumerate(micro_batches) if not np.isfinite(b.answer_weights_BA).all()]
+            raise NonFiniteLoss(f"loss {target}", bad)
+        squares = 0.0
+        for name in self.trained:
+            gradient = self.weights[name] - target
+            squares += float(np.vdot(gradient, gradient))
+            self.first[name] = np.float32(0.9) * self.first[name] + np.float32(0.1) * gradient
+            self.second[name] = np.float32(0.99) * self.second[name] + np.float32(0.01) * gradient**2
+            self.weights[name] = self.weights[name] - np.float32(scalars.learning_rate) * self.first[name] / (
+                np.sqrt(self.second[name]) + np.float32(1e-3)
+            )
+        for name in self.teacher:
+            student = self.weights[name.replace("teacher.", "vision.", 1)]
+            self.teacher[name] = np.float32(scalars.alpha) * self.teacher[name] + np.float32(1 - scalars.alpha) * student
+        return StepResult(squares, squares, 0.0, squares**0.5, 1.0)
+
+    def all_sum(self, values: np.ndarray) -> np.ndarray:
+        if self.world == 1:
+            return values.astype(np.float32)
+        self.sums += 1
+        files = [self.exchange / f"sum_{self.sums}_{rank}.npy" for rank in range(self.world)]
+        temporary = files[self.rank].with_suffix(".tmp")
+        with open(temporary, "wb") as file:
+            np.save(file, values.astype(np.float32))
+        os.replace(temporary, files[self.rank])
+        while not all(file.exists() for file in files):
+            time.sleep(0.01)
+        return sum(np.load(file) for file in files)
+
+    def tensors(self, group: Group) -> Iterator[tuple[str, np.ndarray]]:
+        yield from self._group(group).items()
+
+    def load(self, group: Group, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+        for name, array in tensors:
+            assert name in self._group(group)
+            self._group(group)[name] = array
+
+    def generate(self, prompts: PromptBatch, max_new_tokens: int, stop_token: int) -> np.ndarray:
+        return np.full((len(prompts.lengths_B), max_new_tokens), stop_token, np.int32)
+
+    def close(self) -> None:
+        pass
+
+    def _group(self, group: Group) -> dict[str, np.ndarray]:
+        return {"model": self.weights, "teacher": self.teacher, "first_moment": self.first, "second_moment": self.second}[group]
+
+
+def toy_batch(step: int, rows: int = 2, skipped: tuple[tuple[str, str], ...] = ()) -> Batch:
+    """A batch whose numbers are a function of the step; the images are as small as they can be."""
+    rng = np.random.default_rng(step)
+    ids = rng.integers(0, 99, (rows, 8)).astype(np.int32)
+    ones = np.ones((rows, 4), np.float32)
+    return Batch(
+        pixels_B3RR=np.zeros((rows, 3, 1, 1), np.uint8), image_weights_B=ones[:, 0], token_ids_BS=ids, positions_BS=ids,
+        segments_BS=np.zeros((rows, 8), np.int32), image_positions_BN=ids[:, :1], answer_positions_BA=ids[:, :4],
+        answer_targets_BA=ids[:, :4], answer_weights_BA=ones, boxes_BK4=np.zeros((rows, 1, 4), np.float32),
+        box_weights_BK=ones[:, :1], crops_BK3rr=np.zeros((rows, 1, 3, 1, 1), np.uint8),
+        record_ids=tuple(f"image-{step}-{row}" for row in range(rows)), questions=rows, skipped=skipped,
+    )  # fmt: skip
+
+
+class ToyLoader:
+    """Batches that are a function of the step, as the loader's are."""
+
+    def __init__(self, steps: int, change=lambda step, batch: batch):
+        self.steps, self.change = steps, change
+
+    def batches(self, start_step: int) -> Iterator[list[Batch]]:
+        for step in range(start_step, self.steps):
+            yield [self.change(step + 1, toy_batch(step))]
+
+
+def main() -> int:
+    """scripts/stage1.py with the toy engine. TOY_FAIL=RANK:STEP raises there, TOY_PAUSE=SECONDS slows each step."""
+    from granvit import cli, launch
+
+    job = launch.detect()
+    exchange = Path(os.environ.get("TOY_EXCHANGE", "."))
+    fail_rank, _, fail_step = os.environ.get("TOY_FAIL", "-1:0").partition(":")
+
+    class Engine(ToyEngine):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, job.rank, job.world, exchange)
+
+        def step(self, micro_batches, scalars):
+            time.sleep(float(os.environ.get("TOY_PAUSE", "0")))
+            if job.rank == int(fail_rank) and scalars.step == int(fail_step):
+                raise RuntimeError("planted fault")
+            return super().step(micro_batches, scalars)
+
+    cli.load_engine_class = lambda framework: Engine
+    cli._be_scheduler = lambda: time.sleep(float(os.environ.get("TOY_SCHEDULER", "0")))
+    return cli.train_command("stage1", sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
