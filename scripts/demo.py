@@ -24,7 +24,7 @@ from pathlib import Path
 from granvit.cli import train_command
 from granvit.config import CONFIGS, RunConfig, dump_config, load_config, resolve_models
 from granvit.data import prompts
-from granvit.data.chat import train_tokenizer
+from granvit.data.chat import SYSTEM, train_tokenizer
 from granvit.data.records import ImageRecord
 from granvit.data.store import Store, write_store
 from granvit.demo.pretrained import GROUND, PADDING, compose_text, publish_language, publish_vision
@@ -140,7 +140,7 @@ class Demo:
 
 def _texts(record: ImageRecord) -> list[str]:
     """Every text that the demo asks or answers about a scene, for the tokenizer."""
-    found = ["system\nYou are a helpful assistant.", "user\n", "assistant\n", GROUND, PADDING, prompts.GLOBAL, record.global_caption]
+    found = [f"system\n{SYSTEM}", "user\n", "assistant\n", GROUND, PADDING, prompts.GLOBAL, record.global_caption]
     for region in record.regions:
         for task in ("bbox2caption", "caption2bbox"):
             found.append(prompts.question_text(task, region.box, region.caption))

@@ -1,9 +1,9 @@
 """The demo's own small pretrained pair: what it learns from, and the directories it is shipped in.
 
 GranViT starts from a pretrained language model and a pretrained encoder. The demo downloads none, so it makes a small pair:
-- the decoder, on text alone. A row's image slot holds a text map: one token for each patch of the image saying what covers it (a word of
-  the object's caption, or a sign for bare ground or padding), made from the annotations, never from pixels. Bbox2Caption
-  questions about the map teach it to look up WHERE in its context, as a large language model can;
+- the decoder, on text alone. A row's image slot holds a text map: one token for each patch of the image saying what covers
+  it (a word of the object's caption, or a sign for bare ground or padding), made from the annotations, never from pixels.
+  Bbox2Caption questions about the map teach it to look up WHERE in its context, as a large language model can;
 - the encoder, on whole images with their global captions through the frozen decoder: an image-level encoder, as SigLIP is.
 Neither sees Caption2Bbox, nor a region question about an image.
 """
@@ -71,9 +71,7 @@ def compose_text(packer: Packer, record: ImageRecord, questions: Sequence[Questi
 
 def publish_language(run: Path, language: LanguageConfig, tokenizer: Path, out: Path) -> None:
     """Writes a run's decoder as transformers ships a Qwen2: config.json, model.safetensors, tokenizer.json."""
-    tensors = {
-        name.removeprefix("language."): array for name, array in _newest(run) if name.startswith("language.")
-    }
+    tensors = {name.removeprefix("language."): array for name, array in _newest(run) if name.startswith("language.")}
     config = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
@@ -97,7 +95,7 @@ def publish_language(run: Path, language: LanguageConfig, tokenizer: Path, out: 
 def publish_vision(run: Path, vision: VisionConfig, seed: int, out: Path) -> None:
     """Writes a run's encoder as transformers ships a SigLIP vision tower: config.json, model.safetensors.
 
-    The blocks above the level that the run trained, and the closing norm, are written as initialised, so that the file is complete.
+    The blocks above the level that the run trained, and the closing norm, are written as initialised: the file is complete.
     """
     whole = vision_shapes(VisionConfig(**{**vision.model_dump(), "top": "final"}))
     trained = {name: array for name, array in _newest(run) if name.startswith("vision.")}

@@ -100,7 +100,8 @@ def _text(root: Path, last: dict[str, Evaluation], framework: str, seconds: dict
         row("Caption2Bbox, ACC@IoU0.5", [last[n].acc_iou50 for n in COLUMNS]),
         row("Caption2Bbox, unparsable answers", [100 * last[n].table["caption2bbox"]["unparsable"] for n in COLUMNS]),
         "",
-        f"- Exact match after stage 1 against the guesser's: {ratio(stage1.exact_match, guesser.exact_match)} (aim: at least 3x).",
+        f"- Exact match after stage 1 against the guesser's: {ratio(stage1.exact_match, guesser.exact_match)} "
+        "(aim: at least 3x).",
         f"- ACC@IoU0.5 after stage 2: {stage2.acc_iou50:.1f}% (aim: at least 20%), "
         f"{ratio(stage2.acc_iou50, stage1.acc_iou50)} that after stage 1 (aim: at least 4x). Stage 1 mixed Caption2Bbox in, with "
         f"the decoder frozen.",
@@ -117,7 +118,8 @@ def _text(root: Path, last: dict[str, Evaluation], framework: str, seconds: dict
         "![captions](bbox2caption.png)",
         "",
         "## What was trained on what",
-        f"Data: {images['train'].images} training and {images['heldout'].images} held-out scenes of four objects (granvit/demo/scenes.py).",
+        f"Data: {images['train'].images} training and {images['heldout'].images} held-out scenes of four "
+        "objects (granvit/demo/scenes.py).",
         "",
         "| Part | Trained | Questions | Steps | Questions a step |",
         "|---|---|---|---|---|",
@@ -155,7 +157,8 @@ def _draw_curve(root: Path, runs: dict[str, list[Evaluation]], path: Path) -> No
         axes.plot(steps, values, color=colour, marker=marker, label=label, linewidth=2, markersize=6)
         floor = getattr(runs["guesser"][-1], key)
         axes.axhline(floor, color=colour, linestyle=":", linewidth=1.4)
-        axes.annotate(f"guesser {floor:.1f}", (1.005, floor), xycoords=("axes fraction", "data"), color=colour, fontsize=8, va="center")
+        axes.annotate(f"guesser {floor:.1f}", (1.005, floor), xycoords=("axes fraction", "data"), color=colour, fontsize=8,
+                      va="center")  # fmt: skip
         for at in (len(first) - 1, len(points) - 1):
             axes.annotate(f"{values[at]:.1f}", (steps[at], values[at]), textcoords="offset points", xytext=(0, 7), ha="center",
                           color=colour, fontsize=9)  # fmt: skip
@@ -190,7 +193,7 @@ def _rectangle(axes: plt.Axes, box: Sequence[float], scale: np.ndarray, colour: 
 
 
 def _one_per_image(evaluation: Evaluation, task: str, count: int) -> list[dict[str, Any]]:
-    """The first `count` images' questions, one each: the first of image 0, the second of image 1, ... Nothing is picked by its score."""
+    """One question about each of the first `count` images: number i mod 4 about image i. Scores play no part in the choice."""
     by_image: dict[str, list[dict[str, Any]]] = {}
     for prediction in evaluation.predictions:
         if prediction["task"] == task:
@@ -198,8 +201,9 @@ def _one_per_image(evaluation: Evaluation, task: str, count: int) -> list[dict[s
     return [questions[i % len(questions)] for i, questions in enumerate(by_image.values())][:count]
 
 
-def _draw_boxes(records: dict[str, ImageRecord], last: dict[str, Evaluation], path: Path, columns: int = 4, rows: int = 2) -> None:
+def _draw_boxes(records: dict[str, ImageRecord], last: dict[str, Evaluation], path: Path) -> None:
     """For each image the answer after stage 1 above the answer after stage 2."""
+    columns, rows = 4, 2
     chosen = _one_per_image(last["stage2"], "caption2bbox", columns * rows)
     figure, grid = plt.subplots(2 * rows, columns, figsize=(3.3 * columns, 7.2 * rows), dpi=100)
     for number, sample in enumerate(chosen):
@@ -225,8 +229,9 @@ def _caption_of(record: ImageRecord, box: Sequence[float]) -> str:
     return next(region.caption for region in record.regions if tuple(region.box) == tuple(box))
 
 
-def _draw_captions(records: dict[str, ImageRecord], last: dict[str, Evaluation], path: Path, columns: int = 4, rows: int = 3) -> None:
+def _draw_captions(records: dict[str, ImageRecord], last: dict[str, Evaluation], path: Path) -> None:
     """The box that was asked about, and what the guesser, stage 1 and stage 2 say it holds."""
+    columns, rows = 4, 3
     chosen = _one_per_image(last["stage1"], "bbox2caption", columns * rows)
     answers = {name: _answers(last[name], "bbox2caption") for name in COLUMNS}
     figure, grid = plt.subplots(rows, columns, figsize=(3.3 * columns, 4.6 * rows), dpi=100)
@@ -237,8 +242,8 @@ def _draw_captions(records: dict[str, ImageRecord], last: dict[str, Evaluation],
         for line, name in enumerate(COLUMNS):
             prediction = answers[name][sample["record"], sample["question"]]
             right = prediction["answer"].strip() == sample["reference"]
-            axes.annotate(f"{TITLES[name]}: {prediction['answer']}", (0.5, -0.05 - 0.085 * line), xycoords="axes fraction", ha="center",
-                          va="top", fontsize=9.5, color=PREDICTED if right else "black")  # fmt: skip
+            axes.annotate(f"{TITLES[name]}: {prediction['answer']}", (0.5, -0.05 - 0.085 * line), xycoords="axes fraction",
+                          ha="center", va="top", fontsize=9.5, color=PREDICTED if right else "black")  # fmt: skip
     figure.tight_layout(h_pad=3)
     figure.savefig(path)
     plt.close(figure)

@@ -1,10 +1,10 @@
 """The demo's region data: photographs with coloured shapes and rendered words composed onto them.
 
 The backgrounds are crops of photographs that ship inside scikit-image's package (nothing is fetched); the photographs of
-the held-out split are not among those of the training split. Four objects stand on every scene, without overlap: one
-of 4 shapes in 6 colours and 2 sizes, or one of 8 words in 6 colours. All words have four letters, so that the shape of a box says little
-about the word. Boxes are exact: the extent of the outline or of the glyphs before rasterisation. Scenes are 128 pixels
-on their longer side and between 96 and 128 on the other, so that padding to a square is exercised.
+the held-out split are not among those of the training split. Four objects stand on every scene, without overlap: one of 4
+shapes in 6 colours and 2 sizes, or one of 8 words in 6 colours. All words have four letters, so that the shape of a box
+says little about the word. Boxes are exact: the extent of the outline or of the glyphs before rasterisation. Scenes are
+128 pixels on their longer side and between 96 and 128 on the other, so that padding to a square is exercised.
 """
 import io
 import os
@@ -47,7 +47,11 @@ WORD_RIM = 3  # supersampled pixels
 
 @dataclass(frozen=True)
 class Stamp:
-    """One object ready to be pasted: `mask` is its coverage at `SUPERSAMPLING` times its size, `extent` (width, height) in pixels."""
+    """One object ready to be pasted.
+
+    `mask` is its coverage and `inner` that of what lies within its rim, both at `SUPERSAMPLING` times its size; `extent` is
+    (width, height) in pixels.
+    """
 
     caption: str
     colour: str
@@ -62,7 +66,7 @@ def _photograph(name: str) -> Image.Image:
 
     path = Path(skimage.data.__file__).parent / name
     if not path.exists():
-        raise ValueError(f"{path}: scikit-image's wheel should hold this photograph; install scikit-image as pyproject's extra 'demo' asks")
+        raise ValueError(f"{path}: scikit-image's wheel should hold this photograph; pip install -e '.[demo]'")
     return Image.open(path).convert("RGB")
 
 
