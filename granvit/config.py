@@ -117,7 +117,6 @@ class RuntimeSection(Strict):
     recompute: bool = False
     jit_level: Literal["O0", "O1"] = "O0"  # MindSpore
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
-    roi_align: str = "auto"
     attention: str = "auto"
 
 
@@ -304,6 +303,12 @@ def language_config(name: str) -> LanguageConfig:
 def resolve_models(config: RunConfig) -> tuple[VisionConfig, LanguageConfig]:
     """The run's encoder (built as high as `distill.features` needs) and decoder."""
     vision = vision_config(config.model.vision)
+    crop, grid = config.crop_size(vision), config.distill.grid
+    if crop % vision.patch_size:
+        raise ValueError(f"distill.crop_size {crop} is not a multiple of {vision.name!r}'s patch size {vision.patch_size}")
+    if grid and (crop // vision.patch_size) % grid:
+        own = crop // vision.patch_size
+        raise ValueError(f"distill.grid {grid} does not divide the teacher's grid of {own} x {own} (crops of {crop} pixels)")
     if config.stage_spec.distill and config.distill.features == "final":
         vision = VisionConfig(**{**vision.model_dump(), "top": "final"})
     return vision, language_config(config.model.language)

@@ -13,11 +13,18 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 log = logging.getLogger("granvit")
 
 
+class Console(logging.Handler):
+    """Prints to whatever stderr is at the time: a live progress line puts itself in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
 def to_console(rank: int) -> None:
     """Messages of rank 0, and errors of every rank, go to stderr."""
     log.setLevel(logging.INFO)
     log.propagate = False
-    handler = logging.StreamHandler(sys.stderr)
+    handler = Console()
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
     handler.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     # A traceback belongs in the file; the console shows the message.

@@ -41,14 +41,14 @@ def chunks(sizes: list[int]) -> tuple[tuple[int, ...], ...]:
 
 
 class AllSum(nn.Cell):
-    """Sum of one vector over the ranks."""
+    """Sum of one vector over the ranks, of which there are at least two."""
 
-    def __init__(self, world: int):
+    def __init__(self):
         super().__init__(auto_prefix=False)
-        self.reduce = ops.AllReduce() if world > 1 else None
+        self.reduce = ops.AllReduce()
 
     def construct(self, vector: Tensor) -> Tensor:
-        return vector + 0 if self.reduce is None else self.reduce(vector)
+        return self.reduce(vector)
 
 
 class ReduceGradients(nn.Cell):

@@ -84,12 +84,10 @@ class Engine:
     def __init__(self, config: RunConfig, vision: VisionConfig, language: LanguageConfig,
                  start: Iterable[tuple[str, np.ndarray]]):  # fmt: skip
         runtime, stage = config.runtime, config.stage_spec
-        self.config, self.stage = config, stage
+        self.config = config
         self.device = distributed.choose_device(runtime.device)
         if runtime.compute not in DTYPES or (self.device == "cpu" and runtime.compute != "float32"):
             raise ValueError(f"runtime.compute {runtime.compute}: MindSpore takes float32 on cpu, float32 or bfloat16 on npu")
-        if runtime.roi_align not in ("auto", "separable"):
-            raise ValueError(f"runtime.roi_align {runtime.roi_align!r} is not one of auto, separable")
         ms.set_context(mode=ms.GRAPH_MODE, jit_config={"jit_level": runtime.jit_level})
         self.rank, self.world = distributed.initialise(self.device)
         attention = attention_ops.choose(runtime.attention, self.device)
@@ -117,7 +115,7 @@ class Engine:
         self.reduce = distributed.ReduceGradients(self.gradients, self.world)
         self.update = AdamW(self.trained, self.gradients, config.optimizer)
         self.ema = None if self.teacher is None else EMA(self.teacher, self.model.vision)
-        self.sum = distributed.AllSum(self.world)
+        self.sum = distributed.AllSum() if self.world > 1 else None
         self.prefill, self.decode = Prefill(self.model, language), Decode(self.model)
 
     @property
@@ -160,7 +158,8 @@ class Engine:
 
     def all_sum(self, values: np.ndarray) -> np.ndarray:
         """Sum of a small float32 vector over the ranks."""
-        return self.sum(Tensor(values.astype(np.float32))).asnumpy()
+        values = values.astype(np.float32)
+        return values if self.sum is None else self.sum(Tensor(values)).asnumpy()
 
     def tensors(self, group: Group) -> Iterator[tuple[str, np.ndarray]]:
         """One group's tensors under the parameters' names."""

@@ -13,7 +13,7 @@ class Prefill(nn.Cell):
 
     def __init__(self, model: GranViT, language: LanguageConfig):
         super().__init__(auto_prefix=False)
-        self.model, self.language = model, language
+        self.model = model
         self.layers, self.kv_heads, self.head_dim = language.layers, language.kv_heads, language.head_dim
 
     def construct(self, pixels_B3RR: Tensor, token_ids_BS: Tensor, lengths_B: Tensor, image_positions_BN: Tensor,

@@ -49,7 +49,7 @@ class Engine:
         self.rank, self.world = distributed.initialise(self.device)
         self.dtype = DTYPES[runtime.compute]
         attention = attention_ops.choose(runtime.attention, self.device)
-        self.implementations = {"attention": attention, "roi_align": "separable matmul"}
+        self.implementations = {"attention": attention, "roi_align": "separable"}
         self.compilations: dict[str, int] = {}  # eager
         masters = torch.float64 if self.dtype == torch.float64 else torch.float32
         with torch.device(self.device):
@@ -81,7 +81,7 @@ class Engine:
             own_losses.append(loss.detach())
         distributed.all_sum_(sums)
         distributed.all_sum_(self.trained.gradients)
-        grad_norm = torch.linalg.vector_norm(self.trained.gradients)
+        grad_norm = self.trained.gradient_norm()
         caption, distill, variance = sums.tolist()
         loss = caption + self.config.distill.weight * distill
         if not np.isfinite([loss, grad_norm.item()]).all():
