@@ -117,7 +117,9 @@ def main(argv: list[str]) -> None:
     while True:
         if os.getppid() != rank:
             if not os.read(0, 16):  # an orderly end is announced on the pipe
-                write_marker(run, key, name, job["started"], f"killed (process {rank} ended without a word)")
+                reason = f"killed (process {rank} ended without a word)"
+                write_marker(run, key, name, job["started"], reason)
+                say(f"{name}: {reason}")
             return
         reason = other_failure(run, key, name, job["started"])
         if reason is not None:

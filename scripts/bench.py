@@ -8,10 +8,10 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
-from granvit.cli import load_engine_class
 from rich.console import Console
 from rich.table import Table
 
+from granvit.cli import load_engine_class
 from granvit.config import RunConfig, parse_config
 from granvit.cost import language_macs, vision_macs
 from granvit.data.batch import Batch

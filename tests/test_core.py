@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import yaml
 
-from granvit.config import CONFIGS, differences, dump_config, language_config, load_config, parse_config, resolve_models, vision_config
+from granvit.config import (
+    CONFIGS,
+    differences,
+    dump_config,
+    language_config,
+    load_config,
+    parse_config,
+    resolve_models,
+    vision_config,
+)
 from granvit.init import initial_values
 from granvit.models import VisionConfig, parameter_shapes
 from tests.helpers import run_config
@@ -129,7 +138,7 @@ def test_a_global_batch_that_does_not_divide_says_so():
 
 
 def test_crops_and_grids_that_do_not_fit_the_encoder_say_so():
-    with pytest.raises(ValueError, match="distill.crop_size 30 is not a multiple of"):
+    with pytest.raises(ValueError, match=r"distill\.crop_size 30 is not a multiple of"):
         resolve_models(run_config(distill={"crop_size": 30}))
-    with pytest.raises(ValueError, match=r"distill.grid 3 does not divide the teacher's grid of 4 x 4"):
+    with pytest.raises(ValueError, match=r"distill\.grid 3 does not divide the teacher's grid of 4 x 4"):
         resolve_models(run_config(distill={"grid": 3}))
