@@ -183,6 +183,13 @@ def test_one_compilation_per_bucket_counted_and_printed(finished):
 
 
 @pytest.mark.parametrize("framework", ["torch", "mindspore"])
+def test_ranks_without_a_single_box_do_not_hang(framework, home, store):
+    config, directory = configuration(home, f"no-boxes-{framework}", store, data={"mix": {"global": 1.0}}, train={"steps": 2})
+    output = run(framework, 2, config, home / "logs" / directory.name)
+    assert [(line["boxes"], line["loss_distill"]) for line in metrics(directory)] == [(0, 0.0), (0, 0.0)], output
+
+
+@pytest.mark.parametrize("framework", ["torch", "mindspore"])
 def test_kill_9_and_the_same_command_give_the_uninterrupted_run_bit_for_bit(framework, home, store, finished):
     config, directory = configuration(home, f"killed-{framework}", store)
     process = launch(framework, 1, config, home / "logs" / "killed")
