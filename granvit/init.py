@@ -5,13 +5,17 @@ import numpy as np
 
 from granvit.models import Shapes
 
+EMBEDDING = 0.1  # standard deviation
+RESIDUAL = 0.2  # of what a block's two branches add, so that the first blocks do not drown the embeddings
+INTO_RESIDUAL = ("o_proj.weight", "out_proj.weight", "down_proj.weight", "fc2.weight")
 
-def initial_value(name: str, shape: tuple[int, ...], seed: int, scale: float = 0.02) -> np.ndarray:
+
+def initial_value(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """The start value of one parameter, float32.
 
-    Norm weights and layer scales start at 1, biases at 0, matrices at a normal of standard deviation `fan_in ** -0.5`,
-    embeddings at `scale`. The stream depends on `seed` and `name` alone, so neither the order of construction
-    nor the presence of other parameters changes a value.
+    Norm weights and layer scales start at 1, biases at 0, matrices at a normal of standard deviation `fan_in ** -0.5` (times
+    `RESIDUAL` where they write into the residual stream), embeddings at `EMBEDDING`. The stream depends on `seed` and `name`
+    alone, so neither the order of construction nor the presence of other parameters changes a value.
     """
     if name.endswith(".bias"):
         return np.zeros(shape, np.float32)
@@ -20,7 +24,7 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int, scale: float = 0
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     stream = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
     embedding = "embed_tokens" in name or "position_embedding" in name or "class_embedding" in name
-    std = scale if embedding else float(np.prod(shape[1:])) ** -0.5
+    std = EMBEDDING if embedding else float(np.prod(shape[1:])) ** -0.5 * (RESIDUAL if name.endswith(INTO_RESIDUAL) else 1)
     return (stream.standard_normal(shape, np.float32) * np.float32(std)).astype(np.float32)
 
 

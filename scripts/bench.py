@@ -11,12 +11,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from granvit.cli import load_engine_class
 from granvit.config import RunConfig, parse_config
 from granvit.cost import language_macs, vision_macs
 from granvit.data.batch import Batch
 from granvit.engine import Scalars, TrainEngine
 from granvit.init import initial_values
+from granvit.launch import load_engine_class
 from granvit.models import LanguageConfig, VisionConfig, parameter_shapes
 
 PREFIX, QUESTION, ANSWER = 20, 48, 8  # text tokens: prefix around the image, one region question, its answer
@@ -145,12 +145,11 @@ def twins(console: Console, regions: int, repeats: int) -> None:
     for size in (DEMO, MID):
         start = initial_values(parameter_shapes(size.vision, size.language), 0)
         batch = synthetic_batch(size, size.images, regions, True)
-        torch_s, mindspore_s = (
-            seconds_per_step(
-                load_engine_class(name)(config_for(size, regions, True), size.vision, size.language, start.items()), batch, repeats
-            )
-            for name in ("torch", "mindspore")
-        )
+        seconds = []
+        for framework in ("torch", "mindspore"):
+            engine = load_engine_class(framework)(config_for(size, regions, True), size.vision, size.language, start.items())
+            seconds.append(seconds_per_step(engine, batch, repeats))
+        torch_s, mindspore_s = seconds
         table.add_row(size.name, f"{torch_s:.3f}", f"{mindspore_s:.3f}", f"{torch_s / mindspore_s:.2f}x")
     console.print(table)
 

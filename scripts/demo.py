@@ -27,7 +27,7 @@ from granvit.data import prompts
 from granvit.data.chat import SYSTEM, train_tokenizer
 from granvit.data.records import ImageRecord
 from granvit.data.store import Store, write_store
-from granvit.demo.pretrained import GROUND, PADDING, compose_text, publish_language, publish_vision
+from granvit.demo.pretrained import GROUND, cell_question, compose_text, publish_language, publish_vision
 from granvit.demo.scenes import scenes
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -110,7 +110,7 @@ class Demo:
             print(f"{split}: {count} scenes into {out}", flush=True)
             write_store(scenes(split, count, self.seed), out)
         store, language = Store(self.root / "data" / "train"), resolve_models(self.config("stage1"))[1]
-        texts = [text for i in range(TOKENIZER_SCENES) for text in _texts(store[i])]
+        texts = [text for i in range(TOKENIZER_SCENES) for text in _texts(store.record(i))]
         train_tokenizer(texts, language.vocab, language.chat).save(str(self.root / "tokenizer.json"))
 
     def _train(self, part: str) -> None:
@@ -126,7 +126,8 @@ class Demo:
         config = ["--config", CONFIGS / "demo" / f"{part}.yaml", "--framework", self.framework, *self.overrides(part)]
         command = [str(word) for word in (*launcher, *script, *config)]
         print(" ".join(command), flush=True)
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}  # two ranks share the cores
+        # Two ranks share the cores; msrun starts its workers with the first `python` of PATH.
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PATH": f"{bin_directory}{os.pathsep}{os.environ['PATH']}"}
         child = subprocess.Popen(command, env=environment)
         try:
             status = child.wait()
@@ -140,7 +141,7 @@ class Demo:
 
 def _texts(record: ImageRecord) -> list[str]:
     """Every text that the demo asks or answers about a scene, for the tokenizer."""
-    found = [f"system\n{SYSTEM}", "user\n", "assistant\n", GROUND, PADDING, prompts.GLOBAL, record.global_caption]
+    found = [f"system\n{SYSTEM}", "user\n", "assistant\n", GROUND, cell_question(0, 1), prompts.GLOBAL, record.global_caption]
     for region in record.regions:
         for task in ("bbox2caption", "caption2bbox"):
             found.append(prompts.question_text(task, region.box, region.caption))

@@ -28,16 +28,21 @@ def make_engine(framework: str, **sections):
     sections = {"data": {"regions_per_row": REGIONS}, "train": {"global_batch": 12}, **sections}
     config = run_config(**sections)
     vision, language = resolve_models(config)
-    start = {name: value for name, value in start_values(vision, language).items()}
-    return Engine(config, vision, language, start.items())
+    return Engine(config, vision, language, start_values(vision, language).items())
 
 
 def start_values(vision, language) -> dict[str, np.ndarray]:
-    """Random weights that make faults visible: embeddings of size 1, norms and biases away from 1 and 0."""
-    values = initial_values(parameter_shapes(vision, language), 0)
-    values["language.model.embed_tokens.weight"] *= 50
+    """Random weights that make faults visible: every branch speaks as loud as the stream it adds to, embeddings have size 1,
+    norms and biases stand away from 1 and 0."""
     rng = np.random.default_rng(1)
-    return {n: (v + 0.1 * rng.standard_normal(v.shape)).astype(np.float32) if v.ndim == 1 else v for n, v in values.items()}
+    values = {}
+    for name, value in initial_values(parameter_shapes(vision, language), 0).items():
+        if value.ndim == 1:
+            value = value + 0.1 * rng.standard_normal(value.shape)
+        else:
+            value = value / value.std() * (1 if "embed_tokens" in name else np.prod(value.shape[1:]) ** -0.5)
+        values[name] = value.astype(np.float32)
+    return values
 
 
 def reset(engine) -> None:

@@ -2,8 +2,9 @@
 
 GranViT starts from a pretrained language model and a pretrained encoder. The demo downloads none, so it makes a small pair:
 - the decoder, on text alone. A row's image slot holds a text map: one token for each patch of the image saying what covers
-  it (a word of the object's caption, or a sign for bare ground or padding), made from the annotations, never from pixels.
-  Bbox2Caption questions about the map teach it to look up WHERE in its context, as a large language model can;
+  it (a word of the object's caption, or a sign for bare ground), made from the annotations, never from pixels. Questions about
+  single cells of the map, then the Bbox2Caption and global questions, teach it to look up WHERE in its context, as a large
+  language model can;
 - the encoder, on whole images with their global captions through the frozen decoder: an image-level encoder, as SigLIP is.
 Neither sees Caption2Bbox, nor a region question about an image.
 """
@@ -23,7 +24,9 @@ from granvit.data.records import ImageRecord
 from granvit.init import initial_value
 from granvit.models import LanguageConfig, VisionConfig, vision_shapes
 
-GROUND, PADDING = ".", ":"  # what a map writes where there is no object, and outside the image
+GROUND = "."  # what a map writes where there is no object
+CELLS = 16  # questions about single cells of a map
+COVERED_SHARE = 0.8  # of them ask for a cell with an object
 FUNCTION_WORDS = {"the", "word", "in", '"'}
 
 
@@ -41,12 +44,7 @@ def text_map(record: ImageRecord, chat: Chat, grid: int) -> list[int]:
     """
     rng = np.random.default_rng(list(record.id.encode()))
     edges = np.arange(grid + 1) / grid
-    centres = (edges[1:] + edges[:-1]) / 2
-    left, top, right, bottom = box_to_square((0, 0, 1, 1), record.width, record.height)
-    inside = np.outer((centres > top) & (centres < bottom), (centres > left) & (centres < right)).ravel()
-    ground, padding = (chat.answer_ids(sign)[0] for sign in (GROUND, PADDING))
-    cells = np.where(inside, ground, padding)
-
+    cells = np.full(grid**2, chat.answer_ids(GROUND)[0])
     boxes = [box_to_square(region.box, record.width, record.height) for region in record.regions]
     covered = np.array([
         np.outer(np.clip(np.minimum(y2, edges[1:]) - np.maximum(y1, edges[:-1]), 0, None),
@@ -63,10 +61,29 @@ def text_map(record: ImageRecord, chat: Chat, grid: int) -> list[int]:
     return cells.tolist()
 
 
+def cell_turns(cells: Sequence[int], chat: Chat, grid: int, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Questions about single cells of a map, and the word that stands there."""
+    ground = chat.answer_ids(GROUND)[0]
+    covered = np.flatnonzero(np.array(cells) != ground)
+    turns = []
+    for _ in range(CELLS):
+        cell = int(rng.choice(covered) if rng.random() < COVERED_SHARE else rng.integers(grid**2))
+        turns.append((cell_question(cell // grid, cell % grid), chat.decode([cells[cell]])))
+    return turns
+
+
+def cell_question(row: int, column: int) -> str:
+    """The question about one cell of a map."""
+    return f"row {row} column {column}"
+
+
 def compose_text(packer: Packer, record: ImageRecord, questions: Sequence[Question], bucket: Bucket) -> Batch:
     """A row about the record's text map in place of its image (`granvit.data.loader.Loader`'s `compose`)."""
-    image_ids = text_map(record, packer.chat, packer.vision.grid)
-    return packer.text_row(record.id, image_ids, [question.turn(record) for question in questions], bucket)
+    grid = packer.vision.grid
+    cells = text_map(record, packer.chat, grid)
+    turns = [question.turn(record) for question in questions]
+    turns += cell_turns(cells, packer.chat, grid, np.random.default_rng([1, *record.id.encode()]))
+    return packer.text_row(record.id, cells, turns, bucket)
 
 
 def publish_language(run: Path, language: LanguageConfig, tokenizer: Path, out: Path) -> None:

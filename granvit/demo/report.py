@@ -72,7 +72,7 @@ def write_report(root: Path, framework: str, seconds: dict[str, float]) -> Path:
     last = {name: found[-1] for name, found in runs.items()}
     _draw_curve(root, runs, root / "figure4a.png")
     store = Store(load_config(root / "stage1" / "config.yaml").eval.source)
-    records = {record.id: record for record in (store[i] for i in range(store.images))}
+    records = {record.id: record for record in map(store.record, range(store.images))}
     _draw_boxes(records, last, root / "caption2bbox.png")
     _draw_captions(records, last, root / "bbox2caption.png")
     path = root / "report.md"

@@ -4,7 +4,7 @@ The backgrounds are crops of photographs that ship inside scikit-image's package
 the held-out split are not among those of the training split. Four objects stand on every scene, without overlap: one of 4
 shapes in 6 colours and 2 sizes, or one of 8 words in 6 colours. All words have four letters, so that the shape of a box
 says little about the word. Boxes are exact: the extent of the outline or of the glyphs before rasterisation. Scenes are
-128 pixels on their longer side and between 96 and 128 on the other, so that padding to a square is exercised.
+square, 128 x 128 pixels: the tests, not the demo, exercise padding.
 """
 import io
 import os
@@ -38,8 +38,7 @@ SIZES = {"small": (22.0, 28.0), "large": (40.0, 52.0)}  # pixels across
 WORD_HEIGHT = (16, 22)  # font size in pixels
 OBJECTS = 4
 WORD_SHARE = 0.25
-LONG_SIDE = 128
-SHORT_SIDE = (96, 129)
+SIDE = 128  # pixels
 MARGIN = 3  # pixels between two boxes, and between a box and the border
 SUPERSAMPLING = 4
 WORD_RIM = 3  # supersampled pixels
@@ -107,11 +106,14 @@ def _word(rng: np.random.Generator) -> Stamp:
     word, colour = str(rng.choice(WORDS)), str(rng.choice(list(COLOURS)))
     font = _font(int(rng.integers(*WORD_HEIGHT, endpoint=True)) * SUPERSAMPLING)
     x1, y1, x2, y2 = font.getbbox(word, stroke_width=WORD_RIM)
-    canvas = tuple(-(-side // SUPERSAMPLING) * SUPERSAMPLING for side in (x2 - x1, y2 - y1))
-    mask, inner = Image.new("L", canvas), Image.new("L", canvas)
+    mask, inner = Image.new("L", (x2 - x1, y2 - y1)), Image.new("L", (x2 - x1, y2 - y1))
     ImageDraw.Draw(mask).text((-x1, -y1), word, font=font, fill=255, stroke_width=WORD_RIM)
     ImageDraw.Draw(inner).text((-x1, -y1), word, font=font, fill=255)
-    return Stamp(f'the word "{word}" in {colour}', colour, mask, inner, ((x2 - x1) / SUPERSAMPLING, (y2 - y1) / SUPERSAMPLING))
+    left, top, right, bottom = mask.getbbox()  # the ink alone: a font's own box has bearings around it
+    across, down = (-(-side // SUPERSAMPLING) * SUPERSAMPLING for side in (right - left, bottom - top))
+    mask, inner = (layer.crop((left, top, left + across, top + down)) for layer in (mask, inner))
+    return Stamp(f'the word "{word}" in {colour}', colour, mask, inner,
+                 ((right - left) / SUPERSAMPLING, (bottom - top) / SUPERSAMPLING))  # fmt: skip
 
 
 def _background(rng: np.random.Generator, split: str, width: int, height: int) -> Image.Image:
@@ -156,9 +158,7 @@ def _paste(image: Image.Image, stamp: Stamp, corner: tuple[int, int], rng: np.ra
 
 def compose(rng: np.random.Generator, split: str, identifier: str) -> ImageRecord:
     """One scene: `OBJECTS` objects with distinct captions, and a global caption that names them from left to right."""
-    width, height = LONG_SIDE, int(rng.integers(*SHORT_SIDE))
-    if rng.random() < 0.5:
-        width, height = height, width
+    width = height = SIDE
     corners = None
     while corners is None:
         stamps = [_word(rng) if rng.random() < WORD_SHARE else _shape(rng) for _ in range(OBJECTS)]

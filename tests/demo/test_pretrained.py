@@ -1,0 +1,80 @@
+"""The demo's pretrained pair: text maps show the annotations, rows are supervised where they claim, directories load anywhere."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, SiglipVisionModel
+
+from granvit.config import Bucket, language_config, vision_config
+from granvit.data.batch import Packer, Question
+from granvit.data.chat import Chat, train_tokenizer
+from granvit.data.images import box_to_square
+from granvit.data.prompts import question_text
+from granvit.demo import pretrained
+from granvit.demo.pretrained import CELLS, GROUND, cell_question, compose_text, publish_language, publish_vision, text_map
+from granvit.demo.scenes import scene
+from granvit.init import initial_values
+from granvit.models import language_shapes, vision_shapes
+
+VISION, LANGUAGE = vision_config("demo-vision"), language_config("demo-language")
+RECORDS = [scene("train", 0, index) for index in range(30)]
+
+
+@pytest.fixture(scope="module")
+def chat() -> Chat:
+    texts = ["system\nYou are a helpful assistant.", "user\n", "assistant\n", GROUND, cell_question(0, 1)]
+    texts += [t for r in RECORDS for g in r.regions for t in (question_text("bbox2caption", g.box), g.caption, g.caption)]
+    return Chat(train_tokenizer(texts, LANGUAGE.vocab, "qwen2.5"), "qwen2.5")
+
+
+def test_a_map_names_each_object_inside_its_box_and_nothing_outside(chat):
+    grid = VISION.grid
+    for record in RECORDS:
+        words = np.array([chat.decode([i]).strip() for i in text_map(record, chat, grid)]).reshape(grid, grid)
+        free = np.ones((grid, grid), bool)
+        for region in record.regions:
+            x1, y1, x2, y2 = np.array(box_to_square(region.box, record.width, record.height)) * grid
+            rows, columns = slice(int(y1), int(np.ceil(y2))), slice(int(x1), int(np.ceil(x2)))
+            shown = set(words[rows, columns].ravel())
+            content = region.caption.replace('the word "', "").replace('" in', "").split()
+            assert len(shown & set(content)) >= len(content) - 1, (region.caption, words)
+            free[rows, columns] = False
+        assert set(words[free]) <= {GROUND}
+
+
+def test_a_row_asks_the_regions_and_cells_of_its_map(chat):
+    packer = Packer(VISION, chat, 0, VISION.image_size, 1.0, 10**6)
+    record, bucket, grid = RECORDS[0], Bucket(length=640, answers=128), VISION.grid
+    questions = [Question("bbox2caption", k) for k in range(4)]
+    row, plain = compose_text(packer, record, questions, bucket), packer.row(record, questions, bucket)
+    assert row.image_weights_B[0] == 0 and not row.pixels_B3RR.any() and not row.skipped
+    regions = int(plain.answer_weights_BA.sum())
+    np.testing.assert_array_equal(row.answer_targets_BA[0, :regions], plain.answer_targets_BA[0, :regions])
+    cells = text_map(record, chat, grid)
+    np.testing.assert_array_equal(row.token_ids_BS[0][row.image_positions_BN[0]], cells)
+    for segment in range(5, 5 + CELLS):
+        text = chat.tokenizer.decode(row.token_ids_BS[0][row.segments_BS[0] == segment], skip_special_tokens=True)
+        words = text.split()
+        row_number, column = int(words[1]), int(words[3])
+        answer = row.answer_targets_BA[0, regions + 2 * (segment - 5)]
+        assert answer == cells[row_number * grid + column]
+
+
+def test_the_pair_is_shipped_as_transformers_reads_it(monkeypatch, tmp_path, chat):
+    """The published directories give transformers the very tensors of the run."""
+    weights = initial_values(vision_shapes(VISION) | language_shapes(LANGUAGE), 1)
+    monkeypatch.setattr(pretrained, "_newest", lambda run: iter(weights.items()))
+    chat.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    publish_vision(tmp_path, VISION, 1, tmp_path / "vision")
+    publish_language(tmp_path, LANGUAGE, tmp_path / "tokenizer.json", tmp_path / "language")
+    for folder, kind, prefix in (("vision", SiglipVisionModel, "vision."), ("language", AutoModelForCausalLM, "language.")):
+        model, report = kind.from_pretrained(tmp_path / folder, output_loading_info=True, dtype=torch.float32)
+        assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+        theirs = {name.removeprefix("vision_model."): value for name, value in model.state_dict().items()}
+        for name, value in weights.items():
+            if name.startswith(prefix):
+                np.testing.assert_array_equal(theirs[name.removeprefix(prefix)].numpy(), value)
+    assert json.loads((tmp_path / "language" / "config.json").read_text())["vocab_size"] == LANGUAGE.vocab
+    assert len(load_file(tmp_path / "vision" / "model.safetensors")) == 16 * VISION.layers + 5
