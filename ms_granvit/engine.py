@@ -25,6 +25,7 @@ from ms_granvit.optimizer import AdamW
 from ms_granvit.vision import VisionEncoder
 
 DTYPES = {"float32": ms.float32, "bfloat16": ms.bfloat16}
+SUM_LENGTH = 64
 
 
 def to_tensor(array: np.ndarray, dtype: ms.Type) -> Tensor:

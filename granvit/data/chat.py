@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from granvit.data import prompts
 
@@ -171,22 +171,24 @@ def byte_tokenizer(family: str) -> Tokenizer:
     return tokenizer
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, family: str) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, family: str, phrases: Sequence[str] = ()) -> Tokenizer:
     """A byte-level BPE trained on `texts`, at most `vocab_size` ids with the family's control tokens among them.
 
     Words (with the space before them) merge into single tokens as far as `vocab_size` allows; each digit is its own
-    token, as in Qwen2.5's tokenizer, so that coordinates are read digit by digit.
+    token, as in Qwen2.5's tokenizer, so that coordinates are read digit by digit. Each of `phrases` is a token of its own,
+    the longest first: fixed wording need not be spelled out.
     """
     pieces = pre_tokenizers.Split(Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"), "isolated")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - len(phrases),
         min_frequency=1,
         special_tokens=list(TEMPLATES[family].control_tokens),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
     return tokenizer
