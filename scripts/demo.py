@@ -46,7 +46,7 @@ PHRASES = (
     " column ",
 )
 # Share of the whole that a part takes, in seconds on the 2-core machine of docs/demo.md: for the time left.
-PARTS = {"data": 30, "pretrain_text": 200, "pretrain_image": 100, "stage1": 330, "guesser": 150, "stage2": 200, "report": 10}
+PARTS = {"data": 20, "pretrain_text": 400, "pretrain_image": 100, "stage1": 310, "guesser": 170, "stage2": 180, "report": 5}
 PREPARE = ("data", "pretrain_text", "pretrain_image")
 RUNS = ("pretrain_text", "pretrain_image", "stage1", "guesser", "stage2")
 
