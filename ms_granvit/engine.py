@@ -130,7 +130,7 @@ class Engine:
 
     def step(self, micro_batches: Sequence[Batch], scalars: Scalars) -> StepResult:
         """Forward and backward over the micro-batches, sum over ranks, clip, AdamW, EMA."""
-        own = [self.micro_batch(*self._inputs(batch, scalars)) for batch in micro_batches]
+        own = [self.micro_batch(*self.inputs(batch, scalars)) for batch in micro_batches]
         own = np.stack([terms.asnumpy() for terms in own])
         _, caption, distill, variance = map(float, self.all_sum(own.sum(0)))
         grad_norm = self.reduce()
@@ -147,7 +147,7 @@ class Engine:
             self.ema(scalar(scalars.alpha), scalar(1 - scalars.alpha))
         return StepResult(loss, caption, distill, norm, variance**0.5)
 
-    def _inputs(self, batch: Batch, scalars: Scalars) -> list[Tensor]:
+    def inputs(self, batch: Batch, scalars: Scalars) -> list[Tensor]:
         arrays = [
             batch.pixels_B3RR, batch.image_weights_B, batch.token_ids_BS, batch.positions_BS, batch.segments_BS,
             batch.image_positions_BN, batch.answer_positions_BA, batch.answer_targets_BA, batch.answer_weights_BA,

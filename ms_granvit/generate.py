@@ -1,4 +1,6 @@
 """Greedy generation with a key-value cache: one graph reads the prompts, one graph makes a token; shapes are fixed."""
+from collections.abc import Callable
+
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -9,7 +11,7 @@ from ms_granvit.model import GranViT, take
 
 
 class Prefill(nn.Cell):
-    """Prompts -> the first token of each answer and the caches `[layers, B, KV, S + new, D]`."""
+    """Prompts -> the first token of each answer, its logits `[B, 1, V]` and the caches `[layers, B, KV, S + new, D]`."""
 
     def __init__(self, model: GranViT, language: LanguageConfig):
         super().__init__(auto_prefix=False)
@@ -17,7 +19,7 @@ class Prefill(nn.Cell):
         self.layers, self.kv_heads, self.head_dim = language.layers, language.kv_heads, language.head_dim
 
     def construct(self, pixels_B3RR: Tensor, token_ids_BS: Tensor, lengths_B: Tensor, image_positions_BN: Tensor,
-                  room: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+                  room: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         B, S = token_ids_BS.shape
         decoder = self.model.language
         empty = ops.zeros((self.layers, B, self.kv_heads, S + room, self.head_dim), decoder.dtype)
@@ -26,22 +28,23 @@ class Prefill(nn.Cell):
         positions = ops.broadcast_to(ops.expand_dims(ops.cast(ops.arange(S), ms.int32), 0), (B, S))
         valid = positions < ops.expand_dims(lengths_B, 1)
         hidden, keys, values = decoder.forward_cached(inputs, positions, valid, empty, empty)
-        last = take(hidden, ops.expand_dims(lengths_B - 1, 1))
-        return choose_token(decoder.head(last)), keys, values
+        logits = decoder.head(take(hidden, ops.expand_dims(lengths_B - 1, 1)))
+        return choose_token(logits), logits, keys, values
 
 
 class Decode(nn.Cell):
-    """One token of each row at its position, and the caches -> the next token and the caches."""
+    """One token of each row at its position, and the caches -> the next token, its logits `[B, 1, V]` and the caches."""
 
     def __init__(self, model: GranViT):
         super().__init__(auto_prefix=False)
         self.decoder = model.language
 
     def construct(self, tokens_B1: Tensor, positions_B1: Tensor, keys: Tensor,
-                  values: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+                  values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         inputs = self.decoder.embed(tokens_B1)
         hidden, keys, values = self.decoder.forward_cached(inputs, positions_B1, positions_B1 >= 0, keys, values)
-        return choose_token(self.decoder.head(hidden)), keys, values
+        logits = self.decoder.head(hidden)
+        return choose_token(logits), logits, keys, values
 
 
 def choose_token(logits_B1V: Tensor) -> Tensor:
@@ -49,18 +52,23 @@ def choose_token(logits_B1V: Tensor) -> Tensor:
     return ops.cast(ops.argmax(ops.cast(logits_B1V, ms.float32), -1), ms.int32)
 
 
-def greedy(prefill: Prefill, decode: Decode, prompts: PromptBatch, max_new_tokens: int, stop_token: int) -> np.ndarray:
-    """The most probable continuation of each row, int32 `[B, max_new_tokens]`; `stop_token` fills what follows the first one."""
-    chosen, keys, values = prefill(
+def greedy(prefill: Prefill, decode: Decode, prompts: PromptBatch, max_new_tokens: int, stop_token: int,
+           seen: Callable[[Tensor], None] = lambda logits_B1V: None) -> np.ndarray:  # fmt: skip
+    """The most probable continuation of each row, int32 `[B, max_new_tokens]`; `stop_token` fills what follows the first one.
+
+    `seen` is shown the logits `[B, 1, V]` of every step; they stay on the device unless it reads them.
+    """
+    chosen, logits, keys, values = prefill(
         Tensor(prompts.pixels_B3RR), Tensor(prompts.token_ids_BS), Tensor(prompts.lengths_B), Tensor(prompts.image_positions_BN),
         max_new_tokens,
     )  # fmt: skip
     out = np.full((len(prompts.lengths_B), max_new_tokens), stop_token, np.int32)
     ended = np.zeros(len(out), bool)
     for t in range(max_new_tokens):
+        seen(logits)
         out[:, t] = np.where(ended, stop_token, chosen.asnumpy()[:, 0])
         ended |= out[:, t] == stop_token
         if ended.all() or t + 1 == max_new_tokens:
             break
-        chosen, keys, values = decode(chosen, Tensor((prompts.lengths_B + t)[:, None].astype(np.int32)), keys, values)
+        chosen, logits, keys, values = decode(chosen, Tensor((prompts.lengths_B + t)[:, None].astype(np.int32)), keys, values)
     return out

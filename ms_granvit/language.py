@@ -7,7 +7,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from granvit.models import LanguageConfig
-from ms_granvit.layers import Embedding, Linear, RMSNorm, activate, linear
+from ms_granvit.layers import Embedding, Linear, Module, RMSNorm, activate, linear
 from ms_granvit.ops import attention as attention_ops
 
 
@@ -34,7 +34,7 @@ def rotate(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x_BHSD * cos + turned * sin
 
 
-class LanguageAttention(nn.Cell):
+class LanguageAttention(Module):
     """Grouped-query self-attention with rotary positions."""
 
     def __init__(self, c: LanguageConfig, implementation: str):
@@ -55,11 +55,11 @@ class LanguageAttention(nn.Cell):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         B, _, S, _ = q.shape
-        out = attention_ops.attention(q, k, v, mask, self.implementation)
+        out = self.emit(attention_ops.attention(q, k, v, mask, self.implementation))
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, S, self.heads * self.head_dim))
 
 
-class LanguageMLP(nn.Cell):
+class LanguageMLP(Module):
     """SwiGLU: `down(silu(gate x) * up x)`."""
 
     def __init__(self, c: LanguageConfig):
@@ -69,10 +69,10 @@ class LanguageMLP(nn.Cell):
         self.down_proj = Linear(c.mlp, c.width, False)
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.down_proj(activate("silu", self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.emit(activate("silu", self.gate_proj(x)) * self.up_proj(x)))
 
 
-class LanguageBlock(nn.Cell):
+class LanguageBlock(Module):
     """A pre-norm decoder block."""
 
     def __init__(self, c: LanguageConfig, implementation: str):
@@ -85,7 +85,7 @@ class LanguageBlock(nn.Cell):
     def construct(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         q, k, v = self.self_attn.project(self.input_layernorm(x), cos, sin)
         x = x + self.self_attn.attend(q, k, v, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return self.emit(x + self.mlp(self.post_attention_layernorm(x)))
 
     def forward_cached(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, keys: Tensor, values: Tensor,
                        slots_BSL: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -109,7 +109,7 @@ class DecoderModel(nn.Cell):
         self.norm = RMSNorm(c.width, c.norm_eps)
 
 
-class CausalDecoder(nn.Cell):
+class CausalDecoder(Module):
     """A decoder over input embeddings, so that image tokens can stand among text tokens."""
 
     def __init__(self, c: LanguageConfig, dtype: ms.Type, attention: str = "composed", recompute: bool = False):
@@ -130,7 +130,7 @@ class CausalDecoder(nn.Cell):
         """Logits `[..., V]` of hidden states that have passed the closing norm."""
         if self.lm_head is not None:
             return self.lm_head(hidden)
-        return linear(hidden, self.model.embed_tokens.weight, None)
+        return self.emit(linear(hidden, self.model.embed_tokens.weight, None))
 
     def construct(self, inputs_BSC: Tensor, positions_BS: Tensor, segments_BS: Tensor) -> Tensor:
         """Hidden states `[B, S, C]` after the closing norm, under the shared-prefix mask."""

@@ -10,7 +10,20 @@ def parameter(*shape: int) -> Parameter:
     return Parameter(initializer("zeros", shape, ms.float32))
 
 
-class Linear(nn.Cell):
+class Module(nn.Cell):
+    """A cell whose result has a name, its path (`granvit.activations`). A `tap` sees the result on its way and may replace it;
+    without one, which is how a model trains, nothing is there."""
+
+    def __init__(self):
+        super().__init__()
+        self.tap = None
+
+    def emit(self, result: Tensor) -> Tensor:
+        """The result as it leaves the module."""
+        return result if self.tap is None else self.tap(result)
+
+
+class Linear(Module):
     """`x @ weight.T + bias`, weight `[out, in]`."""
 
     def __init__(self, n_in: int, n_out: int, bias: bool):
@@ -19,7 +32,7 @@ class Linear(nn.Cell):
         self.bias = parameter(n_out) if bias else None
 
     def construct(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return self.emit(linear(x, self.weight, self.bias))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -30,7 +43,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y.reshape((*x.shape[:-1], weight.shape[0]))
 
 
-class Embedding(nn.Cell):
+class Embedding(Module):
     """A table `[rows, width]`."""
 
     def __init__(self, rows: int, width: int):
@@ -38,10 +51,10 @@ class Embedding(nn.Cell):
         self.weight = parameter(rows, width)
 
     def construct(self, ids: Tensor) -> Tensor:
-        return ops.gather(self.weight, ids, 0)
+        return self.emit(ops.gather(self.weight, ids, 0))
 
 
-class LayerNorm(nn.Cell):
+class LayerNorm(Module):
     """Layer normalisation over the last axis."""
 
     def __init__(self, width: int, eps: float):
@@ -52,10 +65,10 @@ class LayerNorm(nn.Cell):
 
     def construct(self, x: Tensor) -> Tensor:
         weight, bias = ops.cast(self.weight, ms.float32), ops.cast(self.bias, ms.float32)
-        return ops.cast(self.normalise(ops.cast(x, ms.float32), weight, bias)[0], x.dtype)
+        return self.emit(ops.cast(self.normalise(ops.cast(x, ms.float32), weight, bias)[0], x.dtype))
 
 
-class RMSNorm(nn.Cell):
+class RMSNorm(Module):
     """`x / sqrt(mean(x^2) + eps) * weight` over the last axis."""
 
     def __init__(self, width: int, eps: float):
@@ -66,7 +79,7 @@ class RMSNorm(nn.Cell):
     def construct(self, x: Tensor) -> Tensor:
         h = ops.cast(x, ms.float32)
         h = h * ops.rsqrt(ops.mean(ops.square(h), -1, True) + self.eps)
-        return ops.cast(h * ops.cast(self.weight, ms.float32), x.dtype)
+        return self.emit(ops.cast(h * ops.cast(self.weight, ms.float32), x.dtype))
 
 
 def norm(kind: str, width: int, eps: float) -> nn.Cell:

@@ -3,10 +3,11 @@
 Layout letters: B rows, N patches, S sequence, A supervised positions, C width, V vocabulary.
 """
 import mindspore as ms
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, ops
 
 from granvit.models import LanguageConfig, VisionConfig
 from ms_granvit.language import CausalDecoder
+from ms_granvit.layers import Module
 from ms_granvit.projector import Projector
 from ms_granvit.vision import VisionEncoder
 
@@ -23,7 +24,7 @@ def take(hidden_BSC: Tensor, positions_BA: Tensor) -> Tensor:
     return ops.gather(hidden_BSC.reshape(B * S, C), row_offsets(positions_BA, S), 0).reshape(B, -1, C)
 
 
-class GranViT(nn.Cell):
+class GranViT(Module):
     """An image and questions about it -> logits of the answers.
 
     `blind` zeroes the image tokens: the guesser who reads the question alone.
@@ -46,10 +47,11 @@ class GranViT(nn.Cell):
         shown = ops.cast(ops.broadcast_to(image_weights_B.reshape(B, 1), image_positions_BN.shape), self.language.dtype)
         kept = 1 - ops.scatter_nd(at, shown.reshape(-1), (B * S,)).reshape(B, S, 1)
         if self.blind:
-            return embeddings * kept, None
+            return self.emit(embeddings * kept), None
         features, top = self.vision(pixels_B3RR)
         tokens = self.projector(features) * ops.expand_dims(shown, -1)
-        return embeddings * kept + ops.scatter_nd(at, tokens.reshape(-1, C), (B * S, C)).reshape(B, S, C), top
+        merged = embeddings * kept + ops.scatter_nd(at, tokens.reshape(-1, C), (B * S, C)).reshape(B, S, C)
+        return self.emit(merged), top
 
     def construct(self, pixels_B3RR: Tensor, image_weights_B: Tensor, token_ids_BS: Tensor, positions_BS: Tensor,
                   segments_BS: Tensor, image_positions_BN: Tensor,

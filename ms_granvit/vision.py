@@ -7,11 +7,11 @@ from mindspore import Tensor, nn, ops
 
 from granvit.interpolate import position_matrix
 from granvit.models import VisionConfig
-from ms_granvit.layers import Embedding, Linear, activate, linear, norm, parameter
+from ms_granvit.layers import Embedding, Linear, Module, activate, linear, norm, parameter
 from ms_granvit.ops import attention as attention_ops
 
 
-class PatchEmbedding(nn.Cell):
+class PatchEmbedding(Module):
     """A convolution whose stride is its kernel, as one matrix product over flattened patches."""
 
     def __init__(self, c: VisionConfig):
@@ -23,10 +23,10 @@ class PatchEmbedding(nn.Cell):
     def construct(self, pixels_B3RR: Tensor) -> Tensor:
         B, grid, p = pixels_B3RR.shape[0], pixels_B3RR.shape[2] // self.patch, self.patch
         patches = pixels_B3RR.reshape(B, 3, grid, p, grid, p).transpose(0, 2, 4, 1, 3, 5).reshape(B, grid * grid, 3 * p * p)
-        return linear(patches, self.weight.reshape(self.weight.shape[0], 3 * p * p), self.bias)
+        return self.emit(linear(patches, self.weight.reshape(self.weight.shape[0], 3 * p * p), self.bias))
 
 
-class VisionEmbeddings(nn.Cell):
+class VisionEmbeddings(Module):
     """Patches, class token, positions."""
 
     def __init__(self, c: VisionConfig, image_size: int):
@@ -38,13 +38,12 @@ class VisionEmbeddings(nn.Cell):
         grid = image_size // c.patch_size
         self.resample = None if grid == c.grid else Tensor(position_matrix(c.grid, grid))
 
-    def positions(self) -> Tensor:
-        """Position embeddings `[1, N (+1), C]`, resampled to this image size."""
-        table = self.position_embedding.weight
+    def resampled(self, table: Tensor) -> Tensor:
+        """A table of position embeddings `[N' (+1), C]` resampled to this image size, `[1, N (+1), C]`."""
         if self.resample is not None:
             classes = table.shape[0] - self.resample.shape[1]
-            resampled = ops.matmul(ops.cast(self.resample, table.dtype), table[classes:])
-            table = resampled if classes == 0 else ops.cat((table[:classes], resampled))
+            patches = ops.matmul(ops.cast(self.resample, table.dtype), table[classes:])
+            table = patches if classes == 0 else ops.cat((table[:classes], patches))
         return ops.expand_dims(table, 0)
 
     def construct(self, pixels_B3RR: Tensor) -> Tensor:
@@ -54,10 +53,10 @@ class VisionEmbeddings(nn.Cell):
         if self.class_embedding is not None:
             B, _, C = x.shape
             x = ops.cat((ops.broadcast_to(ops.cast(self.class_embedding, x.dtype), (B, 1, C)), x), 1)
-        return x + ops.cast(self.positions(), x.dtype)
+        return self.emit(x + ops.cast(self.resampled(self.position_embedding.weight), x.dtype))
 
 
-class VisionAttention(nn.Cell):
+class VisionAttention(Module):
     """Multi-head self-attention over all tokens of one image."""
 
     def __init__(self, c: VisionConfig, implementation: str):
@@ -73,11 +72,11 @@ class VisionAttention(nn.Cell):
         q = self.q_proj(x_BNC).reshape(B, N, self.heads, self.head_dim).transpose(0, 2, 1, 3)
         k = self.k_proj(x_BNC).reshape(B, N, self.heads, self.head_dim).transpose(0, 2, 1, 3)
         v = self.v_proj(x_BNC).reshape(B, N, self.heads, self.head_dim).transpose(0, 2, 1, 3)
-        out = attention_ops.attention(q, k, v, None, self.implementation)
+        out = self.emit(attention_ops.attention(q, k, v, None, self.implementation))
         return self.out_proj(out.transpose(0, 2, 1, 3).reshape(B, N, C))
 
 
-class VisionMLP(nn.Cell):
+class VisionMLP(Module):
     """`fc2(act(fc1 x))`, or gated: `fc2(act(gate_proj x) * fc1 x)`."""
 
     def __init__(self, c: VisionConfig):
@@ -89,11 +88,11 @@ class VisionMLP(nn.Cell):
 
     def construct(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
-            return self.fc2(activate(self.activation, self.fc1(x)))
-        return self.fc2(activate(self.activation, self.gate_proj(x)) * self.fc1(x))
+            return self.fc2(self.emit(activate(self.activation, self.fc1(x))))
+        return self.fc2(self.emit(activate(self.activation, self.gate_proj(x)) * self.fc1(x)))
 
 
-class VisionBlock(nn.Cell):
+class VisionBlock(Module):
     """A pre-norm transformer block, with InternViT's layer scale where the configuration has it."""
 
     def __init__(self, c: VisionConfig, implementation: str):
@@ -113,7 +112,7 @@ class VisionBlock(nn.Cell):
         h = self.mlp(self.layer_norm2(x))
         if self.layer_scale2 is not None:
             h = h * ops.cast(self.layer_scale2, h.dtype)
-        return x + h
+        return self.emit(x + h)
 
 
 class VisionBlocks(nn.Cell):
@@ -124,7 +123,7 @@ class VisionBlocks(nn.Cell):
         self.layers = nn.CellList([VisionBlock(c, implementation) for _ in range(c.built_layers)])
 
 
-class VisionEncoder(nn.Cell):
+class VisionEncoder(Module):
     """Patch features of images of one size.
 
     `image_size` other than the configuration's resamples the position embeddings (bicubic). Blocks above `c.highest`

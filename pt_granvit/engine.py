@@ -73,11 +73,9 @@ class Engine:
         sums = self.trained.values.new_zeros(3)  # caption, distillation, feature variance
         own_losses = []
         for batch in micro_batches:
-            caption, distill, variance = self._forward(batch)
-            caption, distill = caption / max(scalars.tokens, 1), distill / max(scalars.boxes, 1)
-            loss = caption + self.config.distill.weight * distill
+            loss, *terms = self.losses(batch, scalars)
             loss.backward()
-            sums += torch.stack([caption, distill, variance / max(scalars.boxes, 1)]).detach()
+            sums += torch.stack(terms).detach()
             own_losses.append(loss.detach())
         distributed.all_sum_(sums)
         distributed.all_sum_(self.trained.gradients)
@@ -93,20 +91,23 @@ class Engine:
             ema_(list(self.teacher.parameters()), list(self.model.vision.parameters()), scalars.alpha)
         return StepResult(loss, caption, distill, grad_norm.item(), variance**0.5)
 
-    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Summed caption loss, summed distillation loss, summed variance of the teacher's features."""
+    def losses(self, batch: Batch, scalars: Scalars) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss, caption loss, distillation loss, variance of the teacher's features: the batch's sums over the global counts."""
         logits, top = self.model(
             self._put(batch.pixels_B3RR), self._put(batch.image_weights_B), self._ids(batch.token_ids_BS),
             self._ids(batch.positions_BS), self._ids(batch.segments_BS), self._ids(batch.image_positions_BN),
             self._ids(batch.answer_positions_BA),
         )  # fmt: skip
         caption = caption_sum(logits, self._ids(batch.answer_targets_BA), self._put(batch.answer_weights_BA))
+        caption = caption / max(scalars.tokens, 1)
         if self.teacher is None:
-            return caption, torch.zeros_like(caption), torch.zeros_like(caption)
+            return caption, caption, torch.zeros_like(caption), torch.zeros_like(caption)
         own_grid = self.config.crop_size(self.vision) // self.vision.patch_size
         target = teacher_features(self.teacher, self._put(batch.crops_BK3rr), self.config.distill.grid or own_grid)
         boxes, weights = self._put(batch.boxes_BK4), self._put(batch.box_weights_BK)
-        return caption, *distill_sums(top, target, boxes, weights, self.config.distill.loss)
+        sums = distill_sums(top, target, boxes, weights, self.config.distill.loss)
+        distill, variance = (total / max(scalars.boxes, 1) for total in sums)
+        return caption + self.config.distill.weight * distill, caption, distill, variance
 
     def all_sum(self, values: np.ndarray) -> np.ndarray:
         """Sum of a small float32 vector over the ranks."""

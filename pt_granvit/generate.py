@@ -1,14 +1,21 @@
 """Greedy generation with a key-value cache."""
+from collections.abc import Callable
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from granvit.data.batch import PromptBatch
 from pt_granvit.model import GranViT
 
 
 @torch.no_grad()
-def greedy(model: GranViT, prompts: PromptBatch, max_new_tokens: int, stop_token: int, device: str) -> np.ndarray:
-    """The most probable continuation of each row, int32 `[B, max_new_tokens]`; `stop_token` fills what follows the first one."""
+def greedy(model: GranViT, prompts: PromptBatch, max_new_tokens: int, stop_token: int, device: str,
+           seen: Callable[[Tensor], None] = lambda logits_BV: None) -> np.ndarray:  # fmt: skip
+    """The most probable continuation of each row, int32 `[B, max_new_tokens]`; `stop_token` fills what follows the first one.
+
+    `seen` is shown the logits `[B, V]` of every step.
+    """
     put = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
     token_ids, lengths = put(prompts.token_ids_BS).long(), put(prompts.lengths_B).long()
     B, S = token_ids.shape
@@ -24,7 +31,9 @@ def greedy(model: GranViT, prompts: PromptBatch, max_new_tokens: int, stop_token
     out = np.full((B, max_new_tokens), stop_token, np.int32)
     ended = np.zeros(B, bool)
     for t in range(max_new_tokens):
-        chosen = decoder.head(hidden).argmax(-1)
+        logits = decoder.head(hidden)
+        seen(logits)
+        chosen = logits.argmax(-1)
         out[:, t] = np.where(ended, stop_token, chosen.cpu().numpy())
         ended |= out[:, t] == stop_token
         if ended.all() or t + 1 == max_new_tokens:

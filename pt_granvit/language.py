@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from granvit.models import LanguageConfig
-from pt_granvit.layers import Embedding, Linear, RMSNorm, activate
+from pt_granvit.layers import Embedding, Linear, Module, RMSNorm, activate
 from pt_granvit.ops import attention as attention_ops
 
 
@@ -27,7 +27,7 @@ def rotate(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x_BHSD * cos + turned * sin
 
 
-class LanguageAttention(nn.Module):
+class LanguageAttention(Module):
     """Grouped-query self-attention with rotary positions."""
 
     def __init__(self, c: LanguageConfig, implementation: str):
@@ -44,11 +44,11 @@ class LanguageAttention(nn.Module):
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        out = attention_ops.attention(q, k, v, mask, self.implementation)
+        out = self.emit(attention_ops.attention(q, k, v, mask, self.implementation))
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
-class LanguageMLP(nn.Module):
+class LanguageMLP(Module):
     """SwiGLU: `down(silu(gate x) * up x)`."""
 
     def __init__(self, c: LanguageConfig):
@@ -58,10 +58,10 @@ class LanguageMLP(nn.Module):
         self.down_proj = Linear(c.mlp, c.width, False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(activate("silu", self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.emit(activate("silu", self.gate_proj(x)) * self.up_proj(x)))
 
 
-class LanguageBlock(nn.Module):
+class LanguageBlock(Module):
     """A pre-norm decoder block."""
 
     def __init__(self, c: LanguageConfig, implementation: str):
@@ -74,7 +74,7 @@ class LanguageBlock(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         q, k, v = self.self_attn.project(self.input_layernorm(x), cos, sin)
         x = x + self.self_attn.attend(q, k, v, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return self.emit(x + self.mlp(self.post_attention_layernorm(x)))
 
     def forward_cached(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, keys: Tensor, values: Tensor,
                        slots_BSL: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -96,7 +96,7 @@ class DecoderModel(nn.Module):
         self.norm = RMSNorm(c.width, c.norm_eps)
 
 
-class CausalDecoder(nn.Module):
+class CausalDecoder(Module):
     """A decoder over input embeddings, so that image tokens can stand among text tokens."""
 
     def __init__(self, c: LanguageConfig, dtype: torch.dtype, attention: str = "sdpa", recompute: bool = False):
@@ -113,7 +113,7 @@ class CausalDecoder(nn.Module):
         """Logits `[..., V]` of hidden states that have passed the closing norm."""
         if self.lm_head is not None:
             return self.lm_head(hidden)
-        return torch.nn.functional.linear(hidden, self.model.embed_tokens.weight.to(hidden.dtype))
+        return self.emit(torch.nn.functional.linear(hidden, self.model.embed_tokens.weight.to(hidden.dtype)))
 
     def forward(self, inputs_BSC: Tensor, positions_BS: Tensor, segments_BS: Tensor) -> Tensor:
         """Hidden states `[B, S, C]` after the closing norm, under the shared-prefix mask."""

@@ -1,5 +1,7 @@
 """Building blocks with the canonical parameter names. Weights are cast to the activations' dtype where they are used, so a
 float32 master serves a bfloat16 forward pass; norms compute in float32 (float64 where the activations are)."""
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,7 +12,18 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-class Linear(nn.Module):
+class Module(nn.Module):
+    """A module whose result has a name, its path (`granvit.activations`). A `tap` sees the result on its way and may replace it;
+    without one, which is how a model trains, nothing is there."""
+
+    tap: Callable[[Tensor], Tensor] | None = None
+
+    def emit(self, result: Tensor) -> Tensor:
+        """The result as it leaves the module."""
+        return result if self.tap is None else self.tap(result)
+
+
+class Linear(Module):
     """`x @ weight.T + bias`, weight `[out, in]`."""
 
     def __init__(self, n_in: int, n_out: int, bias: bool):
@@ -19,10 +32,10 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return self.emit(F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)))
 
 
-class Embedding(nn.Module):
+class Embedding(Module):
     """A table `[rows, width]`."""
 
     def __init__(self, rows: int, width: int):
@@ -30,10 +43,10 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, width))
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight)
+        return self.emit(F.embedding(ids, self.weight))
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(Module):
     """Layer normalisation over the last axis."""
 
     def __init__(self, width: int, eps: float):
@@ -44,10 +57,10 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = wide(x)
-        return F.layer_norm(h, h.shape[-1:], self.weight.to(h.dtype), self.bias.to(h.dtype), self.eps).to(x.dtype)
+        return self.emit(F.layer_norm(h, h.shape[-1:], self.weight.to(h.dtype), self.bias.to(h.dtype), self.eps).to(x.dtype))
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Module):
     """`x / sqrt(mean(x^2) + eps) * weight` over the last axis."""
 
     def __init__(self, width: int, eps: float):
@@ -58,7 +71,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = wide(x)
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return (h * self.weight.to(h.dtype)).to(x.dtype)
+        return self.emit((h * self.weight.to(h.dtype)).to(x.dtype))
 
 
 def norm(kind: str, width: int, eps: float) -> nn.Module:

@@ -3,15 +3,16 @@
 Layout letters: B rows, N patches, S sequence, A supervised positions, C width, V vocabulary.
 """
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from granvit.models import LanguageConfig, VisionConfig
 from pt_granvit.language import CausalDecoder
+from pt_granvit.layers import Module
 from pt_granvit.projector import Projector
 from pt_granvit.vision import VisionEncoder
 
 
-class GranViT(nn.Module):
+class GranViT(Module):
     """An image and questions about it -> logits of the answers.
 
     `blind` zeroes the image tokens: the guesser who reads the question alone.
@@ -37,7 +38,7 @@ class GranViT(nn.Module):
             tokens = self.projector(features)
         shown = image_weights_B[:, None, None] > 0
         tokens = torch.where(shown, tokens, embeddings.gather(1, at))
-        return embeddings.scatter(1, at, tokens), top
+        return self.emit(embeddings.scatter(1, at, tokens)), top
 
     def forward(self, pixels_B3RR: Tensor, image_weights_B: Tensor, token_ids_BS: Tensor, positions_BS: Tensor,
                 segments_BS: Tensor, image_positions_BN: Tensor,

@@ -8,11 +8,11 @@ from torch.utils.checkpoint import checkpoint
 
 from granvit.interpolate import position_matrix
 from granvit.models import VisionConfig
-from pt_granvit.layers import Embedding, Linear, activate, norm
+from pt_granvit.layers import Embedding, Linear, Module, activate, norm
 from pt_granvit.ops import attention as attention_ops
 
 
-class PatchEmbedding(nn.Module):
+class PatchEmbedding(Module):
     """A convolution whose stride is its kernel, as one matrix product over flattened patches."""
 
     def __init__(self, c: VisionConfig):
@@ -25,10 +25,11 @@ class PatchEmbedding(nn.Module):
         B, grid, p = pixels_B3RR.shape[0], pixels_B3RR.shape[2] // self.patch, self.patch
         patches = pixels_B3RR.reshape(B, 3, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5).reshape(B, grid * grid, 3 * p * p)
         weight = self.weight.reshape(self.weight.shape[0], -1).to(patches.dtype)
-        return torch.nn.functional.linear(patches, weight, None if self.bias is None else self.bias.to(patches.dtype))
+        bias = None if self.bias is None else self.bias.to(patches.dtype)
+        return self.emit(torch.nn.functional.linear(patches, weight, bias))
 
 
-class VisionEmbeddings(nn.Module):
+class VisionEmbeddings(Module):
     """Patches, class token, positions."""
 
     def __init__(self, c: VisionConfig, image_size: int):
@@ -41,9 +42,8 @@ class VisionEmbeddings(nn.Module):
         resample = None if grid == c.grid else torch.from_numpy(position_matrix(c.grid, grid))
         self.register_buffer("resample", resample, persistent=False)
 
-    def positions(self) -> Tensor:
-        """Position embeddings `[1, N (+1), C]`, resampled to this image size."""
-        table = self.position_embedding.weight
+    def resampled(self, table: Tensor) -> Tensor:
+        """A table of position embeddings `[N' (+1), C]` resampled to this image size, `[1, N (+1), C]`."""
         if self.resample is None:
             return table[None]
         classes = table.shape[0] - self.resample.shape[1]
@@ -55,10 +55,10 @@ class VisionEmbeddings(nn.Module):
             x = self.patch_norm(x)
         if self.class_embedding is not None:
             x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
-        return x + self.positions().to(x.dtype)
+        return self.emit(x + self.resampled(self.position_embedding.weight).to(x.dtype))
 
 
-class VisionAttention(nn.Module):
+class VisionAttention(Module):
     """Multi-head self-attention over all tokens of one image."""
 
     def __init__(self, c: VisionConfig, implementation: str):
@@ -71,11 +71,11 @@ class VisionAttention(nn.Module):
 
     def forward(self, x_BNC: Tensor) -> Tensor:
         q, k, v = (p(x_BNC).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        out = attention_ops.attention(q, k, v, None, self.implementation)
+        out = self.emit(attention_ops.attention(q, k, v, None, self.implementation))
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
-class VisionMLP(nn.Module):
+class VisionMLP(Module):
     """`fc2(act(fc1 x))`, or gated: `fc2(act(gate_proj x) * fc1 x)`."""
 
     def __init__(self, c: VisionConfig):
@@ -87,11 +87,11 @@ class VisionMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
-            return self.fc2(activate(self.activation, self.fc1(x)))
-        return self.fc2(activate(self.activation, self.gate_proj(x)) * self.fc1(x))
+            return self.fc2(self.emit(activate(self.activation, self.fc1(x))))
+        return self.fc2(self.emit(activate(self.activation, self.gate_proj(x)) * self.fc1(x)))
 
 
-class VisionBlock(nn.Module):
+class VisionBlock(Module):
     """A pre-norm transformer block, with InternViT's layer scale where the configuration has it."""
 
     def __init__(self, c: VisionConfig, implementation: str):
@@ -107,7 +107,7 @@ class VisionBlock(nn.Module):
         h = self.self_attn(self.layer_norm1(x))
         x = x + (h if self.layer_scale1 is None else h * self.layer_scale1.to(h.dtype))
         h = self.mlp(self.layer_norm2(x))
-        return x + (h if self.layer_scale2 is None else h * self.layer_scale2.to(h.dtype))
+        return self.emit(x + (h if self.layer_scale2 is None else h * self.layer_scale2.to(h.dtype)))
 
 
 class VisionBlocks(nn.Module):
@@ -118,7 +118,7 @@ class VisionBlocks(nn.Module):
         self.layers = nn.ModuleList(VisionBlock(c, implementation) for _ in range(c.built_layers))
 
 
-class VisionEncoder(nn.Module):
+class VisionEncoder(Module):
     """Patch features of images of one size.
 
     `image_size` other than the configuration's resamples the position embeddings (bicubic). Blocks above `c.highest`

@@ -1,0 +1,77 @@
+"""The named activations of a forward pass, in the order in which they are made: the contract that both packages keep.
+
+A name is the path of the module that makes the activation, as in its parameters' names. What bears a module's name is what its
+own mathematics makes and no submodule has named: an attention's heads before its output projection, an MLP's activated
+hidden layer before the closing product, a block's sum with its residual, the decoder's logits. The merged sequence of text and
+image tokens is called `inputs`.
+"""
+from granvit.models import LanguageConfig, Shapes, VisionConfig
+
+INPUTS = "inputs"
+
+
+def vision_activations(c: VisionConfig, images: int, image_size: int, prefix: str = "vision.") -> Shapes:
+    """Shapes of an encoder's activations for a batch of square images."""
+    patches = (image_size // c.patch_size) ** 2
+    tokens = (images, patches + c.class_token, c.width)
+    hidden, heads = (*tokens[:2], c.mlp), (images, c.heads, tokens[1], c.head_dim)
+    found: Shapes = {f"{prefix}embeddings.patch_embedding": (images, patches, c.width)}
+    if c.patch_norm:
+        found[f"{prefix}embeddings.patch_norm"] = (images, patches, c.width)
+    found[f"{prefix}embeddings"] = tokens
+    if c.pre_norm:
+        found[f"{prefix}pre_layernorm"] = tokens
+    for i in range(c.built_layers):
+        block = f"{prefix}encoder.layers.{i}"
+        found[f"{block}.layer_norm1"] = tokens
+        found |= {f"{block}.self_attn.{name}": tokens for name in ("q_proj", "k_proj", "v_proj")}
+        found[f"{block}.self_attn"] = heads
+        found[f"{block}.self_attn.out_proj"] = tokens
+        found[f"{block}.layer_norm2"] = tokens
+        if c.gated_mlp:
+            found[f"{block}.mlp.gate_proj"] = hidden
+        found |= {f"{block}.mlp.fc1": hidden, f"{block}.mlp": hidden, f"{block}.mlp.fc2": tokens, block: tokens}
+    if c.highest == "final":
+        found[f"{prefix}post_layernorm"] = tokens
+    return found
+
+
+def projector_activations(vision: VisionConfig, language: LanguageConfig, rows: int) -> Shapes:
+    """Shapes of the projector's activations."""
+    return {f"projector{name}": (rows, vision.patches, language.width) for name in (".linear_1", "", ".linear_2")}
+
+
+def language_activations(c: LanguageConfig, rows: int, length: int, answers: int) -> Shapes:
+    """Shapes of the decoder's activations from the first block on; logits at `answers` positions of each row."""
+    tokens, hidden = (rows, length, c.width), (rows, length, c.mlp)
+    queries, keys = (rows, length, c.heads * c.head_dim), (rows, length, c.kv_heads * c.head_dim)
+    found: Shapes = {}
+    for i in range(c.layers):
+        block = f"language.model.layers.{i}"
+        found[f"{block}.input_layernorm"] = tokens
+        found |= {f"{block}.self_attn.q_proj": queries, f"{block}.self_attn.k_proj": keys, f"{block}.self_attn.v_proj": keys}
+        found[f"{block}.self_attn"] = (rows, c.heads, length, c.head_dim)
+        found[f"{block}.self_attn.o_proj"] = tokens
+        found[f"{block}.post_attention_layernorm"] = tokens
+        found |= {f"{block}.mlp.gate_proj": hidden, f"{block}.mlp.up_proj": hidden, f"{block}.mlp": hidden}
+        found |= {f"{block}.mlp.down_proj": tokens, block: tokens}
+    found["language.model.norm"] = tokens
+    found["language" if c.tied_head else "language.lm_head"] = (rows, answers, c.vocab)
+    return found
+
+
+def activation_shapes(vision: VisionConfig, language: LanguageConfig, rows: int, length: int, answers: int,
+                      boxes: int = 0, crop_size: int = 0) -> Shapes:  # fmt: skip
+    """Shapes of every named activation of a training step's forward pass over `rows` rows, in order of execution.
+
+    `boxes` crops of `crop_size` pixels for each row pass through the teacher (`teacher.…`), where there are any.
+    """
+    tokens = (rows, length, language.width)
+    found: Shapes = {"language.model.embed_tokens": tokens}
+    found |= vision_activations(vision, rows, vision.image_size)
+    found |= projector_activations(vision, language, rows)
+    found[INPUTS] = tokens
+    found |= language_activations(language, rows, length, answers)
+    if boxes:
+        found |= vision_activations(vision, rows * boxes, crop_size, "teacher.")
+    return found

@@ -1,0 +1,237 @@
+"""Named activations, their gradients, isolated modules and single operators (see `granvit.engine.Introspection`)."""
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+
+from granvit.activations import INPUTS
+from granvit.config import RunConfig
+from granvit.data.batch import Batch, PromptBatch
+from granvit.engine import LOSSES, Capture, Feed, Scalars
+from granvit.models import LanguageConfig, Shapes, VisionConfig
+from ms_granvit import language, layers
+from ms_granvit.engine import DTYPES, Engine, to_numpy, to_tensor
+from ms_granvit.generate import greedy
+from ms_granvit.layers import Module
+from ms_granvit.ops import attention as attention_ops
+from ms_granvit.ops import roi_align as roi_ops
+from ms_granvit.vision import VisionEmbeddings, VisionEncoder
+
+
+class Swap(nn.Cell):
+    """Where `fed` is 1: `value` forward, `gradient` backward. Where it is 0: `x` and its own gradient."""
+
+    def construct(self, x: Tensor, fed: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        return ops.select(fed > 0, value, x)
+
+    def bprop(self, x, fed, value, gradient, out, d):
+        return ops.select(fed > 0, gradient, d), ops.zeros_like(fed), ops.zeros_like(value), ops.zeros_like(gradient)
+
+
+class Tap(nn.Cell):
+    """Keeps the activation that passes, and adds a probe of zeros whose gradient is the activation's. What is fed enters
+    through parameters, so that one compiled graph serves every feed."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: ms.Type):
+        super().__init__()
+        zeros = lambda grad: Parameter(ops.zeros(shape, dtype), requires_grad=grad)  # noqa: E731
+        self.value, self.probe = zeros(False), zeros(True)
+        self.fed, self.fed_value, self.fed_gradient = zeros(False), zeros(False), zeros(False)
+        self.swap = Swap()
+
+    def construct(self, x: Tensor) -> Tensor:
+        ops.assign(self.value, x)
+        return self.swap(x, self.fed, self.fed_value, self.fed_gradient) + self.probe
+
+    def feed(self, fed: tuple[np.ndarray, np.ndarray] | None) -> None:
+        """What the next passes find in place of the activation and of its gradient (None: themselves)."""
+        self.fed.set_data(ops.full_like(self.fed, 0.0 if fed is None else 1.0))
+        for parameter, array in zip((self.fed_value, self.fed_gradient), fed or (), strict=False):
+            parameter.set_data(to_tensor(array, parameter.dtype))
+
+
+class Differentiated(nn.Cell):
+    """Losses and the gradients of the first of them."""
+
+    def __init__(self, losses: nn.Cell, parameters: ParameterTuple):
+        super().__init__(auto_prefix=False)
+        self.losses = losses
+        self.differentiate = ms.value_and_grad(losses, None, parameters, has_aux=True)
+
+    def construct(self, *inputs):
+        return self.differentiate(*inputs)
+
+
+def tapped_modules(engine: Engine, names: Iterable[str]) -> dict[str, Module]:
+    """The module behind each activation's name; `KeyError` where there is none."""
+    cells = {name: cell for name, cell in engine.model.cells_and_names() if name}
+    cells[INPUTS] = engine.model
+    if engine.teacher is not None:
+        cells |= {f"teacher.{name}": cell for name, cell in engine.teacher.cells_and_names() if name}
+    return {name: cells[name] for name in names}
+
+
+class Norm(nn.Cell):
+    def __init__(self, kind: str, width: int, eps: float):
+        super().__init__()
+        self.norm = layers.norm(kind, width, eps)
+
+    def construct(self, x: Tensor, *weights: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+class Rope(nn.Cell):
+    def __init__(self, head_dim: int, theta: float, dtype: ms.Type):
+        super().__init__()
+        self.rotary = language.Rotary(head_dim, theta, dtype)
+
+    def construct(self, x_BHSD: Tensor, positions_BS: Tensor) -> Tensor:
+        cos, sin = self.rotary(positions_BS)
+        return language.rotate(x_BHSD, cos, sin)
+
+
+class Attention(nn.Cell):
+    def __init__(self, implementation: str):
+        super().__init__()
+        self.implementation = implementation
+
+    def construct(self, q: Tensor, k: Tensor, v: Tensor, segments_BS: Tensor | None = None) -> Tensor:
+        mask = None if segments_BS is None else attention_ops.shared_prefix_mask(segments_BS)
+        return attention_ops.attention(q, k, v, mask, self.implementation)
+
+
+class RoiAlign(nn.Cell):
+    def __init__(self, grid: int):
+        super().__init__()
+        self.grid = grid
+
+    def construct(self, features_BHWC: Tensor, boxes_BK4: Tensor) -> Tensor:
+        return roi_ops.roi_align(features_BHWC, boxes_BK4, self.grid)
+
+
+class Pixels(nn.Cell):
+    def __init__(self, vision: VisionConfig, dtype: ms.Type):
+        super().__init__()
+        self.encoder = VisionEncoder(vision, dtype)
+
+    def construct(self, pixels_B3RR: Tensor) -> Tensor:
+        return self.encoder.normalise(pixels_B3RR)
+
+
+class Positions(nn.Cell):
+    """The resampled position embeddings; their gradient is the table's."""
+
+    def __init__(self, vision: VisionConfig, image_size: int):
+        super().__init__()
+        self.embeddings = VisionEmbeddings(vision, image_size)
+
+    def construct(self, table_NC: Tensor) -> Tensor:
+        return self.embeddings.resampled(table_NC)
+
+
+class Activate(nn.Cell):
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+
+    def construct(self, x: Tensor) -> Tensor:
+        return layers.activate(self.kind, x)
+
+
+class Weighted(nn.Cell):
+    """An operator's output, summed under a cotangent, and the output itself."""
+
+    def __init__(self, operator: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.operator = operator
+
+    def construct(self, cotangent: Tensor, *arrays: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.operator(*arrays)
+        return ops.sum(ops.cast(out, ms.float32) * cotangent), out
+
+
+def _operator(name: str, config: RunConfig, device: str, arrays: Sequence[np.ndarray], options: dict[str, Any]) -> nn.Cell:
+    """What `granvit.engine.Introspection.operate` runs: the functions and cells that the model itself is made of."""
+    dtype = DTYPES[config.runtime.compute]
+    if name in ("layer_norm", "rms_norm"):
+        cell = Norm(name.removesuffix("_norm"), arrays[0].shape[-1], **options)
+        for parameter, weight in zip(cell.get_parameters(), arrays[1:], strict=True):
+            parameter.set_data(to_tensor(weight, ms.float32))
+        return cell
+    makers = {
+        "roi_align": RoiAlign,
+        "attention": lambda: Attention(attention_ops.choose(config.runtime.attention, device)),
+        "attention_all": lambda: Attention(attention_ops.choose(config.runtime.attention, device)),
+        "rope": lambda theta: Rope(arrays[0].shape[-1], theta, dtype),
+        "pixels": lambda vision: Pixels(vision, dtype),
+        "positions": Positions,
+        **{kind: partial(Activate, kind) for kind in ("gelu", "gelu_tanh", "quick_gelu", "silu")},
+    }
+    return makers[name](**options)
+
+
+class Introspector:
+    """`granvit.engine.Introspection` over MindSpore, in graph mode or, without `graph`, in PyNative."""
+
+    def __init__(self, config: RunConfig, vision: VisionConfig, language: LanguageConfig,
+                 start: Iterable[tuple[str, np.ndarray]], shapes: Shapes, graph: bool = True):  # fmt: skip
+        self.engine = Engine(config, vision, language, start)
+        self.mode = ms.GRAPH_MODE if graph else ms.PYNATIVE_MODE
+        self.dtype = DTYPES[config.runtime.compute]
+        self.weights = ParameterTuple(self.engine.model.get_parameters())  # before the taps bring parameters of their own
+        self.taps: dict[str, Tap] = {}
+        for name, module in tapped_modules(self.engine, shapes).items():
+            module.tap = self.taps[name] = Tap(shapes[name], self.dtype)
+            module.tap.update_parameters_name(f"{name}.")
+        for weight in self.weights:
+            weight.requires_grad = True
+        probes = ParameterTuple([tap.probe for name, tap in self.taps.items() if not name.startswith("teacher.")])
+        self.differentiated = Differentiated(self.engine.micro_batch.losses, self.weights + probes)
+
+    def capture(self, batch: Batch, feed: Feed | None = None) -> Capture:
+        """Forward and backward over one batch, with what is fed in place of activations."""
+        for name, tap in self.taps.items():
+            tap.feed((feed or {}).get(name))
+        inputs = self.engine.inputs(batch, Scalars(1, 0.0, 0.0, batch.tokens, batch.boxes))
+        ms.set_context(mode=self.mode)
+        try:
+            losses, gradients = self.differentiated(*inputs)
+        finally:
+            ms.set_context(mode=ms.GRAPH_MODE)
+        names = [p.name for p in self.weights]
+        of_weights = {name: to_numpy(g) for name, g in zip(names, gradients, strict=False)}
+        probed = [name for name in self.taps if not name.startswith("teacher.")]
+        return Capture(
+            losses={name: float(term.asnumpy()) for name, term in zip(LOSSES, losses, strict=False)},
+            activations={name: to_numpy(tap.value) for name, tap in self.taps.items()},
+            activation_gradients={name: to_numpy(g) for name, g in zip(probed, gradients[len(names) :], strict=True)},
+            parameter_gradients=of_weights,
+        )
+
+    def operate(self, operator: str, arrays: Sequence[np.ndarray], cotangent: np.ndarray, differentiate: int,
+                **options: Any) -> tuple[np.ndarray, list[np.ndarray]]:  # fmt: skip
+        """An operator's output, and the gradients of its first `differentiate` inputs under `cotangent`."""
+        cell = _operator(operator, self.engine.config, self.engine.device, arrays, options)
+        inputs = [to_tensor(a, self.dtype) if a.dtype.kind == "f" else Tensor(a) for a in arrays]
+        ms.set_context(mode=self.mode)
+        try:
+            if not differentiate:
+                return to_numpy(cell(*inputs)), []
+            of = tuple(range(1, differentiate + 1))
+            (_, out), gradients = ms.value_and_grad(Weighted(cell), of, None, has_aux=True)(
+                to_tensor(cotangent, ms.float32), *inputs
+            )
+        finally:
+            ms.set_context(mode=ms.GRAPH_MODE)
+        return to_numpy(out), [to_numpy(g) for g in (gradients if isinstance(gradients, tuple) else (gradients,))]
+
+    def generate(self, prompts: PromptBatch, max_new_tokens: int, stop_token: int) -> tuple[np.ndarray, np.ndarray]:
+        """Greedy continuation, and the logits `[B, T, V]` of its steps."""
+        assert not self.taps, "taps have the shapes of a training batch"
+        steps: list[np.ndarray] = []
+        prefill, decode = self.engine.prefill, self.engine.decode
+        tokens = greedy(prefill, decode, prompts, max_new_tokens, stop_token, lambda logits: steps.append(to_numpy(logits)))
+        return tokens, np.concatenate(steps, 1)

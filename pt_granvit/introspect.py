@@ -1,0 +1,152 @@
+"""Named activations, their gradients, isolated modules and single operators (see `granvit.engine.Introspection`)."""
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from granvit.activations import INPUTS
+from granvit.config import RunConfig
+from granvit.data.batch import Batch, PromptBatch
+from granvit.engine import LOSSES, Capture, Feed, Scalars
+from granvit.models import LanguageConfig, Shapes, VisionConfig
+from pt_granvit import language, layers
+from pt_granvit.engine import DTYPES, Engine, to_numpy
+from pt_granvit.generate import greedy
+from pt_granvit.layers import Module, norm
+from pt_granvit.ops import attention as attention_ops
+from pt_granvit.ops import roi_align as roi_ops
+from pt_granvit.vision import VisionEmbeddings, VisionEncoder
+
+
+class Swap(torch.autograd.Function):
+    """Forward: `replacement`. Backward: the gradient to `replacement`, and `gradient` to `x` in its stead."""
+
+    @staticmethod
+    def forward(ctx, replacement: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return replacement.clone()
+
+    @staticmethod
+    def backward(ctx, d: Tensor) -> tuple[Tensor, Tensor, None]:
+        return d, ctx.saved_tensors[0], None
+
+
+class Tap:
+    """Keeps the activation that passes, and adds a probe of zeros whose gradient is the activation's."""
+
+    def __init__(self, fed: tuple[np.ndarray, np.ndarray] | None):
+        self.fed = fed
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.value, self.probe = x.detach(), torch.zeros_like(x, requires_grad=True)
+        if self.fed is None:
+            return x + self.probe
+        value, gradient = (torch.from_numpy(array).to(x) for array in self.fed)
+        return Swap.apply(value + self.probe, x, gradient)
+
+
+def tapped_modules(engine: Engine, names: Iterable[str]) -> dict[str, Module]:
+    """The module behind each activation's name; `AttributeError` where there is none."""
+
+    def find(name: str) -> nn.Module:
+        if name == INPUTS:
+            return engine.model
+        if name.startswith("teacher."):
+            return engine.teacher.get_submodule(name.removeprefix("teacher."))
+        return engine.model.get_submodule(name)
+
+    return {name: find(name) for name in names}
+
+
+def _norm(kind: str, x: Tensor, *weights: Tensor, eps: float) -> Tensor:
+    module = norm(kind, x.shape[-1], eps)
+    for parameter, weight in zip(module.parameters(), weights, strict=True):
+        parameter.data = weight
+    return module(x)
+
+
+def _rope(x_BHSD: Tensor, positions_BS: Tensor, theta: float) -> Tensor:
+    return language.rotate(x_BHSD, *language.rotary(positions_BS, x_BHSD.shape[-1], theta, x_BHSD.dtype))
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, segments_BS: Tensor, implementation: str) -> Tensor:
+    return attention_ops.attention(q, k, v, attention_ops.shared_prefix_mask(segments_BS), implementation)
+
+
+def _pixels(pixels_B3RR: Tensor, dtype: torch.dtype, vision: VisionConfig) -> Tensor:
+    return VisionEncoder(vision, dtype).normalise(pixels_B3RR)
+
+
+def _positions(table_NC: Tensor, vision: VisionConfig, image_size: int) -> Tensor:
+    return VisionEmbeddings(vision, image_size).resampled(table_NC)
+
+
+def _operator(name: str, config: RunConfig, device: str, options: dict[str, Any]) -> Callable[..., Tensor]:
+    """What `granvit.engine.Introspection.operate` runs: the functions and modules that the model itself is made of."""
+    implementation = attention_ops.choose(config.runtime.attention, device)
+    dtype = DTYPES[config.runtime.compute]
+    functions = {
+        "roi_align": roi_ops.roi_align,
+        "attention": partial(_attention, implementation=implementation),
+        "attention_all": lambda q, k, v: attention_ops.attention(q, k, v, None, implementation),
+        "rope": _rope,
+        "layer_norm": partial(_norm, "layer"),
+        "rms_norm": partial(_norm, "rms"),
+        "pixels": partial(_pixels, dtype=dtype),
+        "positions": _positions,
+        **{kind: partial(layers.activate, kind) for kind in ("gelu", "gelu_tanh", "quick_gelu", "silu")},
+    }
+    return partial(functions[name], **options)
+
+
+class Introspector:
+    """`granvit.engine.Introspection` over PyTorch, which is eager whatever `graph` says."""
+
+    def __init__(self, config: RunConfig, vision: VisionConfig, language: LanguageConfig,
+                 start: Iterable[tuple[str, np.ndarray]], shapes: Shapes, graph: bool = True):  # fmt: skip
+        self.engine = Engine(config, vision, language, start)
+        self.engine.model.requires_grad_(True)
+        self.modules = tapped_modules(self.engine, shapes)
+
+    def capture(self, batch: Batch, feed: Feed | None = None) -> Capture:
+        """Forward and backward over one batch, with what is fed in place of activations."""
+        for name, module in self.modules.items():
+            module.tap = Tap((feed or {}).get(name))
+        taps = {name: module.tap for name, module in self.modules.items()}
+        try:
+            losses = self.engine.losses(batch, Scalars(1, 0.0, 0.0, batch.tokens, batch.boxes))
+        finally:
+            for module in self.modules.values():
+                module.tap = None
+        probed = {name: tap.probe for name, tap in taps.items() if not name.startswith("teacher.")}
+        weights = dict(self.engine.model.named_parameters())
+        of = [*probed.values(), *weights.values()]
+        gradients = [to_numpy(g) for g in torch.autograd.grad(losses[0], of, allow_unused=True, materialize_grads=True)]
+        return Capture(
+            losses={name: term.item() for name, term in zip(LOSSES, losses, strict=False)},
+            activations={name: to_numpy(tap.value) for name, tap in taps.items()},
+            activation_gradients=dict(zip(probed, gradients, strict=False)),
+            parameter_gradients=dict(zip(weights, gradients[len(probed) :], strict=True)),
+        )
+
+    def operate(self, operator: str, arrays: Sequence[np.ndarray], cotangent: np.ndarray, differentiate: int,
+                **options: Any) -> tuple[np.ndarray, list[np.ndarray]]:  # fmt: skip
+        """An operator's output, and the gradients of its first `differentiate` inputs under `cotangent`."""
+        inputs = [torch.from_numpy(array).to(self.engine.device) for array in arrays]
+        inputs = [x.to(self.engine.dtype) if x.is_floating_point() else x for x in inputs]
+        of = [x.requires_grad_() for x in inputs[:differentiate]]
+        out = _operator(operator, self.engine.config, self.engine.device, options)(*inputs)
+        if not of:
+            return to_numpy(out), []
+        gradients = torch.autograd.grad(out, of, torch.from_numpy(cotangent).to(out))
+        return to_numpy(out), [to_numpy(g) for g in gradients]
+
+    def generate(self, prompts: PromptBatch, max_new_tokens: int, stop_token: int) -> tuple[np.ndarray, np.ndarray]:
+        """Greedy continuation, and the logits `[B, T, V]` of its steps."""
+        steps: list[np.ndarray] = []
+        model, device = self.engine.model, self.engine.device
+        tokens = greedy(model, prompts, max_new_tokens, stop_token, device, lambda logits: steps.append(to_numpy(logits)))
+        return tokens, np.stack(steps, 1)
