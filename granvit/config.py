@@ -78,10 +78,17 @@ class OptimizerSection(Strict):
     lr: float = Field(1e-5, gt=0)
     warmup: float = Field(0.03, ge=0, le=1)  # share of the steps
     schedule: Literal["cosine", "constant"] = "cosine"
+    cooldown: float = Field(0.0, ge=0, le=1)  # share of the steps, at the end, over which `constant` falls linearly to 0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _cools_from_a_constant(self) -> "OptimizerSection":
+        if self.cooldown and self.schedule != "constant":
+            raise ValueError(f"optimizer.cooldown belongs to optimizer.schedule constant; {self.schedule!r} falls by itself")
+        return self
 
 
 class DistillSection(Strict):

@@ -6,6 +6,7 @@ import numpy as np
 from granvit.models import Shapes
 
 EMBEDDING = 0.1  # standard deviation
+POSITION = 0.5  # of an image's position embeddings: beside patches of size 1 a place must stay legible up to the decoder
 RESIDUAL = 0.2  # of what a block's two branches add, so that the first blocks do not drown the embeddings
 INTO_RESIDUAL = ("o_proj.weight", "out_proj.weight", "down_proj.weight", "fc2.weight")
 
@@ -14,8 +15,9 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """The start value of one parameter, float32.
 
     Norm weights and layer scales start at 1, biases at 0, matrices at a normal of standard deviation `fan_in ** -0.5` (times
-    `RESIDUAL` where they write into the residual stream), embeddings at `EMBEDDING`. The stream depends on `seed` and `name`
-    alone, so neither the order of construction nor the presence of other parameters changes a value.
+    `RESIDUAL` where they write into the residual stream), embeddings at `EMBEDDING`, positions of an image at `POSITION`. The
+    stream depends on `seed` and `name` alone, so neither the order of construction nor the presence of other parameters
+    changes a value.
     """
     if name.endswith(".bias"):
         return np.zeros(shape, np.float32)
@@ -23,8 +25,12 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
         return np.ones(shape, np.float32)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     stream = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
-    embedding = "embed_tokens" in name or "position_embedding" in name or "class_embedding" in name
-    std = EMBEDDING if embedding else float(np.prod(shape[1:])) ** -0.5 * (RESIDUAL if name.endswith(INTO_RESIDUAL) else 1)
+    if "position_embedding" in name:
+        std = POSITION
+    elif "embed_tokens" in name or "class_embedding" in name:
+        std = EMBEDDING
+    else:
+        std = float(np.prod(shape[1:])) ** -0.5 * (RESIDUAL if name.endswith(INTO_RESIDUAL) else 1)
     return (stream.standard_normal(shape, np.float32) * np.float32(std)).astype(np.float32)
 
 

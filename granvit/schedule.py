@@ -7,14 +7,15 @@ from granvit.config import DistillSection, OptimizerSection
 def learning_rates(c: OptimizerSection, steps: int) -> np.ndarray:
     """Learning rate of every step, float64 `[steps]`.
 
-    Rises linearly to `lr` over the warm-up (its last step has `lr` itself), then stays or follows half a cosine towards 0, which
-    the step after the last one would reach.
+    Rises linearly to `lr` over the warm-up (its last step has `lr` itself), then follows half a cosine towards 0, which the
+    step after the last one would reach; or stays, and falls there in a straight line over the cool-down.
     """
     warmup = round(c.warmup * steps)
     step = np.arange(steps, dtype=np.float64)
     rising = (step + 1) / max(warmup, 1)
     after = np.clip((step - warmup) / max(steps - warmup, 1), 0, 1)
-    falling = np.ones(steps) if c.schedule == "constant" else 0.5 * (1 + np.cos(np.pi * after))
+    staying = np.clip((steps - step) / max(c.cooldown * steps, 1), 0, 1)
+    falling = staying if c.schedule == "constant" else 0.5 * (1 + np.cos(np.pi * after))
     return c.lr * np.where(step < warmup, rising, falling)
 
 

@@ -48,9 +48,9 @@ class Tap(nn.Cell):
 
     def feed(self, fed: tuple[np.ndarray, np.ndarray] | None) -> None:
         """What the next passes find in place of the activation and of its gradient (None: themselves)."""
-        self.fed.set_data(ops.full_like(self.fed, 0.0 if fed is None else 1.0))
+        ops.assign(self.fed, ops.full_like(self.fed, 0.0 if fed is None else 1.0))
         for parameter, array in zip((self.fed_value, self.fed_gradient), fed or (), strict=False):
-            parameter.set_data(to_tensor(array, parameter.dtype))
+            ops.assign(parameter, to_tensor(array, parameter.dtype))
 
 
 class Differentiated(nn.Cell):

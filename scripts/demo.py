@@ -4,7 +4,8 @@ Parts, in order; a finished part is kept, an interrupted one resumes:
   data            scenes on photographs, training and held-out, and a tokenizer trained on their texts
   pretrain_text   the small decoder learns from text alone                             } the pretrained pair
   pretrain_image  the small encoder learns from whole images and global captions       } (granvit/demo/pretrained.py)
-  stage1          encoder and projector, decoder frozen: Bbox2Caption and Caption2Bbox, self-distillation
+  stage1          encoder and projector, decoder frozen: Bbox2Caption, self-distillation
+  stage1_mixed    stage 1 goes on with Caption2Bbox mixed in, as the paper's Fig. 4 did: what a frozen decoder cannot learn
   guesser         the decoder without the image: the floor
   stage2          projector and decoder, encoder frozen: Caption2Bbox and a little Bbox2Caption
   report          report.md with the table and pictures
@@ -27,7 +28,7 @@ from granvit.data import prompts
 from granvit.data.chat import SYSTEM, train_tokenizer
 from granvit.data.records import ImageRecord
 from granvit.data.store import Store, write_store
-from granvit.demo.pretrained import GROUND, cell_question, compose_text, publish_language, publish_vision
+from granvit.demo.pretrained import GROUND, WHERE, cell_question, compose_text, publish_language, publish_vision
 from granvit.demo.scenes import scenes
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -42,13 +43,15 @@ PHRASES = (
     prompts.GLOBAL,
     "[0.",
     ", 0.",
+    WHERE,
     "row ",
     " column ",
 )
 # Share of the whole that a part takes, in seconds on the 2-core machine of docs/demo.md: for the time left.
 PARTS = {"data": 20, "pretrain_text": 400, "pretrain_image": 100, "stage1": 310, "guesser": 170, "stage2": 180, "report": 5}
 PREPARE = ("data", "pretrain_text", "pretrain_image")
-RUNS = ("pretrain_text", "pretrain_image", "stage1", "guesser", "stage2")
+RUNS = ("pretrain_text", "pretrain_image", "stage1", "stage1_mixed", "guesser", "stage2")
+STAGES = {"stage1": "stage1", "stage1_mixed": "stage1", "stage2": "stage2"}  # parts that a stage's own script runs
 
 
 class Demo:
@@ -130,10 +133,10 @@ class Demo:
         bin_directory = Path(sys.executable).parent
         if self.framework == "mindspore":
             launcher = [str(bin_directory / "msrun"), "--worker_num", "2", "--local_worker_num", "2", "--master_port", str(port),
-                        "--join", "True", "--log_dir", str(self.root / part / "msrun")]  # fmt: skip
+                        "--bind_core", "True", "--join", "True", "--log_dir", str(self.root / part / "msrun")]  # fmt: skip
         else:
             launcher = [str(bin_directory / "torchrun"), "--nproc_per_node", "2", "--master_port", str(port)]
-        script = [SCRIPTS / f"{part}.py"] if part in ("stage1", "stage2") else [SCRIPTS / "demo.py", "rank", part]
+        script = [SCRIPTS / f"{STAGES[part]}.py"] if part in STAGES else [SCRIPTS / "demo.py", "rank", part]
         config = ["--config", CONFIGS / "demo" / f"{part}.yaml", "--framework", self.framework, *self.overrides(part)]
         command = [str(word) for word in (*launcher, *script, *config)]
         print(" ".join(command), flush=True)
@@ -154,6 +157,7 @@ def _texts(record: ImageRecord) -> list[str]:
     """Every text that the demo asks or answers about a scene, for the tokenizer."""
     found = [f"system\n{SYSTEM}", "user\n", "assistant\n", GROUND, cell_question(0, 1), prompts.GLOBAL, record.global_caption]
     for region in record.regions:
+        found.append(WHERE + region.caption)
         for task in ("bbox2caption", "caption2bbox"):
             found.append(prompts.question_text(task, region.box, region.caption))
             found.append(prompts.answer_text(task, region.box, region.caption))

@@ -25,7 +25,8 @@ from granvit.init import initial_value
 from granvit.models import LanguageConfig, VisionConfig, vision_shapes
 
 GROUND = "."  # what a map writes where there is no object
-CELLS = 16  # questions about single cells of a map
+WHERE = "where is "
+CELLS = 10  # questions about single cells of a map
 COVERED_SHARE = 0.8  # of them ask for a cell with an object
 FUNCTION_WORDS = {"the", "word", "in", '"'}
 
@@ -72,6 +73,16 @@ def cell_turns(cells: Sequence[int], chat: Chat, grid: int, rng: np.random.Gener
     return turns
 
 
+def where_turns(record: ImageRecord, grid: int) -> list[tuple[str, str]]:
+    """Where each object is: the cell of the map under the middle of its box."""
+    turns = []
+    for region in record.regions:
+        x1, y1, x2, y2 = box_to_square(region.box, record.width, record.height)
+        row, column = int((y1 + y2) / 2 * grid), int((x1 + x2) / 2 * grid)
+        turns.append((WHERE + region.caption, cell_question(row, column)))
+    return turns
+
+
 def cell_question(row: int, column: int) -> str:
     """The question about one cell of a map."""
     return f"row {row} column {column}"
@@ -82,6 +93,7 @@ def compose_text(packer: Packer, record: ImageRecord, questions: Sequence[Questi
     grid = packer.vision.grid
     cells = text_map(record, packer.chat, grid)
     turns = [question.turn(record) for question in questions]
+    turns += where_turns(record, grid)
     turns += cell_turns(cells, packer.chat, grid, np.random.default_rng([1, *record.id.encode()]))
     return packer.text_row(record.id, cells, turns, bucket)
 

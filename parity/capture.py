@@ -1,0 +1,343 @@
+"""What one framework computes for a fixture, suite by suite, as named tensors; and its form on disk.
+
+A record is a directory: `record.json` (schema, settings, hashes, versions) and `<suite>.safetensors`, whose tensors bear
+`<kind>/<name>` in order of execution. Kinds: `forward` and `backward` (an activation and its gradient), `gradient` (of a
+parameter), `loss`, and what a training step leaves behind. bfloat16 is kept as the float32 of the same value.
+
+As a script it is one rank of the trajectory suite, started by msrun or torchrun.
+"""
+import argparse
+import importlib
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from granvit.activations import INPUTS
+from granvit.engine import LOSSES, Capture, Feed, Group, Introspection, TrainEngine
+from granvit.launch import load_engine_class
+from granvit.models import PARTS, part_of
+from parity import faults
+from parity.fixture import MICRO_BATCHES, NEW_TOKENS, STOP, Fixture, make_fixture
+from parity.operators import cases
+from parity.preconditions import check_deterministic
+
+SCHEMA = 1
+Tensors = dict[str, np.ndarray]  # "<kind>/<name>" -> values, in order of execution
+SUITES = ("ops", "vision", "language", "model", "isolated", "stage1", "stage2", "trajectory", "trajectory2", "generate")
+OPENED = ("vision", "language", "model", "isolated")  # suites that one opened-up model serves
+LEFT_BEHIND: tuple[tuple[Group, str], ...] = (("model", "weight"), ("teacher", "teacher"))
+VISION_EXIT = "projector.linear_1"  # what follows the encoder: a gradient fed there makes the encoder a suite of its own
+
+
+@dataclass
+class Record:
+    """What one side computed. `settings` says of what and how, and must agree where records are compared."""
+
+    framework: str
+    device: str
+    compute: str
+    settings: dict[str, Any]
+    environment: dict[str, str]
+    suites: dict[str, Tensors] = field(default_factory=dict)
+
+    def save(self, directory: Path) -> None:
+        """Writes the record; `ValueError` where the directory holds one."""
+        manifest = directory / "record.json"
+        if manifest.exists():
+            raise ValueError(f"{manifest} exists: a record is never overwritten; name another directory")
+        directory.mkdir(parents=True, exist_ok=True)
+        for suite, tensors in self.suites.items():
+            save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, directory / f"{suite}.safetensors")
+        head = {k: v for k, v in asdict(self).items() if k != "suites"}
+        order = {suite: list(tensors) for suite, tensors in self.suites.items()}
+        manifest.write_text(json.dumps({"schema": SCHEMA, **head, "order": order}, indent=1))
+
+
+def load_record(directory: Path) -> Record:
+    """Reads a record; `ValueError` where it is none, of another schema, or damaged."""
+    manifest = directory / "record.json"
+    try:
+        tree = json.loads(manifest.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{manifest}: no such file; `python parity/check.py --record {directory}` writes a record") from None
+    except ValueError as error:
+        raise ValueError(f"{manifest}: not JSON: {error}") from None
+    if tree.get("schema") != SCHEMA:
+        raise ValueError(f"{manifest} has schema {tree.get('schema')!r}; this version reads {SCHEMA}. Record it again")
+    order = tree.pop("order")
+    record = Record(**{k: v for k, v in tree.items() if k != "schema"})
+    for suite, names in order.items():
+        path = directory / f"{suite}.safetensors"
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: cannot be read: {error}") from None
+        if set(tensors) != set(names):
+            raise ValueError(f"{path} does not hold the tensors that {manifest} lists")
+        record.suites[suite] = {name: tensors[name] for name in names}
+    return record
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compute. `graph` False: MindSpore in PyNative. `golden` feeds the isolated suite."""
+
+    suites: tuple[str, ...]
+    steps: int
+    compute: str = "float32"
+    device: str = "cpu"
+    graph: bool = True
+    fault: str | None = None
+    golden: Tensors | None = None
+
+
+def compute(fixture: Fixture, framework: str, request: Request) -> Record:
+    """Runs the suites of `request` in one framework."""
+    Introspector = open_framework(framework)
+    record = Record(framework, request.device, request.compute, settings(fixture, request), environment(framework))
+    with faults.planted(request.fault, framework):
+        for suite, tensors in _suites(fixture, framework, request, Introspector):
+            record.suites[suite] = {name: _storable(array) for name, array in tensors.items()}
+    return record
+
+
+def open_framework(framework: str) -> type[Introspection]:
+    """The framework's `Introspector`; `ValueError` where the framework is not installed."""
+    package = load_engine_class(framework).__module__.partition(".")[0]
+    return importlib.import_module(f"{package}.introspect").Introspector
+
+
+def settings(fixture: Fixture, request: Request) -> dict[str, Any]:
+    """Everything that two sides must share to be comparable."""
+    return {
+        "seed": fixture.seed,
+        "vision": fixture.vision.model_dump(mode="json"),
+        "language": fixture.language.model_dump(mode="json"),
+        "weights": fixture.weights_hash,
+        "batches": fixture.batches_hash,
+        "steps": request.steps,
+    }
+
+
+def environment(framework: str) -> dict[str, str]:
+    """Versions, for the report."""
+    package = {"torch": "torch", "mindspore": "mindspore"}[framework]
+    return {
+        package: metadata.version(package),
+        "numpy": metadata.version("numpy"),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def _storable(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32) if array.dtype.name in ("bfloat16", "float16") else array
+
+
+def _suites(fixture: Fixture, framework: str, request: Request, Introspector: type) -> Iterable[tuple[str, Tensors]]:
+    asked = request.suites
+    config = fixture.config("stage1", request.compute, request.device)
+    if {"ops", "generate"} & set(asked):
+        closed = Introspector(config, fixture.vision, fixture.language, fixture.weights.items(), {}, request.graph)
+        if "ops" in asked:
+            yield "ops", _operators(closed, fixture)
+        if "generate" in asked:
+            yield "generate", _generation(closed, fixture)
+    if set(OPENED) & set(asked):
+        shapes = fixture.shapes(config)
+        opened = Introspector(config, fixture.vision, fixture.language, fixture.weights.items(), shapes, request.graph)
+        for suite in (s for s in OPENED if s in asked):
+            found = opened_suite(opened, fixture, suite, request.golden)
+            check_deterministic(framework, found, opened_suite(opened, fixture, suite, request.golden))
+            yield suite, found
+    for stage in ("stage1", "stage2"):
+        if stage not in asked and not (stage == "stage1" and "trajectory" in asked):
+            continue
+        engine = _engine(framework, fixture, stage, request)
+        if stage in asked:
+            yield stage, training_step(engine, fixture)
+        if stage == "stage1" and "trajectory" in asked:
+            reset(engine, fixture)
+            yield "trajectory", _trajectory(engine, fixture, request.steps)
+    if "trajectory2" in asked:
+        yield "trajectory2", _two_ranks(fixture, framework, request)
+
+
+def opened_suite(opened: Introspection, fixture: Fixture, suite: str, golden: Tensors | None = None) -> Tensors:
+    """One suite of an opened-up model: the encoder or the decoder by itself, all of it, or every module by itself."""
+    shapes = fixture.shapes(opened.engine.config)
+    feed: Feed = {}
+    if suite == "vision":
+        feed = fixture.boundary(VISION_EXIT, shapes[VISION_EXIT])
+    elif suite == "language":
+        feed = fixture.boundary(INPUTS, shapes[INPUTS])
+    elif suite == "isolated":
+        assert golden is not None, "the isolated suite is fed the golden model's activations"
+        none = np.zeros(())
+        feed = {n: (golden[f"forward/{n}"], golden.get(f"backward/{n}", none * golden[f"forward/{n}"])) for n in shapes}
+    found = _flat(opened.capture(fixture.batches[0], feed), list(shapes))
+    if suite in ("vision", "language"):
+        # embed_tokens comes before `inputs` and belongs to no suite that feeds them.
+        start = {"vision": ("vision.",), "language": ("language",)}[suite]
+        names = (name for name in found if name.partition("/")[2].startswith(start))
+        return {name: found[name] for name in names if name not in _outside(suite)}
+    return found
+
+
+def _outside(suite: str) -> tuple[str, ...]:
+    return ("forward/language.model.embed_tokens", "backward/language.model.embed_tokens") if suite == "language" else ()
+
+
+def _flat(capture: Capture, order: list[str]) -> Tensors:
+    """Forward in order of execution, losses, backward in reverse order, parameters' gradients."""
+    found = {f"forward/{name}": capture.activations[name] for name in order}
+    found |= {f"loss/{name}": np.array(capture.losses[name]) for name in reversed(LOSSES)}  # parts before their sum
+    gradients = capture.activation_gradients
+    found |= {f"backward/{name}": gradients[name] for name in reversed(order) if name in gradients}
+    return found | {f"gradient/{name}": capture.parameter_gradients[name] for name in capture.parameter_gradients}
+
+
+def _operators(closed: Introspection, fixture: Fixture) -> Tensors:
+    found: Tensors = {}
+    for case in cases(fixture):
+        cotangent = np.random.default_rng((fixture.seed, 22)).standard_normal(case.out, np.float32)
+        out, gradients = closed.operate(case.operator, case.arrays, cotangent, case.differentiate, **case.options)
+        found[f"forward/{case.label}"] = out
+        found |= {f"backward/{case.label}, input {i}": gradient for i, gradient in enumerate(gradients)}
+    return found
+
+
+def _generation(closed: Introspection, fixture: Fixture) -> Tensors:
+    tokens, logits_BTV = closed.generate(fixture.prompts(), NEW_TOKENS, STOP)
+    return {"tokens/greedy": tokens, **{f"forward/logits, token {t}": logits_BTV[:, t] for t in range(logits_BTV.shape[1])}}
+
+
+def _engine(framework: str, fixture: Fixture, stage: str, request: Request) -> TrainEngine:
+    config = fixture.config(stage, request.compute, request.device)
+    return load_engine_class(framework)(config, fixture.vision, fixture.language, fixture.weights.items())
+
+
+def reset(engine: TrainEngine, fixture: Fixture) -> None:
+    """The start weights, no moments."""
+    engine.load("model", fixture.weights.items())
+    teacher = [(f"teacher{n.removeprefix('vision')}", v) for n, v in fixture.weights.items() if part_of(n) == "vision"]
+    if next(iter(engine.tensors("teacher")), None) is not None:
+        engine.load("teacher", teacher)
+    for group in ("first_moment", "second_moment"):
+        engine.load(group, [(name, np.zeros_like(array)) for name, array in engine.tensors(group)])
+
+
+def training_step(engine: TrainEngine, fixture: Fixture) -> Tensors:
+    """One training step of accumulated micro-batches, and everything that it leaves behind."""
+    batches = fixture.step_batches(1)
+    result = engine.step(batches, fixture.scalars(1, batches))
+    values = vars(result)
+    order = (*reversed(LOSSES), *(name for name in values if name not in LOSSES))
+    found: Tensors = {f"loss/{name}": np.array(values[name]) for name in order}
+    beta = engine.config.optimizer.betas[0]
+    found |= {f"clipped gradient/{name}": moment / (1 - beta) for name, moment in _ordered(engine, "first_moment", fixture)}
+    for group, kind in (("first_moment", "first moment"), ("second_moment", "second moment"), *LEFT_BEHIND):
+        found |= {f"{kind}/{name}": array for name, array in _ordered(engine, group, fixture)}
+    return found
+
+
+def _ordered(engine: TrainEngine, group: Group, fixture: Fixture) -> list[tuple[str, np.ndarray]]:
+    """A group's tensors in the model's order; a framework may hold them in another."""
+    order = {name.removeprefix("vision."): i for i, name in enumerate(fixture.weights)}
+    bare = lambda name: name.removeprefix("teacher.").removeprefix("vision.")  # noqa: E731
+    return sorted(engine.tensors(group), key=lambda item: order[bare(item[0])])
+
+
+def _trajectory(engine: TrainEngine, fixture: Fixture, steps: int) -> Tensors:
+    """`steps` steps of this rank's share of each step's micro-batches: losses, gradient norm, distance of each part per step, and
+    the weights at the end."""
+    rows: dict[str, list[float]] = {}
+    for step in range(1, steps + 1):
+        batches = fixture.step_batches(step)
+        result = engine.step(batches[engine.rank :: engine.world], fixture.scalars(step, batches))
+        values = vars(result) | _distances(engine, fixture)
+        for name, value in values.items():
+            rows.setdefault(name, []).append(value)
+    found: Tensors = {f"curve/{name}": np.array(values) for name, values in rows.items()}
+    for group, kind in LEFT_BEHIND:
+        found |= {f"{kind}/{name}": array for name, array in _ordered(engine, group, fixture)}
+    return found
+
+
+def _distances(engine: TrainEngine, fixture: Fixture) -> dict[str, float]:
+    squares = dict.fromkeys(PARTS, 0.0)
+    for name, array in engine.tensors("model"):
+        squares[part_of(name)] += float(np.square(array.astype(np.float64) - fixture.weights[name]).sum())
+    return {f"distance of {part}": square**0.5 for part, square in squares.items()}
+
+
+def _two_ranks(fixture: Fixture, framework: str, request: Request) -> Tensors:
+    """The trajectory under the framework's launcher, each rank with its share of the micro-batches."""
+    assert MICRO_BATCHES == 2, "one micro-batch for each rank"
+    with tempfile.TemporaryDirectory(prefix="granvit-parity-") as folder:
+        out, port, binaries = Path(folder) / "trajectory.safetensors", _free_port(), Path(sys.executable).parent
+        if framework == "mindspore":
+            launcher = [str(binaries / "msrun"), "--worker_num", "2", "--local_worker_num", "2", "--master_port", str(port),
+                        "--join", "True", "--log_dir", f"{folder}/msrun"]  # fmt: skip
+        else:
+            launcher = [str(binaries / "torchrun"), "--nproc_per_node", "2", "--master_port", str(port)]
+        options = ["--framework", framework, "--seed", fixture.seed, "--vision", fixture.vision_name, "--language",
+                   fixture.language_name, "--steps", request.steps, "--compute", request.compute, "--device", request.device,
+                   "--out", out, *(["--fault", request.fault] if request.fault else [])]  # fmt: skip
+        root = str(Path(__file__).resolve().parents[1])
+        paths = {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
+                 "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}  # fmt: skip
+        done = subprocess.run([*launcher, __file__, *map(str, options)], capture_output=True, text=True,
+                              env={"OMP_NUM_THREADS": "1", **os.environ, **paths})  # fmt: skip
+        if done.returncode or not out.exists():
+            raise RuntimeError(f"two ranks of {framework} failed (exit status {done.returncode}):\n{done.stdout}{done.stderr}")
+        order = json.loads(out.with_suffix(".json").read_text())
+        tensors = load_file(out)
+        return {name: tensors[name] for name in order}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _rank(arguments: list[str] | None = None) -> None:
+    """One rank of `_two_ranks`; rank 0 writes what it computed."""
+    parser = argparse.ArgumentParser(description="One rank of parity's trajectory suite; parity/check.py starts it.")
+    for name in ("framework", "vision", "language", "compute", "device", "fault"):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--out", type=Path)
+    o = parser.parse_args(arguments)
+    load_engine_class(o.framework)
+    if os.environ.get("MS_ROLE") == "MS_SCHED":
+        importlib.import_module("ms_granvit.distributed").initialise("cpu")
+        return
+    fixture = make_fixture(o.seed, o.vision, o.language)
+    with faults.planted(o.fault, o.framework):
+        engine = _engine(o.framework, fixture, "stage1", Request((), o.steps, o.compute, o.device))
+        found = _trajectory(engine, fixture, o.steps)
+    if engine.rank == 0:
+        found = {name: np.ascontiguousarray(_storable(array)) for name, array in found.items()}
+        o.out.with_suffix(".json").write_text(json.dumps(list(found)))
+        save_file(found, o.out)
+    engine.close()
+
+
+if __name__ == "__main__":
+    _rank()

@@ -1,0 +1,227 @@
+"""Is the MindSpore model the PyTorch model? A number for every layer, forward and backward, through the optimizer and over many
+steps, and proof that the checker would have noticed. `python parity/check.py --help`.
+
+Exit status: 0 equal, 1 diverged, 2 could not tell.
+"""
+import argparse
+import importlib.util
+import inspect
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the command works without installation, as msrun and torchrun start it
+
+from rich.console import Console  # noqa: E402
+
+from granvit.activations import INPUTS  # noqa: E402
+from granvit.launch import load_engine_class  # noqa: E402
+from parity import peers, preconditions, trips  # noqa: E402
+from parity.capture import Record, Request, compute, load_record, open_framework  # noqa: E402
+from parity.capture import environment as _versions  # noqa: E402
+from parity.compare import Row, compare_records, compare_suite  # noqa: E402
+from parity.faults import FAULTS  # noqa: E402
+from parity.fixture import Fixture, make_fixture  # noqa: E402
+from parity.preconditions import CouldNotTell  # noqa: E402
+from parity.report import COULD_NOT_TELL, Report, print_report, write_report  # noqa: E402
+from parity.trials import Trial, false_alarms  # noqa: E402
+
+FREE = ("ops", "vision", "language", "model", "stage1", "stage2", "trajectory", "trajectory2", "generate", "checkpoint", "peers")
+PYNATIVE = ("vision", "language", "model")  # also run op by op, beside the graph
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _options(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    began = time.monotonic()
+    try:
+        if options.compare:
+            report = _compare(*options.compare)
+        elif options.record:
+            return _record(options, console)
+        elif options.faults:
+            report = _faults(options, console)
+        else:
+            report = _check(options, console)
+    except (ValueError, CouldNotTell) as error:
+        console.print(f"[yellow]could not tell[/]: {error}", highlight=False)
+        return COULD_NOT_TELL
+    report.seconds = time.monotonic() - began
+    sources = made_by(options)
+    print_report(report, sources, console)
+    write_report(report, sources, options.out)
+    console.print(f"{options.out / 'report.html'}, {options.out / 'report.json'}", highlight=False)
+    return report.status
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""examples:
+  python parity/check.py                                          # everything, on this machine
+  python parity/check.py --suite model stage1 --isolate           # some suites, and every module by itself
+  python parity/check.py --faults                                 # would it notice? (long)
+  python parity/check.py --record npu --framework mindspore --device Ascend     # on one machine ...
+  python parity/check.py --record gpu --framework torch --device cuda           # ... on another ...
+  python parity/check.py --compare npu gpu                                      # ... judged anywhere""",
+    )  # fmt: skip
+    parser.add_argument("--suite", nargs="+", choices=FREE, default=list(FREE), metavar="NAME",
+                        help=f"some of: {', '.join(FREE)} (default: all)")  # fmt: skip
+    parser.add_argument("--isolate", action="store_true", help="also feed every module the golden input: an error is charged to "
+                        "the module that makes it")  # fmt: skip
+    parser.add_argument("--steps", type=int, default=20, help="of the trajectory (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and data (default: %(default)s)")
+    parser.add_argument("--vision", default="tiny-vision",
+                        help="encoder in configs/models, or a YAML file (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--language", default="tiny-language", help="decoder, likewise (default: %(default)s)")
+    parser.add_argument("--precision", choices=("float32", "bfloat16", "float16"), default="float32",
+                        help="default: %(default)s")  # fmt: skip
+    parser.add_argument("--faults", action="store_true", help="plant faults one at a time; each must be found and placed")
+    parser.add_argument("--fault", nargs="+", metavar="NAME", help="with --faults: some of them")
+    parser.add_argument("--seeds", type=int, default=50, help="with --faults: seeds without a fault (default: %(default)s)")
+    parser.add_argument("--record", type=Path, metavar="DIR", help="only write what one framework computes here")
+    parser.add_argument("--framework", choices=("mindspore", "torch"), help="with --record")
+    parser.add_argument("--device", default="cpu", help="with --record: cpu, Ascend or npu, cuda (default: %(default)s)")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar="DIR", help="judge two records")
+    parser.add_argument("--out", type=Path, default=Path("runs/parity"),
+                        help="of report.json and report.html (default: %(default)s)")  # fmt: skip
+    options = parser.parse_args(arguments)
+    if options.record and not options.framework:
+        parser.error("--record needs --framework mindspore or torch")
+    if options.steps < 1:
+        parser.error("--steps must be at least 1")
+    return options
+
+
+def _fixture(options: argparse.Namespace) -> Fixture:
+    return make_fixture(options.seed, options.vision, options.language)
+
+
+def _check(options: argparse.Namespace, console: Console) -> Report:
+    """Both frameworks and the golden reference on this machine."""
+    for framework in ("mindspore", "torch"):  # MindSpore first: it must be imported before torch's protobuf
+        load_engine_class(framework)
+        preconditions.check_precision(framework)
+    fixture = _fixture(options)
+    of_records = tuple(s for s in options.suite if s not in ("checkpoint", "peers"))
+    request = Request(of_records, options.steps, options.precision)
+    said = lambda text: console.print(f"[dim]{text}[/]", highlight=False)  # noqa: E731
+    said("golden reference: PyTorch in float64")
+    golden = compute(fixture, "torch", replace(request, compute="float64"))
+    if options.isolate:
+        request = replace(request, suites=(*of_records, "isolated"), golden=_opened_golden(fixture, golden))
+        golden.suites |= compute(fixture, "torch", replace(request, suites=("isolated",), compute="float64")).suites
+    said("PyTorch")
+    peer = compute(fixture, "torch", request)
+    said("MindSpore, static graph (compiles)")
+    candidate = compute(fixture, "mindspore", request)
+    preconditions.check_comparable([golden, peer, candidate])
+    rows = list(compare_records(golden, peer, candidate))
+    eager = tuple(s for s in PYNATIVE if s in of_records)
+    if eager:
+        said("MindSpore, PyNative")
+        found = compute(fixture, "mindspore", replace(request, suites=eager, graph=False))
+        for suite in eager:
+            sides = (record.suites[suite] for record in (golden, peer, found))
+            rows += compare_suite(f"{suite}, PyNative", *sides, options.precision)
+    notes = []
+    if "checkpoint" in options.suite:
+        said("checkpoints")
+        rows += trips.rows(fixture)
+    if "peers" in options.suite:
+        said("transformers")
+        reason = peers.available()
+        if reason:
+            notes.append(f"peers: {reason}")
+        else:
+            rows += peers.rows(fixture, options.precision)
+            notes += peers.notes()
+    return _report(options.precision, rows, candidate, peer, notes)
+
+
+def _opened_golden(fixture: Fixture, golden: Record) -> dict[str, np.ndarray]:
+    """The golden model's free-running activations and gradients, which the isolated suite feeds."""
+    if "model" in golden.suites:
+        return golden.suites["model"]
+    return compute(fixture, "torch", Request(("model",), 1, "float64")).suites["model"]
+
+
+def _report(precision: str, rows: list[Row], candidate: Record, peer: Record, notes: list[str]) -> Report:
+    names = {"mindspore": "MindSpore", "torch": "PyTorch"}
+    environment = peer.environment | candidate.environment
+    label = lambda record: names[record.framework] + (f" on {record.device}" if record.device != "cpu" else "")  # noqa: E731
+    return Report(label(candidate), label(peer), precision, rows, environment, candidate.settings, notes)
+
+
+def _record(options: argparse.Namespace, console: Console) -> int:
+    """One side's record; PyTorch's also holds the golden reference."""
+    device = {"ascend": "npu"}.get(options.device.lower(), options.device.lower())
+    fixture = _fixture(options)
+    suites = tuple(s for s in options.suite if s not in ("checkpoint", "peers"))
+    request = Request(suites, options.steps, options.precision, device)
+    load_engine_class(options.framework)
+    preconditions.check_precision(options.framework)
+    if (options.record / "record.json").exists():
+        raise ValueError(f"{options.record} holds a record already; name another directory")
+    compute(fixture, options.framework, request).save(options.record)
+    if options.framework == "torch":
+        compute(fixture, "torch", replace(request, compute="float64", device="cpu")).save(options.record / "golden")
+    console.print(f"{options.record}: {', '.join(suites)} of {options.framework} on {device}", highlight=False)
+    return 0
+
+
+def _compare(a: Path, b: Path) -> Report:
+    """Judges two records; PyTorch's brings the golden reference."""
+    directories = sorted((a, b), key=lambda path: load_record(path).framework)  # mindspore before torch
+    candidate, peer = (load_record(path) for path in directories)
+    if peer.framework != "torch":
+        raise CouldNotTell("neither record is PyTorch's, which brings the golden reference; record one with --framework torch")
+    golden = load_record(directories[1] / "golden")
+    preconditions.check_comparable([golden, peer, candidate])
+    if candidate.compute != peer.compute:
+        raise CouldNotTell(f"{directories[0]} is in {candidate.compute}, {directories[1]} in {peer.compute}: record both alike")
+    return _report(candidate.compute, list(compare_records(golden, peer, candidate)), candidate, peer, [])
+
+
+def _faults(options: argparse.Namespace, console: Console) -> Report:
+    """Plants every fault (or those of --fault), then runs seeds without one."""
+    for framework in ("mindspore", "torch"):
+        load_engine_class(framework)
+    names = options.fault or list(FAULTS)
+    for name in names:
+        if name not in FAULTS:
+            raise ValueError(f"--fault {name!r}: there is none of that name; known: {'; '.join(FAULTS)}")
+    trial = Trial(options)
+    found = []
+    for number, name in enumerate(names):
+        result = trial.fault(FAULTS[name])
+        console.print(f"[dim]{number + 1}/{len(names)} {name}: {result['first']}[/]", highlight=False)
+        found.append(result)
+    alarms = false_alarms(options, console) if options.seeds else None
+    settings = {"seed": options.seed, "steps": options.steps}
+    environment = {**_versions("mindspore"), **_versions("torch")}
+    return Report("MindSpore", "PyTorch", options.precision, [], environment, settings, faults=found, false_alarms=alarms)
+
+
+def made_by(options: argparse.Namespace) -> dict[str, str]:
+    """A tensor's name -> the class that made it and its file, which are called the same in both packages."""
+    if importlib.util.find_spec("torch") is None:
+        return {}
+    fixture = _fixture(options)
+    closed = open_framework("torch")(fixture.config("stage1"), fixture.vision, fixture.language, fixture.weights.items(), {})
+    described = {INPUTS: "GranViT.inputs in model.py"}
+    for prefix, root in (("", closed.engine.model), ("teacher.", closed.engine.teacher)):
+        for path, module in root.named_modules():
+            text = f"{type(module).__name__} in {Path(inspect.getfile(type(module))).name}"
+            described.setdefault(prefix + path, text)
+            for name, _ in module.named_parameters(recurse=False):
+                described[f"{prefix}{path}.{name}"] = text
+    return described
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""How two implementations are judged: against a golden reference, by the other's own rounding.
+
+The golden reference is the PyTorch model in float64. The error of a tensor is `|x - golden|` over `|golden|`, once in the
+Frobenius norm and once for the largest element. A candidate passes where both are at most `RATIO` times the peer's own errors
+at the same precision, or below the floor of that precision. So a tolerance is what the peer's rounding earns, not a number
+typed in.
+"""
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from parity.capture import Record, Tensors
+
+RATIO = 4.0
+# Below its floor an error is rounding whatever the peer's is: sums of the lengths of these models, in another order, make so
+# much of it. In units of the format's roundoff (2**-24, 2**-8, 2**-11); the second number is for the largest element.
+FLOOR_UNITS = {"float32": (32.0, 128.0), "bfloat16": (8.0, 32.0), "float16": (8.0, 32.0), "float64": (32.0, 128.0)}
+ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11, "float64": 2.0**-53}
+# Beyond this many units the peer's own error is no rounding: what it would allow the candidate is worth nothing.
+PEER_UNITS = 2.0**14
+# A gradient whose true value is zero (that of a bias on attention keys: softmax ignores a shift) is rounding over rounding. Where
+# the golden norm is below this share of the largest among its layer's tensors, that one is the scale.
+ZERO = 1e-6
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor's verdict. Errors are relative, `(Frobenius, largest element)`; `reason` says why it failed, if it did."""
+
+    suite: str
+    kind: str
+    name: str
+    shape: tuple[int, ...]
+    peer_error: tuple[float, float]
+    error: tuple[float, float]
+    limit: tuple[float, float]
+    reason: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.reason
+
+    @property
+    def badness(self) -> float:
+        """The error over its limit: above 1 is a failure."""
+        return float("inf") if self.reason and not np.isfinite(self.error).all() else max(
+            e / limit for e, limit in zip(self.error, self.limit, strict=True)
+        )  # fmt: skip
+
+
+def compare_records(golden: Record, peer: Record, candidate: Record) -> Iterator[Row]:
+    """A row for every tensor of every suite, in the golden record's order (order of execution)."""
+    for suite in golden.suites:
+        yield from compare_suite(suite, golden.suites[suite], peer.suites.get(suite, {}), candidate.suites.get(suite, {}),
+                                 candidate.compute)  # fmt: skip
+
+
+def compare_suite(suite: str, golden: Tensors, peer: Tensors, candidate: Tensors, compute: str) -> Iterator[Row]:
+    """As `compare_records`, for one suite. A missing or extra name is a row that fails."""
+    scales = layer_scales(golden)
+    floors = tuple(units * ROUNDOFF[compute] for units in FLOOR_UNITS[compute])
+    for key in [*golden, *(k for k in candidate if k not in golden)]:
+        kind, _, name = key.partition("/")
+        nothing = (np.nan, np.nan)
+        sides = (("the golden record", golden), ("PyTorch", peer), ("the candidate", candidate))
+        reason = next((f"not in {side}" for side, of in sides if key not in of), "")
+        if reason:
+            yield Row(suite, kind, name, (), nothing, nothing, floors, reason)
+            continue
+        reference, a, b = golden[key], peer[key], candidate[key]
+        if reference.shape != b.shape or reference.shape != a.shape:
+            reason = f"shape {b.shape}, golden {reference.shape}"
+            yield Row(suite, kind, name, reference.shape, nothing, nothing, floors, reason)
+            continue
+        if kind == "tokens":
+            own, differing = (float((x != reference).mean()) for x in (a, b))
+            reason = "" if differing == 0 else f"{differing:.0%} of the tokens differ"
+            yield Row(suite, kind, name, reference.shape, (own, own), (differing, differing), floors, reason)
+            continue
+        peer_error, error = (errors(x, reference, scales[key]) for x in (a, b))
+        limit = tuple(max(RATIO * e, floor) if np.isfinite(e) else floor for e, floor in zip(peer_error, floors, strict=True))
+        reason = ""
+        if not np.isfinite(b).all():
+            reason = "NaN or infinity"
+        elif not max(peer_error) <= PEER_UNITS * ROUNDOFF[compute]:
+            reason = "PyTorch itself is off its float64 self by more than rounding"
+        elif any(e > most for e, most in zip(error, limit, strict=True)):
+            reason = "diverged"
+        yield Row(suite, kind, name, reference.shape, peer_error, error, limit, reason)
+
+
+def errors(x: np.ndarray, golden: np.ndarray, scale: tuple[float, float]) -> tuple[float, float]:
+    """`|x - golden|` over the scale: Frobenius norm, largest element."""
+    difference = np.abs(x.astype(np.float64) - golden)
+    found = np.sqrt(np.square(difference).sum()), difference.max(initial=0.0)
+    return tuple(float(d / s) if s > 0 else (0.0 if d == 0 else np.inf) for d, s in zip(found, scale, strict=True))
+
+
+def layer_scales(golden: Tensors) -> dict[str, tuple[float, float]]:
+    """What each tensor's error is measured by: its own norm and largest element, or its layer's where its true value is zero.
+
+    A layer is the tensors of one kind whose paths share all but the last two words (`...self_attn.k_proj.bias`: those of
+    `...self_attn`), a parameter's vectors and matrices apart.
+    """
+    sizes = {k: (float(np.linalg.norm(g.astype(np.float64).ravel())), float(np.abs(g).max(initial=0))) for k, g in golden.items()}
+    largest: dict[tuple[str, int], tuple[float, float]] = {}
+    for key, size in sizes.items():
+        layer = _layer(key, golden[key])
+        largest[layer] = max(largest.get(layer, size), size)
+    of_layer = {key: largest[_layer(key, golden[key])] for key in sizes}
+    return {key: of_layer[key] if size[0] < ZERO * of_layer[key][0] else size for key, size in sizes.items()}
+
+
+def _layer(key: str, array: np.ndarray) -> tuple[str, int]:
+    return (key.rsplit(".", 2)[0] if key.count(".") >= 2 else key, array.ndim)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Of one suite. `first` is the first row, in order of execution, that failed: where to look."""
+
+    suite: str
+    compared: int
+    failed: int
+    worst: Row
+    first: Row | None
+
+
+def verdicts(rows: Iterable[Row]) -> list[Verdict]:
+    """One verdict for each suite, in order."""
+    by_suite: dict[str, list[Row]] = {}
+    for row in rows:
+        by_suite.setdefault(row.suite, []).append(row)
+    found = []
+    for suite, own in by_suite.items():
+        failures = [row for row in own if not row.passed]
+        worst = max(own, key=lambda row: row.badness)
+        found.append(Verdict(suite, len(own), len(failures), worst, failures[0] if failures else None))
+    return found

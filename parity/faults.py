@@ -1,0 +1,671 @@
+"""Planted faults: what a wrong port looks like. One at a time is switched on in one framework, from outside, through the
+functions and classes that the packages are made of; the checker must say "diverged" and name the place.
+
+A fault says which suites could see it, and where: the kinds and names that the first diverging tensor may have.
+"""
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+Plant = Callable[[], AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`where` lists `<kind>/<name>` beginnings, any of which the first diverging tensor of `suite` may have."""
+
+    name: str
+    framework: str
+    suite: str
+    where: tuple[str, ...]
+    plant: Plant
+    vision: str = "tiny-vision"
+
+
+FAULTS: dict[str, Fault] = {}
+
+
+def fault(name: str, framework: str, suite: str, *where: str, vision: str = "tiny-vision") -> Callable[[Plant], Plant]:
+    """Registers a generator function that plants the fault until it is resumed."""
+
+    def register(plant: Callable[[], Iterator[None]]) -> Plant:
+        FAULTS[name] = Fault(name, framework, suite, where, contextmanager(plant), vision)
+        return FAULTS[name].plant
+
+    return register
+
+
+@contextmanager
+def planted(name: str | None, framework: str) -> Iterator[None]:
+    """Switches the fault on in its framework; nothing where `name` is None or the fault is the other framework's."""
+    if name is None or FAULTS[name].framework != framework:
+        yield
+        return
+    with FAULTS[name].plant():
+        yield
+
+
+@contextmanager
+def replaced(target: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """`target` (a dotted path) replaced by `make(original)`."""
+    path, _, attribute = target.rpartition(".")
+    try:
+        owner = importlib.import_module(path)
+    except ModuleNotFoundError:
+        module, _, kind = path.rpartition(".")
+        owner = getattr(importlib.import_module(module), kind)
+    with patch.object(owner, attribute, make(getattr(owner, attribute))):
+        yield
+
+
+@contextmanager
+def all_of(*plants: AbstractContextManager) -> Iterator[None]:
+    with ExitStack() as stack:
+        for plant in plants:
+            stack.enter_context(plant)
+        yield
+
+
+BLOCK0, DECODER0 = "forward/vision.encoder.layers.0", "forward/language.model.layers.0"
+
+
+# --- PyTorch: the forward pass ----------------------------------------------------------------------------------------
+@fault("GELU exact for tanh", "torch", "vision", f"{BLOCK0}.mlp")
+def _():
+    with replaced("pt_granvit.vision.activate", lambda f: lambda kind, x: f("gelu" if kind == "gelu_tanh" else kind, x)):
+        yield
+
+
+@fault("layer norm epsilon 1e-5", "torch", "vision", f"{BLOCK0}.layer_norm1")
+def _():
+    def make(init):
+        def wrong(self, width, eps):
+            init(self, width, 1e-5)
+
+        return wrong
+
+    with replaced("pt_granvit.layers.LayerNorm.__init__", make):
+        yield
+
+
+@fault("RMS norm epsilon 1e-5", "torch", "language", f"{DECODER0}.input_layernorm")
+def _():
+    def make(init):
+        def wrong(self, width, eps):
+            init(self, width, 1e-5)
+
+        return wrong
+
+    with replaced("pt_granvit.layers.RMSNorm.__init__", make):
+        yield
+
+
+@fault("RMS norm without its weight", "torch", "language", f"{DECODER0}.input_layernorm")
+def _():
+    import torch
+
+    def make(forward):
+        def wrong(self, x):
+            return self.emit(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
+
+        return wrong
+
+    with replaced("pt_granvit.layers.RMSNorm.forward", make):
+        yield
+
+
+@fault("queries and keys swapped", "torch", "vision", f"{BLOCK0}.self_attn")
+def _():
+    def make(f):
+        def wrong(q, k, v, mask, implementation):
+            return f(k, q, v, mask, implementation) if mask is None else f(q, k, v, mask, implementation)
+
+        return wrong
+
+    with replaced("pt_granvit.ops.attention.attention", make):
+        yield
+
+
+@fault("attention without its scale", "torch", "vision", f"{BLOCK0}.self_attn")
+def _():
+    def make(f):
+        return lambda q, k, v, mask, implementation: f(q * q.shape[-1] ** 0.5, k, v, mask, implementation)
+
+    with replaced("pt_granvit.ops.attention.attention", make):
+        yield
+
+
+@fault("a bias missing in the MLP", "torch", "vision", f"{BLOCK0}.mlp.fc1")
+def _():
+    def make(forward):
+        def wrong(self, x):
+            n_out, n_in = self.weight.shape
+            return self.emit(x @ self.weight.T.to(x)) if self.bias is not None and n_out == 2 * n_in else forward(self, x)
+
+        return wrong
+
+    with replaced("pt_granvit.layers.Linear.forward", make):
+        yield
+
+
+@fault("mask off by one", "torch", "language", f"{DECODER0}.self_attn")
+def _():
+    import torch
+
+    def make(f):
+        def wrong(segments):
+            mask = f(segments)
+            return mask & ~torch.eye(mask.shape[-1], dtype=torch.bool).roll(-3, 1) | torch.eye(mask.shape[-1], dtype=torch.bool)
+
+        return wrong
+
+    with replaced("pt_granvit.ops.attention.shared_prefix_mask", make):
+        yield
+
+
+@fault("a question sees the others", "torch", "language", f"{DECODER0}.self_attn")
+def _():
+    with replaced("pt_granvit.ops.attention.shared_prefix_mask", lambda f: lambda segments: f(segments * 0)):
+        yield
+
+
+@fault("positions not restarted", "torch", "language", f"{DECODER0}.self_attn")
+def _():
+    import torch
+
+    def make(forward):
+        return lambda self, x, positions, segments: forward(self, x, torch.arange(x.shape[1]).expand_as(positions), segments)
+
+    with replaced("pt_granvit.language.CausalDecoder.forward", make):
+        yield
+
+
+@fault("RoPE with another theta", "torch", "language", f"{DECODER0}.self_attn")
+def _():
+    with replaced("pt_granvit.language.rotary", lambda f: lambda p, d, theta, dtype: f(p, d, 5e5, dtype)):
+        yield
+
+
+@fault("RoPE in interleaved layout", "torch", "language", f"{DECODER0}.self_attn")
+def _():
+    import torch
+
+    def make(f):
+        def wrong(x, cos, sin):
+            half = x.shape[-1] // 2
+            cos, sin = (t[..., :half].repeat_interleave(2, -1) for t in (cos, sin))
+            turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+            return x * cos + turned * sin
+
+        return wrong
+
+    with replaced("pt_granvit.language.rotate", make):
+        yield
+
+
+@fault("key heads repeated in the wrong order", "torch", "language", f"{DECODER0}.self_attn")
+def _():
+    def make(f):
+        def wrong(q, k, v, mask, implementation):
+            groups = q.shape[1] // k.shape[1]
+            return f(q, k.repeat(1, groups, 1, 1), v.repeat(1, groups, 1, 1), mask, implementation)
+
+        return wrong
+
+    with replaced("pt_granvit.ops.attention.attention", make):
+        yield
+
+
+@fault("tied head of another table", "torch", "language", "forward/language")
+def _():
+    import torch
+
+    def make(head):
+        return lambda self, h: self.emit(torch.nn.functional.linear(h, self.model.embed_tokens.weight.roll(1, 0).to(h.dtype)))
+
+    with replaced("pt_granvit.language.CausalDecoder.head", make):
+        yield
+
+
+@fault("features of the layer below", "torch", "model", "forward/projector.linear_1")
+def _():
+    import torch
+
+    def make(forward):
+        def wrong(self, pixels):
+            kept = []
+            blocks = self.encoder.layers
+            handle = blocks[-1].register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+            found = forward(self, pixels)
+            handle.remove()
+            assert isinstance(found[0], torch.Tensor)
+            return kept[0], found[1]
+
+        return wrong
+
+    with replaced("pt_granvit.vision.VisionEncoder.forward", make):
+        yield
+
+
+@fault("class token kept, a patch dropped", "torch", "model", "forward/projector.linear_1", vision="tiny-clip")
+def _():
+    import torch
+
+    def make(forward):
+        def wrong(self, pixels):
+            kept = []
+            handle = self.encoder.layers[-1].register_forward_hook(lambda _, args, out: kept.append(out))
+            top = forward(self, pixels)[1]
+            handle.remove()
+            assert isinstance(kept[0], torch.Tensor)
+            return kept[0][:, :-1], top
+
+        return wrong
+
+    with replaced("pt_granvit.vision.VisionEncoder.forward", make):
+        yield
+
+
+@fault("positions resampled with antialiasing", "torch", "ops", "forward/positions")
+def _():
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+
+    def make(f):
+        def wrong(grid_from, grid_to):
+            unit = torch.eye(grid_from**2).reshape(-1, 1, grid_from, grid_from)
+            out = F.interpolate(unit, (grid_to, grid_to), mode="bicubic", antialias=True)
+            return np.ascontiguousarray(out.reshape(grid_from**2, -1).T.numpy())
+
+        return wrong
+
+    with replaced("pt_granvit.vision.position_matrix", make):
+        yield
+
+
+@fault("another pixel mean", "torch", "vision", "forward/vision.embeddings.patch_embedding")
+def _():
+    with replaced("pt_granvit.vision.VisionEncoder.normalise", lambda f: lambda self, pixels: f(self, pixels) + 0.02):
+        yield
+
+
+@fault("ROIAlign without the half pixel", "torch", "ops", "forward/roi_align")
+def _():
+    def make(f):
+        return lambda low, high, grid, cells: f(low + 0.5 / cells, high + 0.5 / cells, grid, cells)
+
+    with replaced("pt_granvit.ops.roi_align.sampling_matrix", make):
+        yield
+
+
+@fault("ROIAlign with x and y swapped", "torch", "ops", "forward/roi_align")
+def _():
+    with replaced("pt_granvit.ops.roi_align.roi_align", lambda f: lambda x, boxes, grid: f(x, boxes[..., [1, 0, 3, 2]], grid)):
+        yield
+
+
+@fault("boxes in another frame", "torch", "model", "loss/loss_distill")
+def _():
+    def make(f):
+        return lambda student, teacher, boxes, weights, loss: f(student, teacher, boxes * 0.9, weights, loss)
+
+    with replaced("pt_granvit.engine.distill_sums", make):
+        yield
+
+
+@fault("crops off by a pixel", "torch", "model", "forward/teacher.embeddings.patch_embedding")
+def _():
+    def make(f):
+        return lambda teacher, crops, grid: f(teacher, crops.roll(1, -1), grid)
+
+    with replaced("pt_granvit.engine.teacher_features", make):
+        yield
+
+
+# --- PyTorch: the loss and the gradients ------------------------------------------------------------------------------
+@fault("mean over a micro-batch for a sum over the batch", "torch", "stage1", "loss/loss_caption")
+def _():
+    def make(f):
+        return lambda logits, targets, weights: f(logits, targets, weights) / weights.sum() * 3
+
+    with replaced("pt_granvit.engine.caption_sum", make):
+        yield
+
+
+@fault("lambda left out", "torch", "model", "loss/loss")
+def _():
+    def make(f):
+        def wrong(self, batch, scalars):
+            _, caption, distill, variance = f(self, batch, scalars)
+            return caption + distill, caption, distill, variance
+
+        return wrong
+
+    with replaced("pt_granvit.engine.Engine.losses", make):
+        yield
+
+
+@fault("gradient through the teacher's features", "torch", "model", "backward/vision", "gradient/vision")
+def _():
+    def make(f):
+        def wrong(student, teacher, boxes, weights, loss):
+            leak = student.mean(1)[:, None, None, None, :]
+            return f(student, teacher + leak - leak.detach(), boxes, weights, loss)
+
+        return wrong
+
+    with replaced("pt_granvit.engine.distill_sums", make):
+        yield
+
+
+@fault("the last micro-batch's gradient alone", "torch", "stage1", "loss/grad_norm", "clipped gradient/")
+def _():
+    def make(f):
+        def wrong(self, batch, scalars):
+            self.trained.gradients.zero_()
+            return f(self, batch, scalars)
+
+        return wrong
+
+    with replaced("pt_granvit.engine.Engine.losses", make):
+        yield
+
+
+# --- PyTorch: the optimizer and the teacher ---------------------------------------------------------------------------
+@fault("EMA with another alpha", "torch", "stage1", "teacher/")
+def _():
+    with replaced("pt_granvit.engine.ema_", lambda f: lambda teacher, student, alpha: f(teacher, student, 0.99)):
+        yield
+
+
+@fault("EMA once for each micro-batch", "torch", "stage1", "teacher/")
+def _():
+    def make(f):
+        def wrong(teacher, student, alpha):
+            f(teacher, student, alpha)
+            f(teacher, student, alpha)
+
+        return wrong
+
+    with replaced("pt_granvit.engine.ema_", make):
+        yield
+
+
+@fault("EMA before the step", "torch", "stage1", "teacher/")
+def _():
+    before = {}
+
+    def keep(step):
+        def wrong(self, *arguments):
+            before["weights"] = [p.detach().clone() for n, p in self.parameters.named]
+            before["live"] = [p for n, p in self.parameters.named]
+            step(self, *arguments)
+
+        return wrong
+
+    def late(ema):
+        def wrong(teacher, student, alpha):
+            of = {id(p): old for p, old in zip(before["live"], before["weights"], strict=True)}
+            ema(teacher, [of[id(p)] for p in student], alpha)
+
+        return wrong
+
+    with all_of(replaced("pt_granvit.optimizer.AdamW.step", keep), replaced("pt_granvit.engine.ema_", late)):
+        yield
+
+
+@fault("AdamW without bias correction", "torch", "stage1", "weight/")
+def _():
+    with replaced("pt_granvit.optimizer.AdamW.step", lambda f: lambda self, step, rate, norm: f(self, 10**6, rate, norm)):
+        yield
+
+
+@fault("weight decay on norms and biases", "torch", "stage1", "weight/vision.embeddings.patch_embedding.bias", "weight/vision")
+def _():
+    def make(init):
+        def wrong(self, named):
+            init(self, named)
+            self.decayed = len(self.values)
+
+        return wrong
+
+    with replaced("pt_granvit.optimizer.FlatParameters.__init__", make):
+        yield
+
+
+@fault("AdamW's epsilon inside the root", "torch", "stage1", "weight/")
+def _():
+    def make(step):
+        def wrong(self, t, rate, norm):
+            before, c = self.parameters.values.clone(), self.config
+            step(self, t, rate, norm)
+            correction1, correction2 = 1 - c.betas[0] ** t, 1 - c.betas[1] ** t
+            p = self.parameters
+            p.values.copy_(before)
+            p.values[: p.decayed].mul_(1 - rate * c.weight_decay)
+            p.values.sub_(rate / correction1 * self.first_moment / (self.second_moment / correction2 + c.eps).sqrt())
+
+        return wrong
+
+    with replaced("pt_granvit.optimizer.AdamW.step", make):
+        yield
+
+
+@fault("learning rate one step late", "torch", "stage1", "weight/")
+def _():
+    rates = [0.0]
+
+    def make(step):
+        def wrong(self, t, rate, norm):
+            rates.append(rate)
+            step(self, t, rates[-2], norm)
+
+        return wrong
+
+    with replaced("pt_granvit.optimizer.AdamW.step", make):
+        yield
+
+
+@fault("clipped before the all-reduce", "torch", "trajectory2", "curve/grad_norm")
+def _():
+    def make(f):
+        def wrong(tensor):
+            norm = tensor.norm()
+            if tensor.numel() > 100:  # the gradients, not the counts
+                tensor.mul_((0.5 / norm).clamp(max=1.0))
+            f(tensor)
+
+        return wrong
+
+    with replaced("pt_granvit.distributed.all_sum_", make):
+        yield
+
+
+@fault("a frozen encoder that trains", "torch", "stage2", "clipped gradient/vision", "first moment/vision", "loss/grad_norm")
+def _():
+    from dataclasses import replace
+
+    import granvit.config
+
+    stages = granvit.config.STAGES
+    wrong = {**stages, "stage2": replace(stages["stage2"], trains=stages["stage2"].trains | {"vision"})}
+    with patch.object(granvit.config, "STAGES", wrong):
+        yield
+
+
+@fault("a square weight transposed in conversion", "torch", "vision", f"{BLOCK0}.self_attn.k_proj")
+def _():
+    def make(f):
+        def wrong(self, module, tensors):
+            f(self, module, ((n, v.T.copy() if n.endswith("layers.0.self_attn.k_proj.weight") and "vision" in n else v)
+                             for n, v in tensors))  # fmt: skip
+
+        return wrong
+
+    with replaced("pt_granvit.engine.Engine._copy", make):
+        yield
+
+
+# --- MindSpore: replaced before compilation, so the fault is in the static graph --------------------------------------
+@fault("GELU exact for tanh, in MindSpore", "mindspore", "vision", f"{BLOCK0}.mlp")
+def _():
+    from mindspore import ops
+
+    def make(f):
+        def wrong(kind, x):
+            return ops.gelu(x)
+
+        return wrong
+
+    with replaced("ms_granvit.vision.activate", make):
+        yield
+
+
+@fault("layer norm epsilon 1e-5, in MindSpore", "mindspore", "vision", f"{BLOCK0}.layer_norm1")
+def _():
+    def make(init):
+        def wrong(self, width, eps):
+            init(self, width, 1e-5)
+
+        return wrong
+
+    with replaced("ms_granvit.layers.LayerNorm.__init__", make):
+        yield
+
+
+@fault("a question sees the others, in MindSpore", "mindspore", "language", f"{DECODER0}.self_attn")
+def _():
+    from mindspore import ops
+
+    def make(f):
+        def wrong(segments):
+            order = ops.arange(segments.shape[1])
+            causal = ops.expand_dims(order, 0) <= ops.expand_dims(order, 1)
+            return ops.broadcast_to(ops.expand_dims(ops.expand_dims(causal, 0), 0), (segments.shape[0], 1, *causal.shape))
+
+        return wrong
+
+    with replaced("ms_granvit.ops.attention.shared_prefix_mask", make):
+        yield
+
+
+@fault("RoPE with another theta, in MindSpore", "mindspore", "language", f"{DECODER0}.self_attn")
+def _():
+    def make(init):
+        def wrong(self, head_dim, theta, dtype):
+            init(self, head_dim, 5e5, dtype)
+
+        return wrong
+
+    with replaced("ms_granvit.language.Rotary.__init__", make):
+        yield
+
+
+@fault("RoPE with the sign of its sine turned, in MindSpore", "mindspore", "language", f"{DECODER0}.self_attn")
+def _():
+    from mindspore import ops
+
+    def make(f):
+        def wrong(x, cos, sin):
+            half = x.shape[-1] // 2
+            turned = ops.cat((x[..., half:], -x[..., :half]), -1)
+            return x * cos + turned * sin
+
+        return wrong
+
+    with replaced("ms_granvit.language.rotate", make):
+        yield
+
+
+@fault("attention without its scale, in MindSpore", "mindspore", "vision", f"{BLOCK0}.self_attn")
+def _():
+    def make(f):
+        def wrong(q, k, v, mask):
+            return f(q * q.shape[-1] ** 0.5, k, v, mask)
+
+        return wrong
+
+    with replaced("ms_granvit.ops.attention.composed", make):
+        yield
+
+
+@fault("ROIAlign without the half pixel, in MindSpore", "mindspore", "ops", "forward/roi_align")
+def _():
+    def make(f):
+        def wrong(low, high, grid, cells):
+            return f(low + 0.5 / cells, high + 0.5 / cells, grid, cells)
+
+        return wrong
+
+    with replaced("ms_granvit.ops.roi_align.sampling_matrix", make):
+        yield
+
+
+@fault("tied head of another table, in MindSpore", "mindspore", "language", "forward/language")
+def _():
+    from mindspore import ops
+
+    from ms_granvit.layers import linear
+
+    def make(head):
+        def wrong(self, hidden):
+            return self.emit(linear(hidden, ops.roll(self.model.embed_tokens.weight, 1, 0), None))
+
+        return wrong
+
+    with replaced("ms_granvit.language.CausalDecoder.head", make):
+        yield
+
+
+@fault("another pixel mean, in MindSpore", "mindspore", "vision", "forward/vision.embeddings.patch_embedding")
+def _():
+    def make(init):
+        def wrong(self, *arguments, **options):
+            init(self, *arguments, **options)
+            self.mean = self.mean - 0.01
+
+        return wrong
+
+    with replaced("ms_granvit.vision.VisionEncoder.__init__", make):
+        yield
+
+
+@fault("the caption loss doubled, in MindSpore", "mindspore", "model", "loss/loss_caption")
+def _():
+    def make(f):
+        def wrong(logits, targets, weights):
+            return f(logits, targets, weights) * 2
+
+        return wrong
+
+    with replaced("ms_granvit.engine.caption_sum", make):
+        yield
+
+
+@fault("weight decay on norms and biases, in MindSpore", "mindspore", "stage1", "weight/vision")
+def _():
+    def make(init):
+        def wrong(self, parameters, gradients, config):
+            init(self, parameters, gradients, config)
+            self.decayed = tuple(True for _ in parameters)
+
+        return wrong
+
+    with replaced("ms_granvit.optimizer.AdamW.__init__", make):
+        yield
+
+
+@fault("EMA of the moments' rate, in MindSpore", "mindspore", "stage1", "teacher/")
+def _():
+    def make(construct):
+        def wrong(self, alpha, one_minus_alpha):
+            return construct(self, alpha + one_minus_alpha * 0.5, one_minus_alpha * 0.5)
+
+        return wrong
+
+    with replaced("ms_granvit.distill.EMA.construct", make):
+        yield

@@ -1,0 +1,176 @@
+"""What both frameworks compute: tiny models, weights, batches and inputs of operators, all from a seed, none from a file.
+
+Made so that a fault shows: every norm weight stands away from 1 and every bias away from 0, every branch speaks as loud as the
+stream it adds to, questions have unlike lengths, boxes lie anywhere, weight decay and clipping are on, a step accumulates two
+micro-batches.
+"""
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from granvit.activations import INPUTS, activation_shapes
+from granvit.config import RunConfig, parse_config, resolve_models
+from granvit.data.batch import Batch, PromptBatch
+from granvit.engine import Feed, Scalars
+from granvit.init import initial_values
+from granvit.models import LanguageConfig, Shapes, VisionConfig, parameter_shapes
+
+ROWS, REGIONS = 2, 3  # of a micro-batch
+QUESTION, ANSWER = (2, 5), (1, 4)  # lengths in tokens are drawn from [low, high)
+PREFIX_BEFORE, PREFIX_AFTER = 5, 2  # text tokens of the prefix around the image tokens
+MICRO_BATCHES = 2  # of a step, over all ranks
+NEW_TOKENS = 6
+STOP = 1  # a token that the generation suite is unlikely to choose
+EMBEDDING_STD = 0.3  # small rows, so that a norm's epsilon is not lost beside their variance
+
+
+@dataclass(frozen=True)
+class Fixture:
+    """One seed's models and data. `config(stage, compute)` is a run of them."""
+
+    seed: int
+    vision_name: str
+    language_name: str
+    vision: VisionConfig
+    language: LanguageConfig
+    weights: dict[str, np.ndarray]
+    batches: tuple[Batch, ...]  # as many as any suite trains on
+
+    def config(self, stage: str, compute: str = "float32", device: str = "cpu") -> RunConfig:
+        """The configuration of a run of `stage`; every hyperparameter is away from the value that would hide it."""
+        return run_config(stage, self.vision_name, self.language_name, self.seed, compute, device)
+
+    def shapes(self, config: RunConfig) -> Shapes:
+        """The named activations of one of the fixture's micro-batches."""
+        rows, length = self.batches[0].token_ids_BS.shape
+        answers = self.batches[0].answer_targets_BA.shape[1]
+        boxes = config.boxes_per_row
+        return activation_shapes(self.vision, self.language, rows, length, answers, boxes, config.crop_size(self.vision))
+
+    def scalars(self, step: int, batches: list[Batch]) -> Scalars:
+        """A step's scalars: the learning rate changes from step to step."""
+        rate = 1e-2 / (1 + 0.1 * step)
+        return Scalars(step, rate, 0.9, sum(b.tokens for b in batches), sum(b.boxes for b in batches))
+
+    def step_batches(self, step: int) -> list[Batch]:
+        """The micro-batches of optimizer step `step`, counted from 1, over all ranks."""
+        first = (step - 1) * MICRO_BATCHES
+        return [self.batches[(first + i) % len(self.batches)] for i in range(MICRO_BATCHES)]
+
+    def prompts(self) -> PromptBatch:
+        """Two open questions of unlike lengths."""
+        batch, rng = self.batches[0], np.random.default_rng((self.seed, 11))
+        prefix = PREFIX_BEFORE + self.vision.patches + PREFIX_AFTER
+        lengths = np.array([prefix + 3, prefix + 6], np.int32)
+        ids = rng.integers(2, self.language.vocab, (2, int(lengths.max()))).astype(np.int32)
+        return PromptBatch(batch.pixels_B3RR[:2], ids, lengths, batch.image_positions_BN[:2])
+
+    def boundary(self, name: str, shape: tuple[int, ...]) -> Feed:
+        """A seeded value and a seeded gradient in place of one activation: what lies behind it is judged by itself."""
+        rng = np.random.default_rng((self.seed, 12, *name.encode()))
+        scale = EMBEDDING_STD if name == INPUTS else 1.0
+        return {name: (scale * rng.standard_normal(shape, np.float32), rng.standard_normal(shape, np.float32) / shape[0])}
+
+    @property
+    def weights_hash(self) -> str:
+        return digest(self.weights.items())
+
+    @property
+    def batches_hash(self) -> str:
+        arrays = ((f"{i}.{k}", v) for i, b in enumerate(self.batches) for k, v in vars(b).items() if isinstance(v, np.ndarray))
+        return digest(arrays)
+
+
+def digest(named: Iterator[tuple[str, np.ndarray]]) -> str:
+    """SHA-256 over names, dtypes, shapes and raw bytes, in the order given."""
+    found = hashlib.sha256()
+    for name, array in named:
+        found.update(f"{name} {array.dtype} {array.shape}\0".encode())
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
+
+
+def run_config(stage: str, vision: str, language: str, seed: int, compute: str, device: str) -> RunConfig:
+    """See `Fixture.config`."""
+    tree: dict[str, Any] = {
+        "stage": stage,
+        "output": "unused",
+        "seed": seed,
+        "model": {"vision": vision, "language": language, "init": "random"},
+        "data": {"sources": [{"path": "unused"}], "regions_per_row": REGIONS, "buckets": [{"length": 64, "answers": 16}]},
+        "train": {"global_batch": MICRO_BATCHES * ROWS * REGIONS, "micro_batch": ROWS},
+        "optimizer": {"lr": 1e-2, "betas": [0.8, 0.95], "eps": 1e-3, "weight_decay": 0.1, "clip_norm": 0.5},
+        "distill": {"weight": 0.7},
+        "runtime": {"compute": compute, "device": device},
+    }
+    return parse_config(tree, "parity's fixture")
+
+
+def make_fixture(seed: int, vision_name: str = "tiny-vision", language_name: str = "tiny-language", batches: int = 4) -> Fixture:
+    """A fixture; `ValueError` where there is no model of that name."""
+    config = run_config("stage1", vision_name, language_name, seed, "float32", "cpu")
+    vision, language = resolve_models(config)
+    made = tuple(random_batch(vision, language, ROWS, REGIONS, (seed, 1, i), config.crop_size(vision)) for i in range(batches))
+    return Fixture(seed, vision_name, language_name, vision, language, start_values(vision, language, seed), made)
+
+
+def start_values(vision: VisionConfig, language: LanguageConfig, seed: int) -> dict[str, np.ndarray]:
+    """Random weights that make faults visible, float32."""
+    rng = np.random.default_rng((seed, 2))
+    values = {}
+    for name, value in initial_values(parameter_shapes(vision, language), seed).items():
+        if value.ndim == 1:
+            value = value + 0.2 * rng.standard_normal(value.shape)
+        else:
+            value = value / value.std() * (EMBEDDING_STD if "embed" in name else np.prod(value.shape[1:]) ** -0.5)
+        values[name] = value.astype(np.float32)
+    return values
+
+
+def random_batch(vision: VisionConfig, language: LanguageConfig, rows: int, regions: int, seed: Any, crop: int,
+                 length: int | None = None, answers: int | None = None) -> Batch:  # fmt: skip
+    """Rows of one image and `regions` questions of unlike lengths, each with a box; padded to `length` and `answers`, by
+    default the longest possible. Built by hand: independent of the packer."""
+    rng = np.random.default_rng(seed)
+    N = vision.patches
+    prefix = PREFIX_BEFORE + N + PREFIX_AFTER
+    length = length or prefix + regions * (QUESTION[1] + ANSWER[1] - 2) + 1
+    answers = answers or regions * (ANSWER[1] - 1) + 1
+    tokens = rng.integers(1, language.vocab, (rows, length)).astype(np.int32)
+    positions = np.zeros((rows, length), np.int32)
+    segments = np.full((rows, length), -1, np.int32)
+    at, targets = np.zeros((rows, answers), np.int32), np.zeros((rows, answers), np.int32)
+    weights = np.zeros((rows, answers), np.float32)
+    for row in range(rows):
+        positions[row, :prefix], segments[row, :prefix] = np.arange(prefix), 0
+        start, used = prefix, 0
+        for region in range(regions):
+            question, answer = int(rng.integers(*QUESTION)), int(rng.integers(*ANSWER))
+            size = question + answer
+            assert start + size <= length and used + answer <= answers, "length or answers too small for the rows"
+            positions[row, start : start + size] = prefix + np.arange(size)
+            segments[row, start : start + size] = region + 1
+            at[row, used : used + answer] = start + question - 1 + np.arange(answer)
+            targets[row, used : used + answer] = tokens[row, start + question : start + size]
+            weights[row, used : used + answer] = 1
+            start, used = start + size, used + answer
+    corners = np.sort(rng.uniform(0, 1, (rows, regions, 2, 2)), axis=2)
+    return Batch(
+        pixels_B3RR=rng.integers(0, 256, (rows, 3, vision.image_size, vision.image_size)).astype(np.uint8),
+        image_weights_B=np.ones(rows, np.float32),
+        token_ids_BS=tokens,
+        positions_BS=positions,
+        segments_BS=segments,
+        image_positions_BN=np.tile(np.arange(PREFIX_BEFORE, PREFIX_BEFORE + N, dtype=np.int32), (rows, 1)),
+        answer_positions_BA=at,
+        answer_targets_BA=targets,
+        answer_weights_BA=weights,
+        boxes_BK4=corners.reshape(rows, regions, 4).astype(np.float32),
+        box_weights_BK=np.ones((rows, regions), np.float32),
+        crops_BK3rr=rng.integers(0, 256, (rows, regions, 3, crop, crop)).astype(np.uint8),
+        record_ids=tuple(f"row-{row}" for row in range(rows)),
+        questions=rows * regions,
+    )

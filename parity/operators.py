@@ -1,0 +1,62 @@
+"""The operators that parity checks by themselves: inputs that reach their corners, and how each is asked for."""
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from parity.fixture import Fixture
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of `granvit.engine.Introspection.operate`."""
+
+    label: str
+    operator: str
+    arrays: list[np.ndarray]
+    differentiate: int
+    out: tuple[int, ...]  # shape of the output
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def cases(fixture: Fixture) -> Iterator[Case]:
+    """Every operator, its corners included."""
+    rng = np.random.default_rng((fixture.seed, 21))
+    normal = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
+
+    features = normal(2, 6, 6, 8)
+    boxes = np.array([
+        [[0.1, 0.2, 0.7, 0.55], [0, 0, 1, 1], [0.5, 0.5, 0.5, 0.5]],  # inside; the whole image; nothing
+        [[0.9, 0.9, 1, 1], [0.31, 0.3, 0.33, 0.31], [0, 0.4, 0.05, 1]],  # a corner; less than a cell; along a border
+    ], np.float32)  # fmt: skip
+    yield Case("roi_align", "roi_align", [features, boxes], 1, (2, 3, 3, 3, 8), {"grid": 3})
+
+    segments = np.array([[0] * 8 + [1] * 5 + [2] * 4 + [-1] * 3, [0] * 6 + [1] * 6 + [2] * 3 + [3] * 5], np.int32)
+    q, k, v = normal(2, 4, 20, 8), normal(2, 2, 20, 8), normal(2, 2, 20, 8)
+    yield Case("attention, shared prefix, grouped queries", "attention", [q, k, v, segments], 3, q.shape)
+    yield Case("attention over all", "attention_all", [q, 4 * normal(2, 4, 20, 8), normal(2, 4, 20, 8)], 3, q.shape)
+
+    positions = np.stack([np.arange(20), np.r_[np.arange(8), np.arange(8, 14), np.arange(8, 14)]]).astype(np.int32)
+    for theta in (1e4, 1e6):
+        yield Case(f"rope, theta {theta:.0e}", "rope", [q, positions], 1, q.shape, {"theta": theta})
+
+    for eps in (1e-5, 1e-6):
+        small = normal(3, 7, 16) * 10.0 ** rng.uniform(-2.5, 1, (3, 7, 1)).astype(np.float32)  # rows beside the epsilon too
+        weight, bias = 1 + 0.3 * normal(16), 0.3 * normal(16)
+        yield Case(f"layer norm, eps {eps:.0e}", "layer_norm", [small, weight, bias], 1, small.shape, {"eps": eps})
+        yield Case(f"RMS norm, eps {eps:.0e}", "rms_norm", [small, weight], 1, small.shape, {"eps": eps})
+
+    line = np.r_[np.linspace(-9, 9, 181), 3 * rng.standard_normal(75)].astype(np.float32)
+    for kind in ("gelu_tanh", "gelu", "quick_gelu", "silu"):
+        yield Case(kind, kind, [line], 1, line.shape)
+
+    vision = fixture.vision
+    table = normal(vision.patches + vision.class_token, vision.width)
+    for grid in (vision.grid - 1, 2 * vision.grid + 1):
+        out = (1, grid**2 + vision.class_token, vision.width)
+        options = {"vision": vision, "image_size": grid * vision.patch_size}
+        yield Case(f"positions, {vision.grid} to {grid} a side", "positions", [table], 1, out, options)
+
+    pixels = np.resize(np.arange(256, dtype=np.uint8), (1, 3, vision.image_size, vision.image_size))
+    yield Case("pixels", "pixels", [pixels], 0, pixels.shape, {"vision": vision})

@@ -1,0 +1,122 @@
+"""The same weights in code that nobody here wrote: transformers' SigLIP, Qwen2 and Llama beside both packages.
+
+transformers runs in float64: it is golden here. What is compared are activations that both packages name: the last block's
+output of the encoder (transformers' `hidden_states`), and the decoder's logits at the answers of one causal segment.
+"""
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from granvit.activations import INPUTS
+from granvit.checkpoint.layouts import Layout
+from granvit.checkpoint.layouts.llama import LLAMA
+from granvit.checkpoint.layouts.qwen2 import QWEN2
+from granvit.checkpoint.layouts.siglip import SIGLIP
+from granvit.data.batch import Batch
+from granvit.models import VisionConfig
+from parity.capture import Tensors, open_framework
+from parity.compare import Row, compare_suite
+from parity.fixture import Fixture
+
+
+def available() -> str:
+    """Empty, or why the peers cannot be asked."""
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        return "transformers is not installed: pip install -e '.[test]'"
+    return ""
+
+
+def golden(fixture: Fixture, batch: Batch) -> Tensors:
+    """What transformers computes, under the names of `granvit.activations`."""
+    return _encoder(fixture, batch) | _decoder(fixture, batch)
+
+
+def _encoder(fixture: Fixture, batch: Batch) -> Tensors:
+    import torch
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    c = fixture.vision
+    if not _is_siglip(c):
+        return {}
+    peer = SiglipVisionModel(SiglipVisionConfig(
+        hidden_size=c.width, intermediate_size=c.mlp, num_hidden_layers=c.built_layers, num_attention_heads=c.heads,
+        image_size=c.image_size, patch_size=c.patch_size, layer_norm_eps=c.norm_eps, hidden_act="gelu_pytorch_tanh",
+        vision_use_head=False,
+    )).double().eval()  # fmt: skip
+    _fill(peer, fixture.weights, SIGLIP, unused=("vision_model.post_layernorm",) if c.highest != "final" else ())
+    mean, std = (torch.tensor(v, dtype=torch.float64).reshape(1, 3, 1, 1) for v in (c.mean, c.std))
+    pixels = (torch.from_numpy(batch.pixels_B3RR).double() / 255 - mean) / std
+    with torch.no_grad():
+        states = peer(pixel_values=pixels, output_hidden_states=True).hidden_states
+    found = {"forward/vision.embeddings": states[0].numpy()}
+    return found | {f"forward/vision.encoder.layers.{i}": states[i + 1].numpy() for i in range(c.built_layers)}
+
+
+def _decoder(fixture: Fixture, batch: Batch) -> Tensors:
+    """Logits of `one_segment(batch)`, fed the fixture's embeddings at `inputs`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    c = fixture.language
+    sizes = dict(vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.mlp, num_hidden_layers=c.layers,
+                 num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_dim, rope_theta=c.rope_theta,
+                 rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied_head)  # fmt: skip
+    peer = (Qwen2ForCausalLM(Qwen2Config(**sizes)) if c.qkv_bias else LlamaForCausalLM(LlamaConfig(**sizes))).double().eval()
+    _fill(peer, fixture.weights, QWEN2 if c.qkv_bias else LLAMA, unused=("lm_head",) if c.tied_head else ())
+    rows, length = batch.token_ids_BS.shape
+    inputs = fixture.boundary(INPUTS, (rows, length, c.width))[INPUTS][0]
+    with torch.no_grad():
+        out = peer(inputs_embeds=torch.from_numpy(inputs).double(), output_hidden_states=True)
+    found = {f"forward/language.model.layers.{i}": out.hidden_states[i + 1].numpy() for i in range(c.layers - 1)}
+    at = np.arange(rows)[:, None], batch.answer_positions_BA
+    name = "language" if c.tied_head else "language.lm_head"
+    return found | {f"forward/{name}": out.logits.numpy()[at]}
+
+
+def one_segment(batch: Batch) -> Batch:
+    """The batch with every row one causal sequence, as transformers reads it."""
+    rows, length = batch.token_ids_BS.shape
+    positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    return replace(batch, positions_BS=positions, segments_BS=np.zeros_like(batch.segments_BS))
+
+
+def _is_siglip(c: VisionConfig) -> bool:
+    plain = VisionConfig(name=c.name, image_size=c.image_size, patch_size=c.patch_size, width=c.width, layers=c.layers,
+                         heads=c.heads, mlp=c.mlp, level=c.level, top=c.top, mean=c.mean, std=c.std, resize=c.resize,
+                         norm_eps=c.norm_eps)  # fmt: skip
+    return c == plain
+
+
+def _fill(peer, weights: dict[str, np.ndarray], layout: Layout, unused: tuple[str, ...]) -> None:
+    """Copies canonical weights into a transformers model through the layout's table."""
+    import torch
+
+    with torch.no_grad():
+        for foreign, parameter in peer.named_parameters():
+            if not foreign.startswith(unused or ("\0",)):
+                parameter.copy_(torch.from_numpy(weights[layout.canonical(foreign)]))
+
+
+def rows(fixture: Fixture, precision: str) -> Iterator[Row]:
+    """Both packages against transformers: MindSpore may be off by what PyTorch's rounding earns."""
+    batch = one_segment(fixture.batches[0])
+    reference = golden(fixture, batch)
+    found = {}
+    for framework in ("torch", "mindspore"):
+        config = fixture.config("stage1", precision)
+        shapes = fixture.shapes(config)
+        opened = open_framework(framework)(config, fixture.vision, fixture.language, fixture.weights.items(), shapes)
+        capture = opened.capture(batch, fixture.boundary(INPUTS, shapes[INPUTS]))
+        found[framework] = {name: capture.activations[name.partition("/")[2]] for name in reference}
+    yield from compare_suite("peers", reference, found["torch"], found["mindspore"], precision)
+
+
+def notes() -> list[str]:
+    """Which peers were not asked, and why."""
+    if importlib.util.find_spec("mindformers") is None:
+        return ["peers: MindFormers is not installed (pip install mindformers==1.9.0); its Llama was not asked"]
+    return ["peers: MindFormers' Llama was not asked"]

@@ -1,0 +1,56 @@
+"""What must hold before two sides can be compared at all. A failure here means "could not tell", never "diverged"."""
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from parity.fixture import digest
+
+NAMES = {
+    "weights": "the start weights (hash over names, shapes and bytes)",
+    "batches": "the batches (hash over arrays)",
+    "vision": "the encoder's configuration",
+    "language": "the decoder's configuration",
+    "seed": "the fixture's seed",
+    "steps": "the number of steps of the trajectory",
+}
+
+
+class CouldNotTell(Exception):
+    """The sides are not comparable; the message says in what they differ and what to do."""
+
+
+def check_comparable(records: Sequence[Any]) -> None:
+    """`CouldNotTell` where the records (`parity.capture.Record`) are not of the same computation."""
+    first = records[0]
+    for other in records[1:]:
+        for key, what in NAMES.items():
+            if first.settings.get(key) != other.settings.get(key):
+                raise CouldNotTell(
+                    f"{first.framework} and {other.framework} differ in {what}: {_short(first.settings.get(key))} and "
+                    f"{_short(other.settings.get(key))}. Record both with the same options of the same version"
+                )
+
+
+def check_deterministic(framework: str, one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> None:
+    """`CouldNotTell` where the same computation gave other bits the second time: something random is left on."""
+    if digest(one.items()) != digest(two.items()):
+        unlike = [n for n in one if not np.array_equal(one[n], two[n], equal_nan=True)]
+        raise CouldNotTell(f"{framework} computed one batch twice and got other bits, first in {unlike[0]}: randomness is on")
+
+
+def check_precision(framework: str) -> None:
+    """`CouldNotTell` where the environment makes float32 products less than float32."""
+    if framework == "torch":
+        import torch
+
+        if torch.get_float32_matmul_precision() != "highest" or torch.backends.cuda.matmul.allow_tf32:
+            raise CouldNotTell("PyTorch computes float32 products in TF32; torch.set_float32_matmul_precision('highest') first")
+    if os.environ.get("NVIDIA_TF32_OVERRIDE") == "1":
+        raise CouldNotTell("NVIDIA_TF32_OVERRIDE=1 makes float32 products TF32; unset it")
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:20]}..."

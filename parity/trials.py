@@ -1,0 +1,86 @@
+"""Does the checker notice? Trials with a planted fault, and seeds without one."""
+import argparse
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from rich.console import Console
+
+from granvit.launch import load_engine_class
+from parity.capture import Record, Request, compute, open_framework, opened_suite, reset, training_step
+from parity.compare import compare_suite
+from parity.faults import Fault
+from parity.fixture import make_fixture
+from parity.report import describe
+
+TRIAL_STEPS = 3  # of a trajectory under two ranks
+SEED_SUITES = ("vision", "language", "model")
+
+
+class Trial:
+    """Runs faults over one fixture for each encoder; what is not faulty is computed once."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.fixture = cache(lambda vision: make_fixture(options.seed, vision, options.language))
+        self.clean = cache(self._clean)
+
+    def _clean(self, framework: str, suite: str, vision: str, precision: str) -> Record:
+        return compute(self.fixture(vision), framework, Request((suite,), TRIAL_STEPS, precision))
+
+    def fault(self, fault: Fault) -> dict[str, Any]:
+        """Plants the fault and judges its suite. In PyTorch it is planted in the golden reference too: what is wrong then is the
+        package, not one precision of it."""
+        suite, precision = fault.suite, self.options.precision
+        request = Request((suite,), TRIAL_STEPS, precision, fault=fault.name)
+        fixture = self.fixture(fault.vision)
+        if fault.framework == "torch":
+            golden = compute(fixture, "torch", replace(request, compute="float64"))
+            peer = compute(fixture, "torch", request)
+            candidate = self.clean("mindspore", suite, fault.vision, precision)
+        else:
+            golden = self.clean("torch", suite, fault.vision, "float64")
+            peer = self.clean("torch", suite, fault.vision, precision)
+            candidate = compute(fixture, "mindspore", request)
+        rows = compare_suite(suite, golden.suites[suite], peer.suites[suite], candidate.suites[suite], precision)
+        first = next((row for row in rows if not row.passed), None)
+        located = first is not None and f"{first.kind}/{first.name}".startswith(fault.where)
+        return {
+            "name": fault.name,
+            "framework": {"torch": "PyTorch", "mindspore": "MindSpore"}[fault.framework],
+            "suite": suite,
+            "expected": " or ".join(fault.where),
+            "first": "nothing" if first is None else describe(first, ""),
+            "detected": first is not None,
+            "located": located,
+        }
+
+
+def false_alarms(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Judges `--seeds` fixtures of other seeds: encoder, decoder, model and a training step, each graph compiled once."""
+    sides: dict[str, tuple[Any, Any]] = {}
+    first = make_fixture(options.seed, options.vision, options.language)
+    wanted = (("golden", "torch", "float64"), ("peer", "torch", options.precision), ("candidate", "mindspore", options.precision))
+    for side, framework, precision in wanted:
+        config = first.config("stage1", precision)
+        parts = (config, first.vision, first.language, first.weights.items())
+        sides[side] = open_framework(framework)(*parts, first.shapes(config)), load_engine_class(framework)(*parts)
+    alarms, worst = [], 0.0
+    for number in range(options.seeds):
+        fixture = make_fixture(options.seed + 1 + number, options.vision, options.language)
+        for suite in (*SEED_SUITES, "stage1"):
+            found = {}
+            for side, (opened, engine) in sides.items():
+                if suite == "stage1":
+                    reset(engine, fixture)
+                    found[side] = training_step(engine, fixture)
+                else:
+                    reset(opened.engine, fixture)
+                    found[side] = opened_suite(opened, fixture, suite)
+            for row in compare_suite(suite, found["golden"], found["peer"], found["candidate"], options.precision):
+                worst = max(worst, row.badness)
+                if not row.passed:
+                    alarms.append(f"seed {fixture.seed}, {suite}: {describe(row, '')}")
+        if (number + 1) % 10 == 0:
+            console.print(f"[dim]{number + 1}/{options.seeds} seeds, worst {worst:.2f} of its limit[/]", highlight=False)
+    return {"seeds": options.seeds, "alarms": alarms, "worst": worst}

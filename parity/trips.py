@@ -1,0 +1,54 @@
+"""Checkpoints: what one framework writes, the other reads to the last bit; foreign layouts and back, likewise."""
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from granvit.checkpoint.run import CheckpointWriter, newest_checkpoint
+from granvit.engine import Group, TrainEngine
+from granvit.launch import load_engine_class
+from parity.compare import Row
+from parity.fixture import Fixture
+
+GROUPS: tuple[Group, ...] = ("model", "teacher", "first_moment", "second_moment")
+
+
+def rows(fixture: Fixture) -> Iterator[Row]:
+    """A row for every tensor of every round trip; its error is the share of bytes that differ."""
+    with tempfile.TemporaryDirectory(prefix="granvit-parity-") as folder:
+        for source, target in (("mindspore", "torch"), ("torch", "mindspore")):
+            yield from _resume(fixture, source, target, Path(folder) / source)
+
+
+def _resume(fixture: Fixture, source: str, target: str, run: Path) -> Iterator[Row]:
+    """After a step in `source` its checkpoint is loaded into `target`, weights, teacher and moments."""
+    config = fixture.config("stage1")
+    batches = fixture.step_batches(1)
+    engine = load_engine_class(source)(config, fixture.vision, fixture.language, fixture.weights.items())
+    writer = CheckpointWriter(run, config, fixture.vision, fixture.language, {})
+    writer.write_start(engine)
+    engine.step(batches, fixture.scalars(1, batches))
+    writer.save(engine, 1, {"questions": 0, "skipped": 0})
+    checkpoint = newest_checkpoint(run)
+    other = load_engine_class(target)(config, fixture.vision, fixture.language, checkpoint.tensors("model"))
+    for group in GROUPS[1:]:
+        other.load(group, checkpoint.tensors(group))
+    for group in GROUPS:
+        yield from _identical(f"{group}, {source} to {target}", engine, other, group)
+
+
+def _identical(kind: str, engine: TrainEngine, other: TrainEngine, group: Group) -> Iterator[Row]:
+    found = dict(other.tensors(group))
+    for name, array in engine.tensors(group):
+        yield bytes_row("checkpoint", kind, name, array, found.get(name))
+
+
+def bytes_row(suite: str, kind: str, name: str, expected: np.ndarray, found: np.ndarray | None) -> Row:
+    """A verdict on raw bytes."""
+    nothing, exact = (0.0, 0.0), (np.finfo(float).tiny,) * 2
+    if found is None:
+        return Row(suite, kind, name, expected.shape, nothing, (np.nan, np.nan), exact, "missing")
+    a, b = (np.frombuffer(np.ascontiguousarray(x).tobytes(), np.uint8) for x in (expected, found))
+    share = float((a != b).mean()) if a.shape == b.shape and a.size else float(a.shape != b.shape)
+    return Row(suite, kind, name, expected.shape, nothing, (share, share), exact, "" if share == 0 else "other bytes")
