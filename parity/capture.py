@@ -268,7 +268,7 @@ def _trajectory(engine: TrainEngine, fixture: Fixture, steps: int) -> Tensors:
     for step in range(1, steps + 1):
         batches = fixture.step_batches(step)
         result = engine.step(batches[engine.rank :: engine.world], fixture.scalars(step, batches))
-        values = vars(result) | _distances(engine, fixture)
+        values = {"grad_norm": result.grad_norm, **vars(result), **_distances(engine, fixture)}  # a step's gradient comes first
         for name, value in values.items():
             rows.setdefault(name, []).append(value)
     found: Tensors = {f"curve/{name}": np.array(values) for name, values in rows.items()}

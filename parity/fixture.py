@@ -24,7 +24,7 @@ PREFIX_BEFORE, PREFIX_AFTER = 5, 2  # text tokens of the prefix around the image
 MICRO_BATCHES = 2  # of a step, over all ranks
 NEW_TOKENS = 6
 STOP = 1  # a token that the generation suite is unlikely to choose
-EMBEDDING_STD = 0.3  # small rows, so that a norm's epsilon is not lost beside their variance
+EMBEDDING_STD = 0.3  # of what enters the first blocks: small, so that a norm's epsilon is not lost beside the variance
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,19 @@ class Fixture:
         rng = np.random.default_rng((self.seed, 12, *name.encode()))
         scale = EMBEDDING_STD if name == INPUTS else 1.0
         return {name: (scale * rng.standard_normal(shape, np.float32), rng.standard_normal(shape, np.float32) / shape[0])}
+
+    @property
+    def is_siglip(self) -> bool:
+        """Whether transformers' SigLIP has this encoder's structure."""
+        c = self.vision
+        sizes = ("name", "image_size", "patch_size", "width", "layers", "heads", "mlp")
+        free = ("norm_eps", "level", "top", "mean", "std", "resize")
+        return c == VisionConfig(**{field: getattr(c, field) for field in (*sizes, *free)})
+
+    @property
+    def is_qwen2(self) -> bool:
+        """Whether the decoder has Qwen2's biases; without them it is a Llama."""
+        return self.language.qkv_bias
 
     @property
     def weights_hash(self) -> str:
@@ -125,7 +138,8 @@ def start_values(vision: VisionConfig, language: LanguageConfig, seed: int) -> d
         if value.ndim == 1:
             value = value + 0.2 * rng.standard_normal(value.shape)
         else:
-            value = value / value.std() * (EMBEDDING_STD if "embed" in name else np.prod(value.shape[1:]) ** -0.5)
+            fan_in = 1 if name.endswith(("embed_tokens.weight", "position_embedding.weight")) else np.prod(value.shape[1:])
+            value = value / value.std() * fan_in**-0.5 * (EMBEDDING_STD if "embed" in name else 1)
         values[name] = value.astype(np.float32)
     return values
 

@@ -15,7 +15,6 @@ from granvit.checkpoint.layouts.llama import LLAMA
 from granvit.checkpoint.layouts.qwen2 import QWEN2
 from granvit.checkpoint.layouts.siglip import SIGLIP
 from granvit.data.batch import Batch
-from granvit.models import VisionConfig
 from parity.capture import Tensors, open_framework
 from parity.compare import Row, compare_suite
 from parity.fixture import Fixture
@@ -40,7 +39,7 @@ def _encoder(fixture: Fixture, batch: Batch) -> Tensors:
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     c = fixture.vision
-    if not _is_siglip(c):
+    if not fixture.is_siglip:
         return {}
     peer = SiglipVisionModel(SiglipVisionConfig(
         hidden_size=c.width, intermediate_size=c.mlp, num_hidden_layers=c.built_layers, num_attention_heads=c.heads,
@@ -65,8 +64,9 @@ def _decoder(fixture: Fixture, batch: Batch) -> Tensors:
     sizes = dict(vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.mlp, num_hidden_layers=c.layers,
                  num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_dim, rope_theta=c.rope_theta,
                  rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied_head)  # fmt: skip
-    peer = (Qwen2ForCausalLM(Qwen2Config(**sizes)) if c.qkv_bias else LlamaForCausalLM(LlamaConfig(**sizes))).double().eval()
-    _fill(peer, fixture.weights, QWEN2 if c.qkv_bias else LLAMA, unused=("lm_head",) if c.tied_head else ())
+    peer = Qwen2ForCausalLM(Qwen2Config(**sizes)) if fixture.is_qwen2 else LlamaForCausalLM(LlamaConfig(**sizes))
+    peer = peer.double().eval()
+    _fill(peer, fixture.weights, QWEN2 if fixture.is_qwen2 else LLAMA, unused=("lm_head",) if c.tied_head else ())
     rows, length = batch.token_ids_BS.shape
     inputs = fixture.boundary(INPUTS, (rows, length, c.width))[INPUTS][0]
     with torch.no_grad():
@@ -82,13 +82,6 @@ def one_segment(batch: Batch) -> Batch:
     rows, length = batch.token_ids_BS.shape
     positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
     return replace(batch, positions_BS=positions, segments_BS=np.zeros_like(batch.segments_BS))
-
-
-def _is_siglip(c: VisionConfig) -> bool:
-    plain = VisionConfig(name=c.name, image_size=c.image_size, patch_size=c.patch_size, width=c.width, layers=c.layers,
-                         heads=c.heads, mlp=c.mlp, level=c.level, top=c.top, mean=c.mean, std=c.std, resize=c.resize,
-                         norm_eps=c.norm_eps)  # fmt: skip
-    return c == plain
 
 
 def _fill(peer, weights: dict[str, np.ndarray], layout: Layout, unused: tuple[str, ...]) -> None:

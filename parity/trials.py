@@ -8,7 +8,7 @@ from rich.console import Console
 
 from granvit.launch import load_engine_class
 from parity.capture import Record, Request, compute, open_framework, opened_suite, reset, training_step
-from parity.compare import compare_suite
+from parity.compare import Row, compare_suite
 from parity.faults import Fault
 from parity.fixture import make_fixture
 from parity.report import describe
@@ -31,6 +31,24 @@ class Trial:
     def fault(self, fault: Fault) -> dict[str, Any]:
         """Plants the fault and judges its suite. In PyTorch it is planted in the golden reference too: what is wrong then is the
         package, not one precision of it."""
+        suite = fault.suite
+        outcome = {
+            "name": fault.name,
+            "framework": {"torch": "PyTorch", "mindspore": "MindSpore"}[fault.framework],
+            "suite": suite,
+            "expected": " or ".join(fault.where),
+        }
+        try:
+            rows = self._rows(fault)
+        except Exception as error:  # one fault that cannot be planted must not hide the others
+            reason = f"could not be run: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            return {**outcome, "first": reason, "detected": False, "located": False}
+        first = next((row for row in rows if not row.passed), None)
+        located = first is not None and f"{first.kind}/{first.name}".startswith(fault.where)
+        named = "nothing" if first is None else describe(first, "")
+        return {**outcome, "first": named, "detected": first is not None, "located": located}
+
+    def _rows(self, fault: Fault) -> list[Row]:
         suite, precision = fault.suite, self.options.precision
         request = Request((suite,), TRIAL_STEPS, precision, fault=fault.name)
         fixture = self.fixture(fault.vision)
@@ -42,18 +60,7 @@ class Trial:
             golden = self.clean("torch", suite, fault.vision, "float64")
             peer = self.clean("torch", suite, fault.vision, precision)
             candidate = compute(fixture, "mindspore", request)
-        rows = compare_suite(suite, golden.suites[suite], peer.suites[suite], candidate.suites[suite], precision)
-        first = next((row for row in rows if not row.passed), None)
-        located = first is not None and f"{first.kind}/{first.name}".startswith(fault.where)
-        return {
-            "name": fault.name,
-            "framework": {"torch": "PyTorch", "mindspore": "MindSpore"}[fault.framework],
-            "suite": suite,
-            "expected": " or ".join(fault.where),
-            "first": "nothing" if first is None else describe(first, ""),
-            "detected": first is not None,
-            "located": located,
-        }
+        return list(compare_suite(suite, *(side.suites[suite] for side in (golden, peer, candidate)), precision))
 
 
 def false_alarms(options: argparse.Namespace, console: Console) -> dict[str, Any]:

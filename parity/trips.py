@@ -5,12 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
-from granvit.checkpoint.run import CheckpointWriter, newest_checkpoint
+from granvit.checkpoint.run import Checkpoint, CheckpointWriter, newest_checkpoint
+from granvit.checkpoint.tensors import TensorSet
 from granvit.engine import Group, TrainEngine
 from granvit.launch import load_engine_class
 from parity.compare import Row
+from parity.convert import convert
 from parity.fixture import Fixture
 
+LAYOUTS = ("siglip", "qwen2", "llava", "mindformers", "mindspore")
 GROUPS: tuple[Group, ...] = ("model", "teacher", "first_moment", "second_moment")
 
 
@@ -19,6 +22,20 @@ def rows(fixture: Fixture) -> Iterator[Row]:
     with tempfile.TemporaryDirectory(prefix="granvit-parity-") as folder:
         for source, target in (("mindspore", "torch"), ("torch", "mindspore")):
             yield from _resume(fixture, source, target, Path(folder) / source)
+        checkpoint = newest_checkpoint(Path(folder) / "mindspore")
+        assert checkpoint is not None
+        for layout in LAYOUTS if fixture.is_siglip and fixture.is_qwen2 else ("mindspore",):
+            yield from _convert(checkpoint, layout, Path(folder))
+
+
+def _convert(checkpoint: Checkpoint, layout: str, folder: Path) -> Iterator[Row]:
+    """The checkpoint in a foreign layout and back: every tensor that the layout holds."""
+    convert(checkpoint.path, folder / layout, layout)
+    convert(folder / layout, folder / f"{layout} and back", "default")
+    back = TensorSet(folder / f"{layout} and back", "model")
+    for name, array in checkpoint.tensors("model"):
+        if name in back.shapes:
+            yield bytes_row("checkpoint", f"{layout} and back", name, array, back.read(name))
 
 
 def _resume(fixture: Fixture, source: str, target: str, run: Path) -> Iterator[Row]:

@@ -2,22 +2,32 @@
 
     python scripts/bench.py packing [--framework mindspore|torch]     regions/s of shared-prefix rows against separate rows
     python scripts/bench.py twins                                     a training step of one framework against the other
+    python scripts/bench.py convert [--gigabytes 0.5]                 parity/convert.py against a plain copy of the same file
 """
 import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from granvit.config import RunConfig, parse_config
+from granvit.checkpoint.layouts.qwen2 import QWEN2
+from granvit.checkpoint.tensors import TensorWriter
+from granvit.config import RunConfig, language_config, parse_config, vision_config
 from granvit.cost import language_macs, vision_macs
 from granvit.data.batch import Batch
 from granvit.engine import Scalars, TrainEngine
 from granvit.init import initial_values
 from granvit.launch import load_engine_class
-from granvit.models import LanguageConfig, VisionConfig, parameter_shapes
+from granvit.models import LanguageConfig, VisionConfig, language_shapes, parameter_shapes
 
 PREFIX, QUESTION, ANSWER = 20, 48, 8  # text tokens: prefix around the image, one region question, its answer
 
@@ -33,14 +43,7 @@ class Size:
     crop: int
 
 
-DEMO = Size(
-    "demo",
-    VisionConfig(name="demo", image_size=96, patch_size=12, width=128, layers=5, heads=4, mlp=512),
-    LanguageConfig(name="demo", vocab=512, width=128, layers=4, heads=4, kv_heads=2, head_dim=32, mlp=384, rope_theta=1e4,
-                   norm_eps=1e-6, tied_head=True, qkv_bias=True),
-    images=8,
-    crop=48,
-)  # fmt: skip
+DEMO = Size("demo", vision_config("demo-vision"), language_config("demo-language"), images=8, crop=48)
 MID = Size(
     "mid-size",
     VisionConfig(name="mid", image_size=224, patch_size=14, width=384, layers=13, heads=6, mlp=1536),
@@ -132,8 +135,10 @@ def packing(console: Console, framework: str, regions: int, repeats: int) -> Non
                 speeds.append(size.images * regions / seconds)
             limit = train_macs(size, 1, size.images * regions, crops) / train_macs(size, regions, size.images, crops)
             separate, packed = speeds
-            table.add_row(size.name, "with" if crops else "without", f"{separate:.1f}", f"{packed:.1f}",
-                          f"{packed / separate:.2f}x", f"{limit:.2f}x")  # fmt: skip
+            row = (size.name, "with" if crops else "without", f"{separate:.1f}", f"{packed:.1f}", f"{packed / separate:.2f}x",
+                   f"{limit:.2f}x")  # fmt: skip
+            console.print(f"[dim]{'  '.join(row)}[/]", highlight=False)  # a table that takes minutes shows its rows as they come
+            table.add_row(*row)
     console.print(table)
 
 
@@ -154,16 +159,81 @@ def twins(console: Console, regions: int, repeats: int) -> None:
     console.print(table)
 
 
+def write_decoder(directory: Path, gigabytes: float) -> int:
+    """A synthetic Qwen2 file of about this size in bfloat16, as published; returns the largest tensor's bytes."""
+    width, mlp, vocab = 1024, 4096, 32768
+    block = 2 * (3 * width * mlp + 2 * width * width + 2 * width * width // 4)
+    layers = max(1, round((gigabytes * 1e9 - 2 * vocab * width) / block))
+    language = LanguageConfig(name="bench", vocab=vocab, width=width, layers=layers, heads=16, kv_heads=4, head_dim=64, mlp=mlp,
+                              rope_theta=1e6, norm_eps=1e-6, tied_head=True, qkv_bias=True)  # fmt: skip
+    shapes = {QWEN2.spellings[0].foreign(name): shape for name, shape in language_shapes(language).items()}
+    rng = np.random.default_rng(0)
+    with TensorWriter(directory, "model", shapes, shard_bytes=sys.maxsize, checksums=False) as writer:
+        for name, shape in shapes.items():
+            writer.add(name, rng.integers(0, 1 << 15, shape, np.uint16).view(ml_dtypes.bfloat16))
+        writer.finish()
+    (directory / "config.json").write_text(json.dumps(QWEN2.write_config(None, language)))
+    return max(int(np.prod(shape)) for shape in shapes.values()) * 2
+
+
+CONVERT = """
+import sys
+from pathlib import Path
+from parity.convert import convert
+report = convert(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], verify=sys.argv[4] == "yes")
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(report.seconds, peak * 1024)
+"""  # not getrusage, whose peak a child takes over from its parent
+
+
+def conversion(console: Console, gigabytes: float, repeats: int) -> None:
+    """The same file copied and converted in turn; medians, each conversion in a process of its own. Linux only."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "source").mkdir()
+        largest = write_decoder(folder / "source", gigabytes)
+        file = folder / "source" / "model.safetensors"
+        size = file.stat().st_size
+        table = Table(title=f"a Qwen2-like file of {size / 1e9:.2f} GB, bfloat16, largest tensor {largest / 1e6:.0f} MB")
+        for column in ("what", "GB/s", "time / copy", "peak memory, MB"):
+            table.add_column(column, justify="left" if column == "what" else "right")
+        cases = [(to, verify) for to in ("default", "mindformers") for verify in ("no", "yes")]
+        times: dict[str, list[float]] = {}
+        peaks: dict[str, int] = {}
+        for _ in range(repeats):
+            start = time.perf_counter()
+            shutil.copyfile(file, folder / "copy")
+            times.setdefault("shutil.copyfile", []).append(time.perf_counter() - start)
+            (folder / "copy").unlink()
+            for to, verify in cases:
+                command = [sys.executable, "-c", CONVERT, folder / "source", folder / "converted", to, verify]
+                done = subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True)
+                what = f"qwen2 -> {to}{', verified' if verify == 'yes' else ''}"
+                seconds, peak = done.stdout.split()
+                times.setdefault(what, []).append(float(seconds))
+                peaks[what] = max(peaks.get(what, 0), int(peak))
+                shutil.rmtree(folder / "converted")
+        copy = float(np.median(times["shutil.copyfile"]))
+        for what, measured in times.items():
+            seconds = float(np.median(measured))
+            peak = f"{peaks[what] / 1e6:.0f}" if what in peaks else ""
+            table.add_row(what, f"{size / seconds / 1e9:.2f}", f"{seconds / copy:.2f}x", peak)
+    console.print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("packing", "twins"))
+    parser.add_argument("what", choices=("packing", "twins", "convert"))
     parser.add_argument("--framework", choices=("mindspore", "torch"), default="mindspore")
     parser.add_argument("--regions", type=int, default=6, help="questions per image (default 6; the paper's data has 6.2)")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps; the median is printed (default 5)")
+    parser.add_argument("--gigabytes", type=float, default=0.5, help="size of the file that is converted (default 0.5)")
     args = parser.parse_args()
     console = Console(width=130)
     if args.what == "packing":
         packing(console, args.framework, args.regions, args.repeats)
+    elif args.what == "convert":
+        conversion(console, args.gigabytes, args.repeats)
     else:
         twins(console, args.regions, args.repeats)
 

@@ -48,7 +48,8 @@ PHRASES = (
     " column ",
 )
 # Share of the whole that a part takes, in seconds on the 2-core machine of docs/demo.md: for the time left.
-PARTS = {"data": 20, "pretrain_text": 400, "pretrain_image": 100, "stage1": 310, "guesser": 170, "stage2": 180, "report": 5}
+PARTS = {"data": 20, "pretrain_text": 300, "pretrain_image": 60, "stage1": 140, "stage1_mixed": 80, "guesser": 90, "stage2": 430,
+         "report": 5}  # fmt: skip
 PREPARE = ("data", "pretrain_text", "pretrain_image")
 RUNS = ("pretrain_text", "pretrain_image", "stage1", "stage1_mixed", "guesser", "stage2")
 STAGES = {"stage1": "stage1", "stage1_mixed": "stage1", "stage2": "stage2"}  # parts that a stage's own script runs

@@ -137,6 +137,13 @@ def test_transformers_5_writes_rope_parameters(published):
     assert start_weights(configuration(published), VISION, QWEN)
 
 
+def test_scaled_rotary_angles_are_refused(published):
+    path = published / "language" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}))
+    with pytest.raises(ValueError, match=r"language/config\.json: rope_type 'llama3' has no counterpart"):
+        start_weights(configuration(published), VISION, QWEN)
+
+
 @pytest.mark.parametrize("missing", ["vision", "language"])
 def test_a_missing_directory_says_what_belongs_there_and_how_to_do_without(published, missing):
     config = configuration(published, **{f"weights_{missing}": "nowhere/at-all"})

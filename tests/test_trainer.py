@@ -204,7 +204,10 @@ def test_learning_rate_warms_up_and_follows_the_cosine():
     for step in (10, 55, 99):
         assert rates[step] == pytest.approx(1 + np.cos(np.pi * (step - 10) / 90))
     assert (np.diff(rates[10:]) < 0).all() and rates[-1] > 0
-    np.testing.assert_array_equal(learning_rates(OptimizerSection(lr=2.0, warmup=0, schedule="constant"), 5), np.full(5, 2.0))
+    constant = OptimizerSection(lr=2.0, warmup=0, schedule="constant")
+    np.testing.assert_array_equal(learning_rates(constant, 5), np.full(5, 2.0))
+    cooled = learning_rates(constant.model_copy(update={"cooldown": 0.4}), 10)
+    np.testing.assert_allclose(cooled, [2, 2, 2, 2, 2, 2, 2, 1.5, 1, 0.5])
 
 
 def test_alpha_rises_linearly_from_zero():

@@ -5,7 +5,9 @@ with `model.safetensors.index.json`, as model publishers ship them. A set that t
 tensor's bytes beside it in `model.sha256.json`, which every later read is checked against.
 """
 import hashlib
+import io
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,6 +25,11 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
+# What else the format knows. Such a tensor may lie in a file (old files carry integer positions), but is not read.
+OTHER_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8,
+}  # fmt: skip
+CHUNK_BYTES = 16 << 20
 SHARD_BYTES = 5_000_000_000
 MAX_HEADER = 100_000_000  # the format's own limit
 
@@ -58,15 +65,26 @@ class TensorWriter:
     """Writes one set of tensors, in whatever order they come: `add(name, array)` for all of `shapes`, then `finish()`.
 
     A failed write raises `OSError` and leaves partial files: write into a directory that is thrown away then. A context
-    manager only so that an error closes the file.
+    manager only so that an error closes the file. `metadata` goes into every header; without `checksums` there is no
+    `model.sha256.json` beside the set (other programs may edit it and would not know).
     """
 
-    def __init__(self, directory: Path, stem: str, shapes: Shapes, shard_bytes: int = SHARD_BYTES):
+    def __init__(
+        self,
+        directory: Path,
+        stem: str,
+        shapes: Shapes,
+        shard_bytes: int = SHARD_BYTES,
+        metadata: dict[str, str] | None = None,
+        checksums: bool = True,
+    ):
         self.directory, self.stem, self.shapes, self.shard_bytes = directory, stem, shapes, shard_bytes
+        self.first_entry = {"__metadata__": metadata} if metadata else {}
+        self.checksums = checksums
         self.digests: dict[str, str] = {}
         # The header comes first in the file but is known last. Its room is reserved: no offset has more than 20 digits.
         longest = {n: {"dtype": "BF16", "shape": s, "data_offsets": [10**19, 10**19]} for n, s in shapes.items()}
-        self.header_bytes = -(-len(json.dumps(longest)) // 8) * 8
+        self.header_bytes = -(-len(json.dumps(self.first_entry | longest)) // 8) * 8
         self.shards: list[dict[str, dict]] = []
         self.file = None
 
@@ -109,7 +127,8 @@ class TensorWriter:
             weight_map = {tensor: name for shard, name in zip(self.shards, names, strict=True) for tensor in shard}
             index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
             write_synced(self.directory / f"{self.stem}.safetensors.index.json", json.dumps(index, indent=1))
-        write_synced(self.directory / f"{self.stem}.sha256.json", json.dumps(self.digests, indent=1))
+        if self.checksums:
+            write_synced(self.directory / f"{self.stem}.sha256.json", json.dumps(self.digests, indent=1))
         return self.digests
 
     def _partial(self, shard: int) -> Path:
@@ -124,7 +143,7 @@ class TensorWriter:
         self.offset = 0
 
     def _end_shard(self) -> None:
-        header = json.dumps(self.shards[-1]).encode()
+        header = json.dumps(self.first_entry | self.shards[-1]).encode()
         assert len(header) <= self.header_bytes
         self.file.seek(0)
         self.file.write(self.header_bytes.to_bytes(8, "little") + header.ljust(self.header_bytes))
@@ -137,6 +156,15 @@ class TensorWriter:
         return sum(entry["data_offsets"][1] - entry["data_offsets"][0] for shard in self.shards for entry in shard.values())
 
 
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; `ValueError` where it has a key twice (`json` alone keeps the last)."""
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} is there twice")
+    return tree
+
+
 def _read_header(path: Path) -> dict[str, dict]:
     """A file's table of tensors with absolute offsets, checked against the file's size; `ValueError` names the file."""
     size = path.stat().st_size
@@ -145,26 +173,81 @@ def _read_header(path: Path) -> dict[str, dict]:
         if size < 8 or length > min(size - 8, MAX_HEADER):
             raise ValueError(f"{path}: not a safetensors file, or truncated ({size} bytes)")
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
             header.pop("__metadata__", None)
-            entries = {n: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for n, e in header.items()}
+            entries = {n: (e["dtype"], tuple(map(int, e["shape"])), *map(int, e["data_offsets"])) for n, e in header.items()}
+            if any(len(entry) != 4 for entry in entries.values()):
+                raise ValueError("data_offsets that are not two")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: the safetensors header does not parse ({error}); the file is damaged") from None
+    item_bytes = {tag: dtype.itemsize for tag, dtype in DTYPES.items()} | OTHER_BYTES
     table, end = {}, 0
     for name, (tag, shape, first, last) in sorted(entries.items(), key=lambda item: item[1][2]):
-        if tag not in DTYPES:
+        if tag not in item_bytes:
             raise ValueError(f"{path}: tensor {name!r} has dtype {tag}; expected one of {', '.join(DTYPES)}")
-        if first != end or last - first != int(np.prod(shape)) * DTYPES[tag].itemsize:
+        if first != end or last - first != math.prod(shape) * item_bytes[tag]:
             raise ValueError(f"{path}: tensor {name!r} does not lie where the header says; the file is damaged")
-        table[name] = {"dtype": DTYPES[tag], "shape": shape, "offset": 8 + length + first, "bytes": last - first}
+        table[name] = {"tag": tag, "shape": shape, "spans": [(8 + length + first, last - first)], "path": path}
         end = last
     if 8 + length + end != size:
         raise ValueError(f"{path}: {size} bytes where its header promises {8 + length + end}; the file is truncated or damaged")
     return table
 
 
-class TensorSet:
-    """Random access to one set of tensors: `shapes`, `read(name)`. Opening reads headers alone.
+class StoredTensors:
+    """Random access to tensors in files: `shapes`, `read(name)`. `entries` says where each lies: `path` and the `spans` of
+    its bytes (offset, length) there, its `shape` and the `tag` of its dtype, a key of `dtypes` if it can be read."""
+
+    dtypes = DTYPES
+    entries: dict[str, dict]
+
+    @property
+    def shapes(self) -> Shapes:
+        """Names and shapes, in the files' order."""
+        return {name: entry["shape"] for name, entry in self.entries.items()}
+
+    def check_readable(self, name: str) -> None:
+        """`ValueError` naming file and tensor where the dtype is not one of ours."""
+        entry = self.entries[name]
+        if entry["tag"] not in self.dtypes:
+            expected = ", ".join(self.dtypes)
+            raise ValueError(f"{entry['path']}: tensor {name!r} has dtype {entry['tag']}; expected one of {expected}")
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor in the dtype it was stored in; `ValueError` names file and tensor where it cannot be read."""
+        self.check_readable(name)
+        entry = self.entries[name]
+        raw = np.empty(sum(length for _, length in entry["spans"]), np.uint8)
+        start = 0
+        with open(entry["path"], "rb", buffering=0) as file:
+            for offset, length in entry["spans"]:
+                self._fill(file, offset, raw[start : start + length], name)
+                start += length
+        return raw.view(self.dtypes[entry["tag"]]).reshape(entry["shape"])
+
+    def digest(self, name: str) -> str:
+        """sha256 of a tensor's bytes, of whatever dtype and size, a chunk in memory at a time."""
+        entry, digest = self.entries[name], hashlib.sha256()
+        with open(entry["path"], "rb", buffering=0) as file:
+            for offset, length in entry["spans"]:
+                for start in range(0, length, CHUNK_BYTES):
+                    chunk = np.empty(min(CHUNK_BYTES, length - start), np.uint8)
+                    self._fill(file, offset + start, chunk, name)
+                    digest.update(chunk.data)
+        return digest.hexdigest()
+
+    @staticmethod
+    def _fill(file: io.FileIO, offset: int, raw: np.ndarray, name: str) -> None:
+        file.seek(offset)
+        done = 0
+        while done < len(raw):
+            if not (more := file.readinto(memoryview(raw)[done:])):
+                raise ValueError(f"{file.name}: truncated inside tensor {name!r}")
+            done += more
+
+
+class TensorSet(StoredTensors):
+    """One set of tensors in safetensors files. Opening reads headers alone.
 
     `ValueError` names the file that is missing, truncated or damaged. With `checked`, every read is compared with the
     sha256 written beside the set.
@@ -174,9 +257,11 @@ class TensorSet:
         self.directory, self.stem = Path(directory), stem
         single = self.directory / f"{stem}.safetensors"
         index = self.directory / f"{stem}.safetensors.index.json"
+        listed: dict[str, str] = {}
         if index.exists():
             try:
-                files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                listed = dict(json.loads(index.read_text())["weight_map"])
+                files = sorted(set(listed.values()))
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise ValueError(f"{index}: not a safetensors index ({error})") from None
         elif single.exists():
@@ -191,7 +276,10 @@ class TensorSet:
             for name, entry in _read_header(path).items():
                 if name in self.entries:
                     raise ValueError(f"{path}: tensor {name!r} is also in {self.entries[name]['path'].name}")
-                self.entries[name] = entry | {"path": path}
+                self.entries[name] = entry
+        for name, file in listed.items():
+            if name not in self.entries:
+                raise ValueError(f"{index} names tensor {name!r}, which is not in {file}")
         self.digests: dict[str, str] | None = self._read_digests() if checked else None
 
     def _read_digests(self) -> dict[str, str]:
@@ -205,20 +293,13 @@ class TensorSet:
             raise ValueError(f"{path}: does not list the tensors of {self.stem}.safetensors (first difference: {odd!r})")
         return digests
 
-    @property
-    def shapes(self) -> Shapes:
-        """Names and shapes, in the files' order."""
-        return {name: entry["shape"] for name, entry in self.entries.items()}
-
     def read(self, name: str) -> np.ndarray:
         """One tensor in the dtype it was stored in; `ValueError` names file and tensor where its bytes have changed."""
-        entry = self.entries[name]
-        array = np.fromfile(entry["path"], np.uint8, entry["bytes"], offset=entry["offset"])
-        if array.nbytes != entry["bytes"]:
-            raise ValueError(f"{entry['path']}: truncated inside tensor {name!r}")
-        if self.digests is not None and hashlib.sha256(array.data).hexdigest() != self.digests[name]:
-            raise ValueError(f"{entry['path']}: the bytes of tensor {name!r} are not those that were written (checksum)")
-        return array.view(entry["dtype"]).reshape(entry["shape"])
+        array = super().read(name)
+        if self.digests is not None and tensor_digest(array) != self.digests[name]:
+            path = self.entries[name]["path"]
+            raise ValueError(f"{path}: the bytes of tensor {name!r} are not those that were written (checksum)")
+        return array
 
     def items(self) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor, one at a time."""

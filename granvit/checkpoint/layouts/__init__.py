@@ -1,4 +1,4 @@
-"""Foreign checkpoint layouts: one small table each, readable in both directions.
+"""Foreign checkpoint layouts: one small table each, read in both directions.
 
 A table's row pairs a foreign name with the canonical one; `{i}` stands for a block's number, `{p}` for `weight` or `bias`, `{*}`
 for anything. A name that no row meets is an error that names it: nothing is skipped in silence.
@@ -6,19 +6,26 @@ for anything. A name that no row meets is an error that names it: nothing is ski
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from granvit.models import LanguageConfig, VisionConfig
+from granvit.models import LanguageConfig, VisionConfig, part_of
 
 PLACEHOLDERS = {"{i}": r"(\d+)", "{p}": r"(weight|bias)", "{*}": r"(.*)"}
+Pairs = tuple[tuple[str, str], ...]
+
+
+@cache
+def _expression(pattern: str) -> re.Pattern[str]:
+    expression = re.escape(pattern)
+    for placeholder, group in PLACEHOLDERS.items():
+        expression = expression.replace(re.escape(placeholder), group)
+    return re.compile(expression)
 
 
 def _match(pattern: str, name: str) -> tuple[str, ...] | None:
     """What the placeholders stand for, where the pattern meets the name."""
-    expression = re.escape(pattern)
-    for placeholder, group in PLACEHOLDERS.items():
-        expression = expression.replace(re.escape(placeholder), group)
-    found = re.fullmatch(expression, name)
+    found = _expression(pattern).fullmatch(name)
     return found and found.groups()
 
 
@@ -29,39 +36,82 @@ def _fill(pattern: str, values: Iterable[str]) -> str:
 
 
 @dataclass(frozen=True)
+class Spelling:
+    """One set of foreign names: `rows` pair them with canonical ones, `left_out` with the reason why they have no place here."""
+
+    rows: Pairs
+    left_out: Pairs = ()
+
+    def __add__(self, other: "Spelling") -> "Spelling":
+        return Spelling(self.rows + other.rows, self.left_out + other.left_out)
+
+    def prefixed(self, prefix: str) -> "Spelling":
+        """The same names with `prefix` before them."""
+        rows, left_out = (tuple((prefix + foreign, other) for foreign, other in pairs) for pairs in (self.rows, self.left_out))
+        return Spelling(rows, left_out)
+
+    def canonical(self, foreign: str) -> str | None:
+        """The canonical name; None where no row meets the name."""
+        return next((_fill(to, v) for pattern, to in self.rows if (v := _match(pattern, foreign)) is not None), None)
+
+    def foreign(self, canonical: str) -> str | None:
+        """The foreign name; None where no row meets the canonical one."""
+        return next((_fill(to, v) for to, pattern in self.rows if (v := _match(pattern, canonical)) is not None), None)
+
+    def reason(self, foreign: str) -> str | None:
+        """Why the foreign name is left out; None where it is not."""
+        return next((reason for pattern, reason in self.left_out if _match(pattern, foreign) is not None), None)
+
+
+@dataclass(frozen=True)
 class Layout:
     """How one publisher writes one kind of model.
 
-    `model_types` are the values of config.json's `model_type` that have this layout; `rows` pair foreign with canonical names;
-    `left_out` pairs foreign names that have no place here with the reason; any of `prefixes` may stand before every
-    name. `read_config` turns the directory's config.json into fields of our `VisionConfig` or `LanguageConfig`.
+    `model_types` are the values of config.json's `model_type` that have this layout. A file keeps to one of `spellings`; the
+    first is the one written. `read_config` turns a config.json into fields of our `VisionConfig` and `LanguageConfig`, by
+    part; `write_config` is its inverse and raises `ValueError` for a model that this layout has no words for. `pairs` are
+    canonical names of which the second comes wherever the first does. `metadata` goes into the files' headers.
     """
 
     name: str
     model_types: tuple[str, ...]
-    rows: tuple[tuple[str, str], ...]
-    left_out: tuple[tuple[str, str], ...]
-    read_config: Callable[[dict[str, Any]], dict[str, Any]]
-    prefixes: tuple[str, ...] = ("",)
+    spellings: tuple[Spelling, ...]
+    read_config: Callable[[dict[str, Any]], dict[str, dict[str, Any]]]
+    write_config: Callable[[VisionConfig | None, LanguageConfig | None], dict[str, Any]]
+    pairs: Pairs = ()
+    metadata: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """The parts of the model that this layout holds."""
+        return frozenset(part_of(canonical) for _, canonical in self.spellings[0].rows)
 
     def canonical(self, foreign: str) -> str | None:
         """The canonical name, or None for a name that is left out; `ValueError` for one that no row maps."""
-        for prefix in self.prefixes:
-            bare = foreign.removeprefix(prefix)
-            if not foreign.startswith(prefix):
-                continue
-            for pattern, canonical in self.rows:
-                if (values := _match(pattern, bare)) is not None:
-                    return _fill(canonical, values)
-            if any(_match(pattern, bare) is not None for pattern, _ in self.left_out):
+        for spelling in self.spellings:
+            if (canonical := spelling.canonical(foreign)) is not None:
+                return canonical
+            if spelling.reason(foreign) is not None:
                 return None
         raise ValueError(f"tensor {foreign!r} is in no row of the {self.name!r} layout")
 
     def check_config(self, tree: dict[str, Any], ours: VisionConfig | LanguageConfig, origin: str) -> None:
         """`ValueError` naming the first field in which the directory's config.json is another model than `ours`."""
-        for field, value in self.read_config(tree).items():
+        part = "vision" if isinstance(ours, VisionConfig) else "language"
+        try:
+            fields = self.read_config(tree)[part]
+        except ValueError as error:
+            raise ValueError(f"{origin}: {error}") from None
+        for field, value in fields.items():
             if value != getattr(ours, field):
                 raise ValueError(
                     f"{origin} describes another model than configs/models/{ours.name}.yaml: {field} is {value!r} there and "
                     f"{getattr(ours, field)!r} here"
                 )
+
+
+def one_of(names: dict[str, str], value: str, field: str) -> str:
+    """`names[value]`; `ValueError` naming the field of a config.json whose value has no counterpart here."""
+    if value not in names:
+        raise ValueError(f"{field} {value!r} has no counterpart; known: {', '.join(names)}")
+    return names[value]

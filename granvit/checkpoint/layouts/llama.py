@@ -1,12 +1,16 @@
 """Llama as transformers writes it. Its words are the canonical ones below `language.`."""
 from typing import Any
 
-from granvit.checkpoint.layouts import Layout
+from granvit.checkpoint.layouts import Layout, Spelling, one_of
+from granvit.models import LanguageConfig, VisionConfig
 
 
 def read_config(tree: dict[str, Any]) -> dict[str, Any]:
     """Fields of `LanguageConfig`; transformers 5 writes `rope_parameters`, 4 a flat `rope_theta`."""
     rope = tree.get("rope_parameters") or tree
+    scaling = (tree.get("rope_parameters") or tree.get("rope_scaling") or {}).get("rope_type", "default")
+    one_of({"default": ""}, scaling, "rope_type")  # another scales the angles, which no decoder here does
+    one_of({"silu": ""}, tree.get("hidden_act", "silu"), "hidden_act")
     return {
         "width": tree["hidden_size"],
         "mlp": tree["intermediate_size"],
@@ -21,23 +25,51 @@ def read_config(tree: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def write_config(language: LanguageConfig) -> dict[str, Any]:
+    """What `read_config` reads, in transformers 4's words."""
+    return {
+        "hidden_act": "silu",
+        "hidden_size": language.width,
+        "intermediate_size": language.mlp,
+        "num_hidden_layers": language.layers,
+        "num_attention_heads": language.heads,
+        "num_key_value_heads": language.kv_heads,
+        "head_dim": language.head_dim,
+        "vocab_size": language.vocab,
+        "rms_norm_eps": language.norm_eps,
+        "rope_theta": language.rope_theta,
+        "tie_word_embeddings": language.tied_head,
+    }
+
+
 BLOCK = (
     *(f"self_attn.{p}_proj" for p in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
     "input_layernorm", "post_attention_layernorm",
 )  # fmt: skip
+LEFT_OUT = (("layers.{i}.self_attn.rotary_emb.inv_freq", "a constant: old files carry it"),)
 
-ROWS = (
-    ("model.embed_tokens.weight", "language.model.embed_tokens.weight"),
-    *((f"model.layers.{{i}}.{m}.weight", f"language.model.layers.{{i}}.{m}.weight") for m in BLOCK),
-    ("model.norm.weight", "language.model.norm.weight"),
-    ("lm_head.weight", "language.lm_head.weight"),
-)
-LEFT_OUT = (("model.layers.{i}.self_attn.rotary_emb.inv_freq", "a constant: old files carry it"),)
+
+def spelling(model: str = "model.", head: str = "lm_head.") -> Spelling:
+    """The decoder's names with `model` before the blocks' and `head` before the head's."""
+    rows = (
+        ("embed_tokens.weight", "language.model.embed_tokens.weight"),
+        *((f"layers.{{i}}.{m}.weight", f"language.model.layers.{{i}}.{m}.weight") for m in BLOCK),
+        ("norm.weight", "language.model.norm.weight"),
+    )
+    return Spelling(rows, LEFT_OUT).prefixed(model) + Spelling(((f"{head}weight", "language.lm_head.weight"),))
+
+
+def _write_config(vision: VisionConfig | None, language: LanguageConfig) -> dict[str, Any]:
+    if language.qkv_bias:
+        raise ValueError("this decoder has biases on queries, keys and values, which 'llama' has no names for: 'qwen2' has")
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False} | write_config(language)
+
 
 LLAMA = Layout(
     name="llama",
     model_types=("llama",),
-    rows=ROWS,
-    left_out=LEFT_OUT,
-    read_config=lambda tree: read_config(tree) | {"qkv_bias": tree.get("attention_bias", False)},
+    spellings=(spelling(),),
+    read_config=lambda tree: {"language": read_config(tree) | {"qkv_bias": tree.get("attention_bias", False)}},
+    write_config=_write_config,
+    metadata=(("format", "pt"),),
 )

@@ -4,34 +4,45 @@ Their words are the canonical ones. Their config.json states only what differs f
 """
 from typing import Any
 
-from granvit.checkpoint.layouts import Layout
+from granvit.checkpoint.layouts import Layout, Spelling, one_of
+from granvit.models import LanguageConfig, VisionConfig
 
 DEFAULTS = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224,
     "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
 }  # fmt: skip
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "quick_gelu": "quick_gelu"}
+WORDS = {activation: word for word, activation in ACTIVATIONS.items()}
+FIELDS = {
+    "width": "hidden_size", "mlp": "intermediate_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+    "image_size": "image_size", "patch_size": "patch_size", "norm_eps": "layer_norm_eps",
+}  # fmt: skip
+PLAIN = ("norm", "gated_mlp", "bias", "patch_bias", "patch_norm", "class_token", "pre_norm", "layer_scale", "closing_norm")
 
 
-def _read_config(tree: dict[str, Any]) -> dict[str, Any]:
-    stated = DEFAULTS | tree.get("vision_config", tree)
-    return {
-        "width": stated["hidden_size"],
-        "mlp": stated["intermediate_size"],
-        "layers": stated["num_hidden_layers"],
-        "heads": stated["num_attention_heads"],
-        "image_size": stated["image_size"],
-        "patch_size": stated["patch_size"],
-        "activation": ACTIVATIONS.get(stated["hidden_act"], stated["hidden_act"]),
-        "norm_eps": stated["layer_norm_eps"],
-    }
+def read_config(tree: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `VisionConfig` from the tower's config."""
+    stated = DEFAULTS | tree
+    fields = {ours: stated[theirs] for ours, theirs in FIELDS.items()}
+    return fields | {"activation": one_of(ACTIVATIONS, stated["hidden_act"], "hidden_act")}
+
+
+def write_config(vision: VisionConfig) -> dict[str, Any]:
+    """The tower's config, without the pooling head; `ValueError` for an encoder that is not built like SigLIP's."""
+    for field in PLAIN:
+        if getattr(vision, field) != VisionConfig.model_fields[field].default:
+            raise ValueError(f"this encoder has {field}={getattr(vision, field)!r}, which SigLIP has no names for")
+    tree = {theirs: getattr(vision, ours) for ours, theirs in FIELDS.items()}
+    activation = one_of(WORDS, vision.activation, "activation")
+    return {"model_type": "siglip_vision_model", "vision_use_head": False, "num_channels": 3, "hidden_act": activation} | tree
+
+
+def _write_config(vision: VisionConfig, language: LanguageConfig | None) -> dict[str, Any]:
+    return {"architectures": ["SiglipVisionModel"]} | write_config(vision)
 
 
 BLOCK = ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2", *(f"self_attn.{p}_proj" for p in "qkv"), "self_attn.out_proj")
-
-SIGLIP = Layout(
-    name="siglip",
-    model_types=("siglip", "siglip_vision_model"),
+TOWER = Spelling(
     rows=(
         ("embeddings.patch_embedding.{p}", "vision.embeddings.patch_embedding.{p}"),
         ("embeddings.position_embedding.weight", "vision.embeddings.position_embedding.weight"),
@@ -40,11 +51,23 @@ SIGLIP = Layout(
     ),
     left_out=(
         ("head.{*}", "the pooling head: the projector reads patch tokens"),
+        ("embeddings.position_ids", "0, 1, 2, ...: old files carry it"),
+    ),
+)
+OTHER_TOWER = Spelling(
+    rows=(),
+    left_out=(
         ("text_model.{*}", "the text tower"),
         ("logit_scale", "the towers' contrastive loss"),
         ("logit_bias", "the towers' contrastive loss"),
-        ("embeddings.position_ids", "0, 1, 2, ...: old files carry it"),
     ),
-    read_config=_read_config,
-    prefixes=("vision_model.", ""),
+)
+
+SIGLIP = Layout(
+    name="siglip",
+    model_types=("siglip", "siglip_vision_model"),
+    spellings=(TOWER.prefixed("vision_model.") + OTHER_TOWER, TOWER + OTHER_TOWER),
+    read_config=lambda tree: {"vision": read_config(tree.get("vision_config", tree))},
+    write_config=_write_config,
+    metadata=(("format", "pt"),),
 )

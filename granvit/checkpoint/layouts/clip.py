@@ -1,0 +1,60 @@
+"""CLIP (OpenAI's) as transformers writes it: the vision tower alone or both towers. SigLIP's words and three more.
+
+The config.json states only what differs from transformers' `CLIPVisionConfig`.
+"""
+from typing import Any
+
+from granvit.checkpoint.layouts import Layout, Spelling, siglip
+from granvit.models import LanguageConfig, VisionConfig
+
+DEFAULTS = siglip.DEFAULTS | {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+PLAIN = {"class_token": True, "pre_norm": True, "patch_bias": False}  # what a CLIP tower is beyond SigLIP's
+
+
+def read_config(tree: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `VisionConfig` from the tower's config."""
+    return siglip.read_config(DEFAULTS | tree) | PLAIN
+
+
+def write_config(vision: VisionConfig) -> dict[str, Any]:
+    """The tower's config; `ValueError` for an encoder that is not built like CLIP's."""
+    for field, value in PLAIN.items():
+        if getattr(vision, field) != value:
+            raise ValueError(f"this encoder has {field}={getattr(vision, field)!r}, which CLIP has no names for")
+    like_siglip = {field: VisionConfig.model_fields[field].default for field in PLAIN}
+    tree = siglip.write_config(VisionConfig(**{**vision.model_dump(), **like_siglip}))
+    del tree["vision_use_head"]
+    return tree | {"model_type": "clip_vision_model"}
+
+
+def _write_config(vision: VisionConfig, language: LanguageConfig | None) -> dict[str, Any]:
+    return {"architectures": ["CLIPVisionModel"]} | write_config(vision)
+
+
+EXTRA = Spelling(
+    (
+        ("embeddings.class_embedding", "vision.embeddings.class_embedding"),
+        ("pre_layrnorm.{p}", "vision.pre_layernorm.{p}"),  # [sic]
+    )
+)
+OTHER_TOWER = Spelling(
+    rows=(),
+    left_out=(
+        ("text_model.{*}", "the text tower"),
+        ("text_projection.weight", "the text tower"),
+        ("visual_projection.weight", "the towers' contrastive loss"),
+        ("logit_scale", "the towers' contrastive loss"),
+    ),
+)
+TOWER = siglip.TOWER + EXTRA
+PAIRS = (("vision.embeddings.position_embedding.weight", "vision.embeddings.class_embedding"),)
+
+CLIP = Layout(
+    name="clip",
+    model_types=("clip", "clip_vision_model"),
+    spellings=(TOWER.prefixed("vision_model.") + OTHER_TOWER, TOWER + OTHER_TOWER),
+    read_config=lambda tree: {"vision": read_config(tree.get("vision_config", tree))},
+    write_config=_write_config,
+    pairs=PAIRS,
+    metadata=(("format", "pt"),),
+)

@@ -1,0 +1,86 @@
+"""LLaVA as transformers writes it (`LlavaForConditionalGeneration`): SigLIP or CLIP, the projector, Qwen2 or Llama.
+
+Published files, and those that transformers 4 writes, spell the parts `vision_tower`, `multi_modal_projector` and
+`language_model`; the second spelling is that of the modules in memory since transformers 4.52.
+"""
+from typing import Any
+
+from granvit.checkpoint.layouts import Layout, Spelling, clip, one_of, qwen2, siglip
+from granvit.checkpoint.layouts.llama import LLAMA
+from granvit.checkpoint.layouts.qwen2 import QWEN2
+from granvit.models import LanguageConfig, VisionConfig
+
+# What a published `text_config` leaves unsaid: transformers' LlamaConfig and Qwen2Config.
+TEXT_DEFAULTS = {
+    "llama": {"hidden_size": 4096, "intermediate_size": 11008, "vocab_size": 32000, "rms_norm_eps": 1e-6, "rope_theta": 1e4},
+    "qwen2": {"hidden_size": 4096, "intermediate_size": 22016, "vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1e4},
+}
+TEXT_LAYOUTS = {"llama": LLAMA, "qwen2": QWEN2}
+TOWERS = {"siglip_vision_model": siglip, "clip_vision_model": clip}
+# `vision_feature_layer`. In transformers 4.57 SigLIP's last hidden state is behind the closing norm, CLIP's before it.
+LEVELS = {
+    "siglip_vision_model": {-2: "penultimate", -1: "final"},
+    "clip_vision_model": {-2: "penultimate", -1: "last"},
+}
+PROJECTOR = Spelling(
+    tuple((f"multi_modal_projector.linear_{n}.{{p}}", f"projector.linear_{n}.{{p}}") for n in (1, 2)),
+)
+
+
+def _read_text(tree: dict[str, Any], tied: bool | None) -> dict[str, Any]:
+    family = tree.get("model_type", "llama")
+    layout = TEXT_LAYOUTS[one_of(dict.fromkeys(TEXT_LAYOUTS, family), family, "text_config.model_type")]
+    full = TEXT_DEFAULTS[family] | {"num_hidden_layers": 32, "num_attention_heads": 32} | tree
+    full["num_key_value_heads"] = full.get("num_key_value_heads") or full["num_attention_heads"]
+    if tied is not None:
+        full.setdefault("tie_word_embeddings", tied)
+    return layout.read_config(full)["language"]
+
+
+def _read_config(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    vision = tree.get("vision_config", {})
+    tower = vision.get("model_type", "clip_vision_model")
+    one_of(dict.fromkeys(TOWERS, tower), tower, "vision_config.model_type")
+    one_of({"gelu": ""}, tree.get("projector_hidden_act", "gelu"), "projector_hidden_act")
+    layer = tree.get("vision_feature_layer", -2)
+    if isinstance(layer, list) or layer not in LEVELS[tower]:
+        raise ValueError(f"vision_feature_layer {layer!r} has no counterpart; known: {', '.join(map(str, LEVELS[tower]))}")
+    return {
+        "vision": TOWERS[tower].read_config(vision) | {"level": LEVELS[tower][layer]},
+        "language": _read_text(tree.get("text_config", {}), tree.get("tie_word_embeddings")),
+    }
+
+
+def _write_config(vision: VisionConfig, language: LanguageConfig) -> dict[str, Any]:
+    tower = "clip_vision_model" if vision.class_token else "siglip_vision_model"
+    layers = {level: layer for layer, level in LEVELS[tower].items()}
+    text = (QWEN2 if language.qkv_bias else LLAMA).write_config(None, language)
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "vision_config": TOWERS[tower].write_config(vision),
+        "text_config": text,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": layers[one_of(dict.fromkeys(layers, vision.level), vision.level, "vision level")],
+        "vision_feature_select_strategy": "default" if vision.class_token else "full",  # default drops the first token
+        "image_seq_length": vision.patches,
+        "tie_word_embeddings": language.tied_head,
+    }
+
+
+LLAVA = Layout(
+    name="llava",
+    model_types=("llava",),
+    spellings=(
+        clip.TOWER.prefixed("vision_tower.vision_model.")
+        + PROJECTOR
+        + qwen2.spelling("language_model.model.", "language_model.lm_head."),
+        clip.TOWER.prefixed("model.vision_tower.vision_model.")
+        + PROJECTOR.prefixed("model.")
+        + qwen2.spelling("model.language_model.", "lm_head."),
+    ),
+    read_config=_read_config,
+    write_config=_write_config,
+    metadata=(("format", "pt"),),
+)

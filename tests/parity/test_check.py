@@ -1,0 +1,146 @@
+"""The check itself, on the tiny models: equal is equal, faults are found and placed, what is not comparable is refused."""
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from parity import check
+from parity.capture import Request, compute, load_record
+from parity.compare import compare_records
+from parity.faults import FAULTS
+from parity.fixture import make_fixture
+from parity.preconditions import CouldNotTell, check_comparable, check_deterministic
+from parity.trials import Trial
+
+pytest.importorskip("mindspore")
+pytest.importorskip("torch")
+SUITES = ("vision", "language", "model", "stage1", "generate")
+PLANTED = (  # five of the command's; the first three cost no compilation of their own
+    "RoPE in interleaved layout",
+    "AdamW without bias correction",
+    "a square weight transposed in conversion",
+    "GELU exact for tanh",
+    "layer norm epsilon 1e-5, in MindSpore",
+)
+
+
+@pytest.fixture(scope="module")
+def sides():
+    """Golden, PyTorch's and MindSpore's records, the isolated suite included."""
+    fixture = make_fixture(0)
+    golden = compute(fixture, "torch", Request(SUITES, 3, "float64"))
+    request = Request((*SUITES, "isolated"), 3, golden=golden.suites["model"])
+    golden.suites |= compute(fixture, "torch", Request(("isolated",), 3, "float64", golden=golden.suites["model"])).suites
+    return golden, compute(fixture, "torch", request), compute(fixture, "mindspore", request)
+
+
+def test_the_twins_are_one_model(sides):
+    rows = list(compare_records(*sides))
+    assert {row.suite for row in rows} == {*SUITES, "isolated"} and len(rows) > 500
+    assert [f"{row.suite} {row.kind}/{row.name}: {row.reason} {row.error}" for row in rows if not row.passed] == []
+
+
+def test_every_named_activation_and_parameter_is_compared(sides):
+    golden = sides[0]
+    fixture = make_fixture(0)
+    names = list(golden.suites["model"])
+    shapes = fixture.shapes(fixture.config("stage1"))
+    assert [n.removeprefix("forward/") for n in names if n.startswith("forward/")] == list(shapes)
+    assert {n.removeprefix("gradient/") for n in names if n.startswith("gradient/")} == set(fixture.weights)
+    with_gradient = {n.removeprefix("backward/") for n in names if n.startswith("backward/")}
+    assert with_gradient == {n for n in shapes if not n.startswith("teacher.")}
+    assert all(array.any() for name, array in golden.suites["model"].items() if "k_proj.bias" not in name)
+
+
+def test_an_isolated_module_answers_for_itself_alone(sides):
+    """A wrong first block spoils everything behind it in the free-running suite, and one module in the isolated one."""
+    golden, peer, _ = sides
+    request = Request(("model", "isolated"), 1, golden=golden.suites["model"], fault="GELU exact for tanh")
+    wrong = compute(make_fixture(0), "torch", request)
+    failing = {suite: [r.name for r in compare_records(_only(golden, suite), _only(peer, suite), _only(wrong, suite))
+                       if not r.passed and r.kind == "forward"] for suite in request.suites}  # fmt: skip
+    assert len(failing["model"]) > 40
+    assert set(failing["isolated"]) == {f"{part}encoder.layers.{i}.mlp" for part in ("vision.", "teacher.") for i in range(2)}
+
+
+def _only(record, suite):
+    return replace(record, suites={suite: record.suites[suite]})
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_fault_is_found_and_placed(name, trial):
+    result = trial.fault(FAULTS[name])
+    assert result["detected"], "not noticed"
+    assert result["located"], f"expected {result['expected']}, named {result['first']}"
+
+
+@pytest.fixture(scope="module")
+def trial(sides):
+    """Trials whose clean records are those that were computed above."""
+    trial = Trial(SimpleNamespace(seed=0, language="tiny-language", precision="float32"))
+    clean = trial.clean
+
+    def reuse(framework, suite, vision, precision):
+        golden, peer, candidate = sides
+        record = {("torch", "float64"): golden, ("torch", "float32"): peer, ("mindspore", "float32"): candidate}
+        return record[framework, precision] if suite in SUITES else clean(framework, suite, vision, precision)
+
+    trial.clean = reuse
+    return trial
+
+
+def test_there_are_thirty_faults_ten_of_them_in_mindspore_and_none_is_left_switched_on():
+    assert len(FAULTS) >= 30 and sum(f.framework == "mindspore" for f in FAULTS.values()) >= 10
+    import ms_granvit.layers
+    import pt_granvit.layers
+    import pt_granvit.optimizer
+
+    before = [pt_granvit.layers.Linear.forward, pt_granvit.optimizer.AdamW.step, ms_granvit.layers.LayerNorm.__init__]
+    for fault in FAULTS.values():
+        with fault.plant():
+            pass
+    assert before == [pt_granvit.layers.Linear.forward, pt_granvit.optimizer.AdamW.step, ms_granvit.layers.LayerNorm.__init__]
+
+
+def test_records_survive_the_disk_and_are_judged_there(sides, tmp_path, capsys):
+    golden, peer, candidate = sides
+    golden.save(tmp_path / "gpu" / "golden")
+    peer.save(tmp_path / "gpu")
+    candidate.save(tmp_path / "npu")
+    again = load_record(tmp_path / "npu")
+    assert list(again.suites["model"]) == list(candidate.suites["model"])
+    np.testing.assert_array_equal(again.suites["model"]["loss/loss"], candidate.suites["model"]["loss/loss"])
+    out = tmp_path / "out"
+    assert check.main(["--compare", str(tmp_path / "gpu"), str(tmp_path / "npu"), "--out", str(out)]) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["outcome"] == "equal" and report["schema"] == 1 and len(report["rows"]) > 500
+    with pytest.raises(ValueError, match="never overwritten"):
+        candidate.save(tmp_path / "npu")
+
+
+def test_what_cannot_be_compared_is_refused_with_exit_status_2(sides, tmp_path, capsys):
+    golden, peer, candidate = sides
+    golden.save(tmp_path / "gpu" / "golden")
+    peer.save(tmp_path / "gpu")
+    replace(candidate, settings={**candidate.settings, "weights": "other"}).save(tmp_path / "npu")
+    assert check.main(["--compare", str(tmp_path / "gpu"), str(tmp_path / "npu")]) == 2
+    assert "start weights" in capsys.readouterr().out
+    assert check.main(["--compare", str(tmp_path / "gpu"), str(tmp_path / "none")]) == 2
+    manifest = tmp_path / "npu" / "record.json"
+    manifest.write_text(manifest.read_text().replace('"schema": 1', '"schema": 9'))
+    assert check.main(["--compare", str(tmp_path / "gpu"), str(tmp_path / "npu")]) == 2
+    assert "schema 9" in capsys.readouterr().out
+    (tmp_path / "gpu" / "model.safetensors").write_bytes(b"no")
+    assert check.main(["--compare", str(tmp_path / "gpu"), str(tmp_path / "npu")]) == 2
+    with pytest.raises(CouldNotTell, match="batches"):
+        check_comparable([golden, replace(peer, settings={**peer.settings, "batches": "x"})])
+    with pytest.raises(CouldNotTell, match="randomness"):
+        check_deterministic("torch", {"forward/a": np.zeros(2)}, {"forward/a": np.ones(2)})
+
+
+def test_unknown_models_and_faults_end_in_one_line(capsys):
+    assert check.main(["--vision", "tiny-vison", "--suite", "ops"]) == 2
+    assert "did you mean 'tiny-vision'" in capsys.readouterr().out.replace("\n", " ")
+    assert check.main(["--faults", "--fault", "nothing"]) == 2
