@@ -240,7 +240,8 @@ def _predict(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise ValueError(f"{options.image}: {error}") from None
     chat = load_chat(config, language)
-    engine = load_engine_class(options.framework)(config, vision, language, checkpoint.tensors("model"))
+    answering = config.model_copy(update={"stage": "answer"})  # no masters, no moments, no teacher
+    engine = load_engine_class(options.framework)(answering, vision, language, checkpoint.tensors("model"))
     prompts = prompt_batch(to_square(image_HW3, vision)[None], [text], chat, vision)
     answer = chat.decode(engine.generate(prompts, config.eval.max_new_tokens, chat.stop_token)[0])
     print(answer)

@@ -39,7 +39,9 @@ Tensors = dict[str, np.ndarray]  # "<kind>/<name>" -> values, in order of execut
 SUITES = ("ops", "vision", "language", "model", "isolated", "stage1", "stage2", "trajectory", "trajectory2", "generate")
 OPENED = ("vision", "language", "model", "isolated")  # suites that one opened-up model serves
 LEFT_BEHIND: tuple[tuple[Group, str], ...] = (("model", "weight"), ("teacher", "teacher"))
-VISION_EXIT = "projector.linear_1"  # what follows the encoder: a gradient fed there makes the encoder a suite of its own
+# A part by itself: what is fed at its border, and its tensors' path. `projector.linear_1` follows the encoder.
+ALONE = {"vision": ("projector.linear_1", "vision."), "language": (INPUTS, "language")}
+BEFORE_INPUTS = ("forward/language.model.embed_tokens", "backward/language.model.embed_tokens")
 
 
 @dataclass
@@ -180,25 +182,17 @@ def opened_suite(opened: Introspection, fixture: Fixture, suite: str, golden: Te
     """One suite of an opened-up model: the encoder or the decoder by itself, all of it, or every module by itself."""
     shapes = fixture.shapes(opened.engine.config)
     feed: Feed = {}
-    if suite == "vision":
-        feed = fixture.boundary(VISION_EXIT, shapes[VISION_EXIT])
-    elif suite == "language":
-        feed = fixture.boundary(INPUTS, shapes[INPUTS])
+    if suite in ALONE:
+        border, path = ALONE[suite]
+        feed = fixture.boundary(border, shapes[border])
     elif suite == "isolated":
         assert golden is not None, "the isolated suite is fed the golden model's activations"
-        none = np.zeros(())
-        feed = {n: (golden[f"forward/{n}"], golden.get(f"backward/{n}", none * golden[f"forward/{n}"])) for n in shapes}
+        # The teacher hands no gradient back: any will do there.
+        feed = {n: (golden[f"forward/{n}"], golden.get(f"backward/{n}", golden[f"forward/{n}"])) for n in shapes}
     found = _flat(opened.capture(fixture.batches[0], feed), list(shapes))
-    if suite in ("vision", "language"):
-        # embed_tokens comes before `inputs` and belongs to no suite that feeds them.
-        start = {"vision": ("vision.",), "language": ("language",)}[suite]
-        names = (name for name in found if name.partition("/")[2].startswith(start))
-        return {name: found[name] for name in names if name not in _outside(suite)}
-    return found
-
-
-def _outside(suite: str) -> tuple[str, ...]:
-    return ("forward/language.model.embed_tokens", "backward/language.model.embed_tokens") if suite == "language" else ()
+    if suite not in ALONE:
+        return found
+    return {key: array for key, array in found.items() if key.partition("/")[2].startswith(path) and key not in BEFORE_INPUTS}
 
 
 def _flat(capture: Capture, order: list[str]) -> Tensors:

@@ -78,7 +78,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vision", default="tiny-vision",
                         help="encoder in configs/models, or a YAML file (default: %(default)s)")  # fmt: skip
     parser.add_argument("--language", default="tiny-language", help="decoder, likewise (default: %(default)s)")
-    parser.add_argument("--precision", choices=("float32", "bfloat16", "float16"), default="float32",
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32",
                         help="default: %(default)s")  # fmt: skip
     parser.add_argument("--faults", action="store_true", help="plant faults one at a time; each must be found and placed")
     parser.add_argument("--fault", nargs="+", metavar="NAME", help="with --faults: some of them")

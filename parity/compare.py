@@ -14,9 +14,9 @@ from parity.capture import Record, Tensors
 
 RATIO = 4.0
 # Below its floor an error is rounding whatever the peer's is: sums of the lengths of these models, in another order, make so
-# much of it. In units of the format's roundoff (2**-24, 2**-8, 2**-11); the second number is for the largest element.
-FLOOR_UNITS = {"float32": (32.0, 128.0), "bfloat16": (8.0, 32.0), "float16": (8.0, 32.0), "float64": (32.0, 128.0)}
-ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11, "float64": 2.0**-53}
+# much of it. In units of the format's roundoff; the second number is for the largest element.
+FLOOR_UNITS = {"float32": (32.0, 128.0), "bfloat16": (8.0, 32.0)}
+ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
 # Beyond this many units the peer's own error is no rounding: what it would allow the candidate is worth nothing.
 PEER_UNITS = 2.0**14
 # A gradient whose true value is zero (that of a bias on attention keys: softmax ignores a shift) is rounding over rounding. Where

@@ -126,7 +126,9 @@ def make_fixture(seed: int, vision_name: str = "tiny-vision", language_name: str
     """A fixture; `ValueError` where there is no model of that name."""
     config = run_config("stage1", vision_name, language_name, seed, "float32", "cpu")
     vision, language = resolve_models(config)
-    made = tuple(random_batch(vision, language, ROWS, REGIONS, (seed, 1, i), config.crop_size(vision)) for i in range(batches))
+    longest = PREFIX_BEFORE + vision.patches + PREFIX_AFTER + REGIONS * (QUESTION[1] + ANSWER[1] - 2)
+    sizes = (ROWS, REGIONS, longest + 1, REGIONS * (ANSWER[1] - 1) + 1)  # some padding in every row
+    made = tuple(random_batch(vision, language, *sizes, seed=(seed, 1, i)) for i in range(batches))
     return Fixture(seed, vision_name, language_name, vision, language, start_values(vision, language, seed), made)
 
 
@@ -144,15 +146,13 @@ def start_values(vision: VisionConfig, language: LanguageConfig, seed: int) -> d
     return values
 
 
-def random_batch(vision: VisionConfig, language: LanguageConfig, rows: int, regions: int, seed: Any, crop: int,
-                 length: int | None = None, answers: int | None = None) -> Batch:  # fmt: skip
-    """Rows of one image and `regions` questions of unlike lengths, each with a box; padded to `length` and `answers`, by
-    default the longest possible. Built by hand: independent of the packer."""
+def random_batch(vision: VisionConfig, language: LanguageConfig, rows: int, regions: int, length: int, answers: int,
+                 seed: int | tuple[int, ...], crop: int | None = None) -> Batch:  # fmt: skip
+    """Rows of one image and `regions` questions of unlike lengths, each with a box; padded to `length` and `answers`. Crops have
+    `crop` pixels a side, by default the image's. Built by hand: independent of the packer."""
     rng = np.random.default_rng(seed)
-    N = vision.patches
+    N, crop = vision.patches, crop or vision.image_size
     prefix = PREFIX_BEFORE + N + PREFIX_AFTER
-    length = length or prefix + regions * (QUESTION[1] + ANSWER[1] - 2) + 1
-    answers = answers or regions * (ANSWER[1] - 1) + 1
     tokens = rng.integers(1, language.vocab, (rows, length)).astype(np.int32)
     positions = np.zeros((rows, length), np.int32)
     segments = np.full((rows, length), -1, np.int32)

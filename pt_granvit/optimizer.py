@@ -18,7 +18,7 @@ class FlatParameters:
         self.named = sorted(named, key=lambda pair: pair[1].ndim < 2)
         sizes = [p.numel() for _, p in self.named]
         self.decayed = sum(p.numel() for _, p in self.named if p.ndim >= 2)
-        like = self.named[0][1]
+        like = self.named[0][1] if self.named else torch.empty(0)
         self.values = torch.empty(sum(sizes), dtype=like.dtype, device=like.device)
         self.gradients = torch.zeros_like(self.values)
         for (_, parameter), value, gradient in zip(

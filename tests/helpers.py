@@ -1,13 +1,10 @@
-"""Batches and configurations for the engines' tests, built by hand: independent of the packer."""
+"""Configurations for the engines' tests, and batches taken apart."""
 from dataclasses import replace
 
 import numpy as np
 
 from granvit.config import RunConfig, parse_config
 from granvit.data.batch import Batch
-from granvit.models import LanguageConfig, VisionConfig
-
-PREFIX_BEFORE, PREFIX_AFTER = 5, 2  # text tokens of the prefix around the image tokens
 
 
 def run_config(**sections) -> RunConfig:
@@ -23,49 +20,6 @@ def run_config(**sections) -> RunConfig:
     for key, value in sections.items():
         tree[key] = {**tree[key], **value} if isinstance(value, dict) and key in tree else value
     return parse_config(tree, "test")
-
-
-def random_batch(vision: VisionConfig, language: LanguageConfig, rows: int, regions: int, length: int, answers: int,
-                 seed: int, crop: int | None = None) -> Batch:  # fmt: skip
-    """Rows of one image and `regions` questions of unlike lengths, each with a box; padded to `length` and `answers`."""
-    rng = np.random.default_rng(seed)
-    N, crop = vision.patches, crop or vision.image_size
-    prefix = PREFIX_BEFORE + N + PREFIX_AFTER
-    tokens = rng.integers(1, language.vocab, (rows, length)).astype(np.int32)
-    positions = np.zeros((rows, length), np.int32)
-    segments = np.full((rows, length), -1, np.int32)
-    at, targets = np.zeros((rows, answers), np.int32), np.zeros((rows, answers), np.int32)
-    weights = np.zeros((rows, answers), np.float32)
-    for row in range(rows):
-        positions[row, :prefix], segments[row, :prefix] = np.arange(prefix), 0
-        start, used = prefix, 0
-        for region in range(regions):
-            question, answer = int(rng.integers(2, 5)), int(rng.integers(1, 4))
-            size = question + answer
-            assert start + size <= length and used + answer <= answers, "length or answers too small for the test's rows"
-            positions[row, start : start + size] = prefix + np.arange(size)
-            segments[row, start : start + size] = region + 1
-            at[row, used : used + answer] = start + question - 1 + np.arange(answer)
-            targets[row, used : used + answer] = tokens[row, start + question : start + size]
-            weights[row, used : used + answer] = 1
-            start, used = start + size, used + answer
-    corners = np.sort(rng.uniform(0, 1, (rows, regions, 2, 2)), axis=2)
-    return Batch(
-        pixels_B3RR=rng.integers(0, 256, (rows, 3, vision.image_size, vision.image_size)).astype(np.uint8),
-        image_weights_B=np.ones(rows, np.float32),
-        token_ids_BS=tokens,
-        positions_BS=positions,
-        segments_BS=segments,
-        image_positions_BN=np.tile(np.arange(PREFIX_BEFORE, PREFIX_BEFORE + N, dtype=np.int32), (rows, 1)),
-        answer_positions_BA=at,
-        answer_targets_BA=targets,
-        answer_weights_BA=weights,
-        boxes_BK4=corners.reshape(rows, regions, 4).astype(np.float32),
-        box_weights_BK=np.ones((rows, regions), np.float32),
-        crops_BK3rr=rng.integers(0, 256, (rows, regions, 3, crop, crop)).astype(np.uint8),
-        record_ids=tuple(f"row-{row}" for row in range(rows)),
-        questions=rows * regions,
-    )
 
 
 def separate_rows(batch: Batch) -> Batch:

@@ -1,6 +1,8 @@
 """The training loop with a numpy engine: order, resume, bad data, NaN, stop. No framework, no processes."""
+import contextlib
 import json
 import logging
+import subprocess
 
 import numpy as np
 import pytest
@@ -196,6 +198,42 @@ def test_a_failed_save_ends_the_run_and_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr("os.rename", full)
     with pytest.raises(CheckpointNotSaved, match="No space left"):
         trainer.run(None)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A device of its own, 4 MB large."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    try:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path], capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("no mount command")
+    if done.returncode:
+        pytest.skip("mounting a small device needs root")
+    yield path
+    subprocess.run(["umount", "-l", path], check=True)
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint_whole(small_disk, uninterrupted):
+    """The device fills up after the first checkpoint; once there is room the same run resumes and ends as if nothing was."""
+    ballast = small_disk / "ballast"
+
+    def fill(step, batch):
+        if step == 5:
+            with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+        return batch
+
+    run = small_disk / "run"
+    trainer, _ = trainer_in(run, configuration(), fill)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.run(None)
+    ballast.unlink()
+    trainer, checkpoint = trainer_in(run, configuration())
+    assert checkpoint.step == 3 and trainer.run(checkpoint)
+    assert metrics(run) == metrics(uninterrupted) and final_bytes(run) == final_bytes(uninterrupted)
 
 
 def test_learning_rate_warms_up_and_follows_the_cosine():

@@ -12,7 +12,8 @@ from granvit.data.batch import Batch, PromptBatch
 from granvit.engine import NonFiniteLoss, Scalars
 from granvit.init import initial_values
 from granvit.models import language_shapes, parameter_shapes, part_of, projector_shapes, vision_shapes
-from tests.helpers import PREFIX_AFTER, PREFIX_BEFORE, random_batch, run_config, separate_rows
+from parity.fixture import PREFIX_AFTER, PREFIX_BEFORE, random_batch
+from tests.helpers import run_config, separate_rows
 
 LENGTH, ANSWERS, ROWS, REGIONS = 72, 20, 2, 6
 BIG = 1e9  # a clip norm that never clips: the first moment after one step is then 0.1 times the gradient

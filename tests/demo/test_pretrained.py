@@ -13,7 +13,16 @@ from granvit.data.chat import Chat, train_tokenizer
 from granvit.data.images import box_to_square
 from granvit.data.prompts import question_text
 from granvit.demo import pretrained
-from granvit.demo.pretrained import CELLS, GROUND, cell_question, compose_text, publish_language, publish_vision, text_map
+from granvit.demo.pretrained import (
+    CELLS,
+    GROUND,
+    WHERE,
+    cell_question,
+    compose_text,
+    publish_language,
+    publish_vision,
+    text_map,
+)
 from granvit.demo.scenes import scene
 from granvit.init import initial_values
 from granvit.models import language_shapes, vision_shapes
@@ -46,7 +55,7 @@ def test_a_map_names_each_object_inside_its_box_and_nothing_outside(chat):
 
 def test_a_row_asks_the_regions_and_cells_of_its_map(chat):
     packer = Packer(VISION, chat, 0, VISION.image_size, 1.0, 10**6)
-    record, bucket, grid = RECORDS[0], Bucket(length=640, answers=128), VISION.grid
+    record, bucket, grid = RECORDS[0], Bucket(length=720, answers=160), VISION.grid
     questions = [Question("bbox2caption", k) for k in range(4)]
     row, plain = compose_text(packer, record, questions, bucket), packer.row(record, questions, bucket)
     assert row.image_weights_B[0] == 0 and not row.pixels_B3RR.any() and not row.skipped
@@ -54,12 +63,24 @@ def test_a_row_asks_the_regions_and_cells_of_its_map(chat):
     np.testing.assert_array_equal(row.answer_targets_BA[0, :regions], plain.answer_targets_BA[0, :regions])
     cells = text_map(record, chat, grid)
     np.testing.assert_array_equal(row.token_ids_BS[0][row.image_positions_BN[0]], cells)
-    for segment in range(5, 5 + CELLS):
-        text = chat.tokenizer.decode(row.token_ids_BS[0][row.segments_BS[0] == segment], skip_special_tokens=True)
-        words = text.split()
-        row_number, column = int(words[1]), int(words[3])
-        answer = row.answer_targets_BA[0, regions + 2 * (segment - 5)]
-        assert answer == cells[row_number * grid + column]
+    asked = {segment: _turn(row, segment, chat) for segment in range(5, 5 + 4 + CELLS)}
+    for segment, region in enumerate(record.regions, 5):
+        question, answer = asked[segment]
+        assert question.startswith(WHERE + region.caption)
+        row_number, column = (int(word) for word in answer.split()[1::2])
+        x1, y1, x2, y2 = np.array(box_to_square(region.box, record.width, record.height)) * grid
+        assert x1 <= column + 1 and column <= x2 and y1 <= row_number + 1 and row_number <= y2
+    for segment in range(9, 9 + CELLS):
+        question, answer = asked[segment]
+        row_number, column = (int(word) for word in question.split()[1:4:2])
+        assert answer == chat.decode([cells[row_number * grid + column]]).strip()
+
+
+def _turn(row, segment: int, chat: Chat) -> tuple[str, str]:
+    """The question's text (and what of the answer is input) and the answer's of one segment."""
+    text = chat.tokenizer.decode(row.token_ids_BS[0][row.segments_BS[0] == segment], skip_special_tokens=True)
+    own = (row.segments_BS[0][row.answer_positions_BA[0]] == segment) & (row.answer_weights_BA[0] > 0)
+    return text, chat.decode(row.answer_targets_BA[0][own].tolist()).strip()
 
 
 def test_the_pair_is_shipped_as_transformers_reads_it(monkeypatch, tmp_path, chat):

@@ -13,7 +13,8 @@ from granvit.init import initial_values  # noqa: E402
 from granvit.models import VisionConfig, parameter_shapes, vision_shapes  # noqa: E402
 from ms_granvit.engine import Engine, fill, to_numpy, to_tensor  # noqa: E402
 from ms_granvit.vision import VisionEncoder  # noqa: E402
-from tests.helpers import random_batch, run_config  # noqa: E402
+from parity.fixture import random_batch  # noqa: E402
+from tests.helpers import run_config  # noqa: E402
 
 BUCKETS = ((48, 12), (64, 16))
 
