@@ -2,6 +2,7 @@
 import json
 import os
 import platform
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,26 +155,29 @@ def _draw_curve(root: Path, runs: dict[str, list[Evaluation]], path: Path) -> No
     steps = [e.step for e in first] + [border + e.step for e in second]
     points = [*first, *second]
     figure, axes = plt.subplots(figsize=(8, 4.8), dpi=130)
-    series = (
-        ("Bbox2Caption ROUGE-L", "rouge_l", "#c0392b", "o"),
-        ("Bbox2Caption exact match", "exact_match", "#e08e0b", "^"),
-        ("Caption2Bbox ACC@IoU0.5", "acc_iou50", "#1f5fbf", "s"),
+    series = (  # the last number: where labels stand, in points above the value
+        ("Bbox2Caption ROUGE-L", "rouge_l", "#c0392b", "o", 7),
+        ("Bbox2Caption exact match", "exact_match", "#e08e0b", "^", 7),
+        ("Caption2Bbox ACC@IoU0.5", "acc_iou50", "#1f5fbf", "s", -14),
     )
-    for label, key, colour, marker in series:
+    for label, key, colour, marker, above in series:
         values = [getattr(e, key) for e in points]
         axes.plot(steps, values, color=colour, marker=marker, label=label, linewidth=2, markersize=6)
         floor = getattr(runs["guesser"][-1], key)
         axes.axhline(floor, color=colour, linestyle=":", linewidth=1.4)
+        lower = floor == min(floor, *(getattr(runs["guesser"][-1], other) for _, other, *_ in series))
         axes.annotate(f"guesser {floor:.1f}", (1.005, floor), xycoords=("axes fraction", "data"), color=colour, fontsize=8,
-                      va="center")  # fmt: skip
+                      va="top" if lower else "bottom")  # fmt: skip
         for at in (len(first) - 1, len(points) - 1):
-            axes.annotate(f"{values[at]:.1f}", (steps[at], values[at]), textcoords="offset points", xytext=(0, 7), ha="center",
+            low = above if values[at] > 5 else 7  # not across the axis
+            axes.annotate(f"{values[at]:.1f}", (steps[at], values[at]), textcoords="offset points", xytext=(-4, low), ha="right",
                           color=colour, fontsize=9)  # fmt: skip
     axes.axvspan(0, border, color="#f3f0e6", zorder=0)
     axes.axvspan(border, steps[-1], color="#e8eef5", zorder=0)
-    for x, text in ((border / 2, "stage 1: decoder frozen"), ((border + steps[-1]) / 2, "stage 2: encoder frozen")):
+    for x, text in ((border / 2, "stage 1"), ((border + steps[-1]) / 2, "stage 2")):
         axes.annotate(text, (x, 1.015), xycoords=("data", "axes fraction"), ha="center", fontsize=10)
-    axes.set(xlim=(0, steps[-1]), ylim=(0, 100), xlabel="optimizer steps", ylabel="% on held-out images")
+    frozen = "optimizer steps (stage 1: decoder frozen, stage 2: encoder frozen)"
+    axes.set(xlim=(0, steps[-1]), ylim=(0, 100), xlabel=frozen, ylabel="% on held-out images")
     axes.legend(loc="upper left", fontsize=8, framealpha=0.9)
     axes.grid(alpha=0.3)
     figure.tight_layout()
@@ -238,19 +242,20 @@ def _caption_of(record: ImageRecord, box: Sequence[float]) -> str:
 
 def _draw_captions(records: dict[str, ImageRecord], last: dict[str, Evaluation], path: Path) -> None:
     """The box that was asked about, and what the guesser, stage 1 and stage 2 say it holds."""
-    columns, rows = 4, 3
+    columns, rows, names = 4, 3, ("guesser", "stage1", "stage2")
     chosen = _one_per_image(last["stage1"], "bbox2caption", columns * rows)
-    answers = {name: _answers(last[name], "bbox2caption") for name in COLUMNS}
-    figure, grid = plt.subplots(rows, columns, figsize=(3.3 * columns, 4.8 * rows), dpi=100)
+    answers = {name: _answers(last[name], "bbox2caption") for name in names}
+    figure, grid = plt.subplots(rows, columns, figsize=(3.3 * columns, 4.3 * rows), dpi=100)
     for sample, axes in zip(chosen, grid.flat, strict=True):
         scale = _show(axes, records[sample["record"]])
         _rectangle(axes, sample["box"], scale, TRUE)
         axes.set_title(sample["reference"], fontsize=12, color=TRUE)
-        for line, name in enumerate(COLUMNS):
+        for line, name in enumerate(names):
             prediction = answers[name][sample["record"], sample["question"]]
             right = prediction["answer"].strip() == sample["reference"]
-            axes.annotate(f"{TITLES[name]}: {prediction['answer']}", (0.5, -0.05 - 0.08 * line), xycoords="axes fraction",
-                          ha="center", va="top", fontsize=9.5, color=PREDICTED if right else "black")  # fmt: skip
-    figure.tight_layout(h_pad=3)
+            text = textwrap.shorten(f"{TITLES[name].partition(' (')[0]}: {prediction['answer']}", 48)
+            axes.annotate(text, (0.5, -0.05 - 0.08 * line), xycoords="axes fraction", ha="center", va="top", fontsize=9.5,
+                          color=PREDICTED if right else "black")  # fmt: skip
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.97, bottom=0.07, wspace=0.06, hspace=0.36)
     figure.savefig(path)
     plt.close(figure)
