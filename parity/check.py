@@ -132,6 +132,7 @@ def _check(options: argparse.Namespace, console: Console) -> Report:
     if "checkpoint" in options.suite:
         said("checkpoints")
         rows += trips.rows(fixture)
+        notes += trips.notes(fixture)
     if "peers" in options.suite:
         said("transformers")
         reason = peers.available()

@@ -17,6 +17,7 @@ RATIO = 4.0
 # much of it. In units of the format's roundoff; the second number is for the largest element.
 FLOOR_UNITS = {"float32": (32.0, 128.0), "bfloat16": (8.0, 32.0)}
 ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
+SQUARES = ("second moment",)  # a square doubles a relative error, and so its floor
 # Beyond this many units the peer's own error is no rounding: what it would allow the candidate is worth nothing.
 PEER_UNITS = 2.0**14
 # A gradient whose true value is zero (that of a bias on attention keys: softmax ignores a shift) is rounding over rounding. Where
@@ -59,9 +60,10 @@ def compare_records(golden: Record, peer: Record, candidate: Record) -> Iterator
 def compare_suite(suite: str, golden: Tensors, peer: Tensors, candidate: Tensors, compute: str) -> Iterator[Row]:
     """As `compare_records`, for one suite. A missing or extra name is a row that fails."""
     scales = layer_scales(golden)
-    floors = tuple(units * ROUNDOFF[compute] for units in FLOOR_UNITS[compute])
+    plain = tuple(units * ROUNDOFF[compute] for units in FLOOR_UNITS[compute])
     for key in [*golden, *(k for k in candidate if k not in golden)]:
         kind, _, name = key.partition("/")
+        floors = tuple((2 if kind in SQUARES else 1) * floor for floor in plain)
         nothing = (np.nan, np.nan)
         sides = (("the golden record", golden), ("PyTorch", peer), ("the candidate", candidate))
         reason = next((f"not in {side}" for side, of in sides if key not in of), "")

@@ -41,12 +41,13 @@ def _encoder(fixture: Fixture, batch: Batch) -> Tensors:
     c = fixture.vision
     if not fixture.is_siglip:
         return {}
+    blocks = c.built_layers + 1  # transformers shows the last block behind the closing norm only: one more, never looked at
     peer = SiglipVisionModel(SiglipVisionConfig(
-        hidden_size=c.width, intermediate_size=c.mlp, num_hidden_layers=c.built_layers, num_attention_heads=c.heads,
+        hidden_size=c.width, intermediate_size=c.mlp, num_hidden_layers=blocks, num_attention_heads=c.heads,
         image_size=c.image_size, patch_size=c.patch_size, layer_norm_eps=c.norm_eps, hidden_act="gelu_pytorch_tanh",
         vision_use_head=False,
     )).double().eval()  # fmt: skip
-    _fill(peer, fixture.weights, SIGLIP, unused=("vision_model.post_layernorm",) if c.highest != "final" else ())
+    _fill(peer, fixture.weights, SIGLIP, (f"vision_model.encoder.layers.{c.built_layers}.", "vision_model.post_layernorm"))
     mean, std = (torch.tensor(v, dtype=torch.float64).reshape(1, 3, 1, 1) for v in (c.mean, c.std))
     pixels = (torch.from_numpy(batch.pixels_B3RR).double() / 255 - mean) / std
     with torch.no_grad():
@@ -66,7 +67,7 @@ def _decoder(fixture: Fixture, batch: Batch) -> Tensors:
                  rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied_head)  # fmt: skip
     peer = Qwen2ForCausalLM(Qwen2Config(**sizes)) if fixture.is_qwen2 else LlamaForCausalLM(LlamaConfig(**sizes))
     peer = peer.double().eval()
-    _fill(peer, fixture.weights, QWEN2 if fixture.is_qwen2 else LLAMA, unused=("lm_head",) if c.tied_head else ())
+    _fill(peer, fixture.weights, QWEN2 if fixture.is_qwen2 else LLAMA, ("lm_head",) if c.tied_head else ())
     rows, length = batch.token_ids_BS.shape
     inputs = fixture.boundary(INPUTS, (rows, length, c.width))[INPUTS][0]
     with torch.no_grad():
@@ -90,7 +91,7 @@ def _fill(peer, weights: dict[str, np.ndarray], layout: Layout, unused: tuple[st
 
     with torch.no_grad():
         for foreign, parameter in peer.named_parameters():
-            if not foreign.startswith(unused or ("\0",)):
+            if not foreign.startswith(unused):
                 parameter.copy_(torch.from_numpy(weights[layout.canonical(foreign)]))
 
 
