@@ -44,10 +44,9 @@ class Row:
 
     @property
     def badness(self) -> float:
-        """The error over its limit: above 1 is a failure."""
-        return float("inf") if self.reason and not np.isfinite(self.error).all() else max(
-            e / limit for e, limit in zip(self.error, self.limit, strict=True)
-        )  # fmt: skip
+        """The error over its limit: above 1 for every failure, whatever its reason."""
+        ratio = max(e / limit for e, limit in zip(self.error, self.limit, strict=True))
+        return ratio if self.passed or ratio > 1 else float("inf")
 
 
 def compare_records(golden: Record, peer: Record, candidate: Record) -> Iterator[Row]:
