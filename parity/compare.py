@@ -13,9 +13,15 @@ import numpy as np
 from parity.capture import Record, Tensors
 
 RATIO = 4.0
-# Below its floor an error is rounding whatever the peer's is: sums of the lengths of these models, in another order, make so
-# much of it. In units of the format's roundoff; the second number is for the largest element.
+# Below its floor an error is rounding whatever the peer's is. In units of the format's roundoff; the second number is for the
+# largest element. 32 units: MindSpore's CPU kernels are coarser than PyTorch's (measured on one call, in units: softmax 8.9
+# against 0.9, log-softmax 6.1 against 0.6, sigmoid 3.7 against 0.6).
 FLOOR_UNITS = {"float32": (32.0, 128.0), "bfloat16": (8.0, 32.0)}
+# What came back through the whole model carries the roundings of every block there and back: 8 times the floor. The isolated
+# suite, where nothing is carried, keeps the plain one.
+CARRIED = ("backward", "gradient", "clipped gradient", "first moment", "second moment")
+CARRIED_FACTOR = 8.0
+NOT_CARRIED = ("ops", "isolated")  # suites
 ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
 SQUARES = ("second moment",)  # a square doubles a relative error, and so its floor
 # Beyond this many units the peer's own error is no rounding: what it would allow the candidate is worth nothing.
@@ -62,7 +68,8 @@ def compare_suite(suite: str, golden: Tensors, peer: Tensors, candidate: Tensors
     plain = tuple(units * ROUNDOFF[compute] for units in FLOOR_UNITS[compute])
     for key in [*golden, *(k for k in candidate if k not in golden)]:
         kind, _, name = key.partition("/")
-        floors = tuple((2 if kind in SQUARES else 1) * floor for floor in plain)
+        carried = CARRIED_FACTOR if kind in CARRIED and suite not in NOT_CARRIED else 1.0
+        floors = tuple(carried * (2.0 if kind in SQUARES else 1.0) * floor for floor in plain)
         nothing = (np.nan, np.nan)
         sides = (("the golden record", golden), ("PyTorch", peer), ("the candidate", candidate))
         reason = next((f"not in {side}" for side, of in sides if key not in of), "")

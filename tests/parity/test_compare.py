@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from parity.compare import FLOOR_UNITS, RATIO, ROUNDOFF, compare_suite, verdicts
+from parity.compare import CARRIED_FACTOR, FLOOR_UNITS, RATIO, ROUNDOFF, compare_suite, verdicts
 
 FLOOR = FLOOR_UNITS["float32"][0] * ROUNDOFF["float32"]
 GOLDEN = {
@@ -33,6 +33,14 @@ def test_the_same_numbers_pass():
 def test_an_error_below_the_floor_passes_and_above_it_fails():
     assert failed(judge(off(0.9 * FLOOR, "forward/block.1.linear"))) == []
     assert failed(judge(off(1.1 * FLOOR, "forward/block.1.linear"))) == ["forward/block.1.linear"]
+
+
+def test_what_came_back_through_the_whole_model_has_a_wider_floor_unless_its_module_stood_alone():
+    name = "gradient/block.0.attn.q_proj.bias"
+    assert failed(judge(off(0.9 * CARRIED_FACTOR * FLOOR, name))) == []
+    assert failed(judge(off(1.1 * CARRIED_FACTOR * FLOOR, name))) == [name]
+    alone = compare_suite("isolated", GOLDEN, GOLDEN, off(1.1 * FLOOR, name), "float32")
+    assert failed(alone) == [name]
 
 
 def test_the_peers_own_rounding_earns_tolerance():
