@@ -5,7 +5,7 @@ A fault says which suites could see it, and where: the kinds and names that the 
 """
 import importlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -28,12 +28,14 @@ class Fault:
 FAULTS: dict[str, Fault] = {}
 
 
-def fault(name: str, framework: str, suite: str, *where: str, vision: str = "tiny-vision") -> Callable[[Plant], Plant]:
-    """Registers a generator function that plants the fault until it is resumed."""
+def fault(name: str, framework: str, suite: str, *where: str, at: str | None = None, vision: str = "tiny-vision") -> Callable:
+    """Registers a fault: a function that makes the wrong thing of the right one that stands `at` a dotted path; or, without
+    `at`, a generator function that plants the fault until it is resumed."""
 
-    def register(plant: Callable[[], Iterator[None]]) -> Plant:
-        FAULTS[name] = Fault(name, framework, suite, where, contextmanager(plant), vision)
-        return FAULTS[name].plant
+    def register(make: Callable) -> Callable:
+        plant = contextmanager(make) if at is None else lambda: replaced(at, make)
+        FAULTS[name] = Fault(name, framework, suite, where, plant, vision)
+        return make
 
     return register
 
@@ -61,338 +63,245 @@ def replaced(target: str, make: Callable[[Any], Any]) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def all_of(*plants: AbstractContextManager) -> Iterator[None]:
-    with ExitStack() as stack:
-        for plant in plants:
-            stack.enter_context(plant)
-        yield
-
-
 BLOCK0, DECODER0 = "forward/vision.encoder.layers.0", "forward/language.model.layers.0"
 
 
 # --- PyTorch: the forward pass ----------------------------------------------------------------------------------------
-@fault("GELU exact for tanh", "torch", "vision", f"{BLOCK0}.mlp")
-def _():
-    with replaced("pt_granvit.vision.activate", lambda f: lambda kind, x: f("gelu" if kind == "gelu_tanh" else kind, x)):
-        yield
+@fault("GELU exact for tanh", "torch", "vision", f"{BLOCK0}.mlp", at="pt_granvit.vision.activate")
+def _(f):
+    return lambda kind, x: f("gelu" if kind == "gelu_tanh" else kind, x)
 
 
-@fault("layer norm epsilon 1e-5", "torch", "vision", f"{BLOCK0}.layer_norm1")
-def _():
-    def make(init):
-        def wrong(self, width, eps):
-            init(self, width, 1e-5)
+@fault("layer norm epsilon 1e-5", "torch", "vision", f"{BLOCK0}.layer_norm1", at="pt_granvit.layers.LayerNorm.__init__")
+def _(init):
+    def wrong(self, width, eps):
+        init(self, width, 1e-5)
 
-        return wrong
-
-    with replaced("pt_granvit.layers.LayerNorm.__init__", make):
-        yield
+    return wrong
 
 
-@fault("RMS norm epsilon 1e-5", "torch", "language", f"{DECODER0}.input_layernorm")
-def _():
-    def make(init):
-        def wrong(self, width, eps):
-            init(self, width, 1e-5)
+@fault("RMS norm epsilon 1e-5", "torch", "language", f"{DECODER0}.input_layernorm", at="pt_granvit.layers.RMSNorm.__init__")
+def _(init):
+    def wrong(self, width, eps):
+        init(self, width, 1e-5)
 
-        return wrong
-
-    with replaced("pt_granvit.layers.RMSNorm.__init__", make):
-        yield
+    return wrong
 
 
-@fault("RMS norm without its weight", "torch", "language", f"{DECODER0}.input_layernorm")
-def _():
+@fault("RMS norm without its weight", "torch", "language", f"{DECODER0}.input_layernorm", at="pt_granvit.layers.RMSNorm.forward")
+def _(forward):
     import torch
 
-    def make(forward):
-        def wrong(self, x):
-            return self.emit(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
+    def wrong(self, x):
+        return self.emit(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
 
-        return wrong
-
-    with replaced("pt_granvit.layers.RMSNorm.forward", make):
-        yield
+    return wrong
 
 
-@fault("queries and keys swapped", "torch", "vision", f"{BLOCK0}.self_attn")
-def _():
-    def make(f):
-        def wrong(q, k, v, mask, implementation):
-            return f(k, q, v, mask, implementation) if mask is None else f(q, k, v, mask, implementation)
+@fault("queries and keys swapped", "torch", "vision", f"{BLOCK0}.self_attn", at="pt_granvit.ops.attention.attention")
+def _(f):
+    def wrong(q, k, v, mask, implementation):
+        return f(k, q, v, mask, implementation) if mask is None else f(q, k, v, mask, implementation)
 
-        return wrong
-
-    with replaced("pt_granvit.ops.attention.attention", make):
-        yield
+    return wrong
 
 
-@fault("attention without its scale", "torch", "vision", f"{BLOCK0}.self_attn")
-def _():
-    def make(f):
-        return lambda q, k, v, mask, implementation: f(q * q.shape[-1] ** 0.5, k, v, mask, implementation)
-
-    with replaced("pt_granvit.ops.attention.attention", make):
-        yield
+@fault("attention without its scale", "torch", "vision", f"{BLOCK0}.self_attn", at="pt_granvit.ops.attention.attention")
+def _(f):
+    return lambda q, k, v, mask, implementation: f(q * q.shape[-1] ** 0.5, k, v, mask, implementation)
 
 
-@fault("a bias missing in the MLP", "torch", "vision", f"{BLOCK0}.mlp.fc1")
-def _():
-    def make(forward):
-        def wrong(self, x):
-            n_out, n_in = self.weight.shape
-            return self.emit(x @ self.weight.T.to(x)) if self.bias is not None and n_out == 2 * n_in else forward(self, x)
+@fault("a bias missing in the MLP", "torch", "vision", f"{BLOCK0}.mlp.fc1", at="pt_granvit.layers.Linear.forward")
+def _(forward):
+    def wrong(self, x):
+        n_out, n_in = self.weight.shape
+        return self.emit(x @ self.weight.T.to(x)) if self.bias is not None and n_out == 2 * n_in else forward(self, x)
 
-        return wrong
-
-    with replaced("pt_granvit.layers.Linear.forward", make):
-        yield
+    return wrong
 
 
-@fault("mask off by one", "torch", "language", f"{DECODER0}.self_attn")
-def _():
+@fault("mask off by one", "torch", "language", f"{DECODER0}.self_attn", at="pt_granvit.ops.attention.shared_prefix_mask")
+def _(f):
     import torch
 
-    def make(f):
-        def wrong(segments):
-            mask = f(segments)
-            return mask & ~torch.eye(mask.shape[-1], dtype=torch.bool).roll(-3, 1) | torch.eye(mask.shape[-1], dtype=torch.bool)
+    def wrong(segments):
+        mask = f(segments)
+        return mask & ~torch.eye(mask.shape[-1], dtype=torch.bool).roll(-3, 1) | torch.eye(mask.shape[-1], dtype=torch.bool)
 
-        return wrong
-
-    with replaced("pt_granvit.ops.attention.shared_prefix_mask", make):
-        yield
+    return wrong
 
 
-@fault("a question sees the others", "torch", "language", f"{DECODER0}.self_attn")
-def _():
-    with replaced("pt_granvit.ops.attention.shared_prefix_mask", lambda f: lambda segments: f(segments * 0)):
-        yield
+@fault("a question sees the others", "torch", "language", f"{DECODER0}.self_attn",
+       at="pt_granvit.ops.attention.shared_prefix_mask")  # fmt: skip
+def _(f):
+    return lambda segments: f(segments * 0)
 
 
-@fault("positions not restarted", "torch", "language", f"{DECODER0}.self_attn")
-def _():
+@fault("positions not restarted", "torch", "language", f"{DECODER0}.self_attn", at="pt_granvit.language.CausalDecoder.forward")
+def _(forward):
     import torch
 
-    def make(forward):
-        return lambda self, x, positions, segments: forward(self, x, torch.arange(x.shape[1]).expand_as(positions), segments)
-
-    with replaced("pt_granvit.language.CausalDecoder.forward", make):
-        yield
+    return lambda self, x, positions, segments: forward(self, x, torch.arange(x.shape[1]).expand_as(positions), segments)
 
 
-@fault("RoPE with another theta", "torch", "language", f"{DECODER0}.self_attn")
-def _():
-    with replaced("pt_granvit.language.rotary", lambda f: lambda p, d, theta, dtype: f(p, d, 5e5, dtype)):
-        yield
+@fault("RoPE with another theta", "torch", "language", f"{DECODER0}.self_attn", at="pt_granvit.language.rotary")
+def _(f):
+    return lambda p, d, theta, dtype: f(p, d, 5e5, dtype)
 
 
-@fault("RoPE in interleaved layout", "torch", "language", f"{DECODER0}.self_attn")
-def _():
+@fault("RoPE in interleaved layout", "torch", "language", f"{DECODER0}.self_attn", at="pt_granvit.language.rotate")
+def _(f):
     import torch
 
-    def make(f):
-        def wrong(x, cos, sin):
-            half = x.shape[-1] // 2
-            cos, sin = (t[..., :half].repeat_interleave(2, -1) for t in (cos, sin))
-            turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
-            return x * cos + turned * sin
+    def wrong(x, cos, sin):
+        half = x.shape[-1] // 2
+        cos, sin = (t[..., :half].repeat_interleave(2, -1) for t in (cos, sin))
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+        return x * cos + turned * sin
 
-        return wrong
-
-    with replaced("pt_granvit.language.rotate", make):
-        yield
+    return wrong
 
 
-@fault("key heads repeated in the wrong order", "torch", "language", f"{DECODER0}.self_attn")
-def _():
-    def make(f):
-        def wrong(q, k, v, mask, implementation):
-            groups = q.shape[1] // k.shape[1]
-            return f(q, k.repeat(1, groups, 1, 1), v.repeat(1, groups, 1, 1), mask, implementation)
+@fault("key heads repeated in the wrong order", "torch", "language", f"{DECODER0}.self_attn",
+       at="pt_granvit.ops.attention.attention")  # fmt: skip
+def _(f):
+    def wrong(q, k, v, mask, implementation):
+        groups = q.shape[1] // k.shape[1]
+        return f(q, k.repeat(1, groups, 1, 1), v.repeat(1, groups, 1, 1), mask, implementation)
 
-        return wrong
-
-    with replaced("pt_granvit.ops.attention.attention", make):
-        yield
+    return wrong
 
 
-@fault("tied head of another table", "torch", "language", "forward/language")
-def _():
+@fault("tied head of another table", "torch", "language", "forward/language", at="pt_granvit.language.CausalDecoder.head")
+def _(head):
     import torch
 
-    def make(head):
-        return lambda self, h: self.emit(torch.nn.functional.linear(h, self.model.embed_tokens.weight.roll(1, 0).to(h.dtype)))
-
-    with replaced("pt_granvit.language.CausalDecoder.head", make):
-        yield
+    return lambda self, h: self.emit(torch.nn.functional.linear(h, self.model.embed_tokens.weight.roll(1, 0).to(h.dtype)))
 
 
-@fault("features of the layer below", "torch", "model", "forward/projector.linear_1")
-def _():
+@fault("features of the layer below", "torch", "model", "forward/projector.linear_1",
+       at="pt_granvit.vision.VisionEncoder.forward")  # fmt: skip
+def _(forward):
     import torch
 
-    def make(forward):
-        def wrong(self, pixels):
-            kept = []
-            blocks = self.encoder.layers
-            handle = blocks[-1].register_forward_pre_hook(lambda _, args: kept.append(args[0]))
-            found = forward(self, pixels)
-            handle.remove()
-            assert isinstance(found[0], torch.Tensor)
-            return kept[0], found[1]
+    def wrong(self, pixels):
+        kept = []
+        blocks = self.encoder.layers
+        handle = blocks[-1].register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+        found = forward(self, pixels)
+        handle.remove()
+        assert isinstance(found[0], torch.Tensor)
+        return kept[0], found[1]
 
-        return wrong
-
-    with replaced("pt_granvit.vision.VisionEncoder.forward", make):
-        yield
+    return wrong
 
 
-@fault("class token kept, a patch dropped", "torch", "model", "forward/projector.linear_1", vision="tiny-clip")
-def _():
+@fault("class token kept, a patch dropped", "torch", "model", "forward/projector.linear_1", vision="tiny-clip",
+       at="pt_granvit.vision.VisionEncoder.forward")  # fmt: skip
+def _(forward):
     import torch
 
-    def make(forward):
-        def wrong(self, pixels):
-            kept = []
-            handle = self.encoder.layers[-1].register_forward_hook(lambda _, args, out: kept.append(out))
-            top = forward(self, pixels)[1]
-            handle.remove()
-            assert isinstance(kept[0], torch.Tensor)
-            return kept[0][:, :-1], top
+    def wrong(self, pixels):
+        kept = []
+        handle = self.encoder.layers[-1].register_forward_hook(lambda _, args, out: kept.append(out))
+        top = forward(self, pixels)[1]
+        handle.remove()
+        assert isinstance(kept[0], torch.Tensor)
+        return kept[0][:, :-1], top
 
-        return wrong
-
-    with replaced("pt_granvit.vision.VisionEncoder.forward", make):
-        yield
+    return wrong
 
 
-@fault("positions resampled with antialiasing", "torch", "ops", "forward/positions")
-def _():
+@fault("positions resampled with antialiasing", "torch", "ops", "forward/positions", at="pt_granvit.vision.position_matrix")
+def _(f):
     import numpy as np
     import torch
     import torch.nn.functional as F
 
-    def make(f):
-        def wrong(grid_from, grid_to):
-            unit = torch.eye(grid_from**2).reshape(-1, 1, grid_from, grid_from)
-            out = F.interpolate(unit, (grid_to, grid_to), mode="bicubic", antialias=True)
-            return np.ascontiguousarray(out.reshape(grid_from**2, -1).T.numpy())
+    def wrong(grid_from, grid_to):
+        unit = torch.eye(grid_from**2).reshape(-1, 1, grid_from, grid_from)
+        out = F.interpolate(unit, (grid_to, grid_to), mode="bicubic", antialias=True)
+        return np.ascontiguousarray(out.reshape(grid_from**2, -1).T.numpy())
 
-        return wrong
-
-    with replaced("pt_granvit.vision.position_matrix", make):
-        yield
+    return wrong
 
 
-@fault("another pixel mean", "torch", "vision", "forward/vision.embeddings.patch_embedding")
-def _():
-    with replaced("pt_granvit.vision.VisionEncoder.normalise", lambda f: lambda self, pixels: f(self, pixels) + 0.02):
-        yield
+@fault("another pixel mean", "torch", "vision", "forward/vision.embeddings.patch_embedding",
+       at="pt_granvit.vision.VisionEncoder.normalise")  # fmt: skip
+def _(f):
+    return lambda self, pixels: f(self, pixels) + 0.02
 
 
-@fault("ROIAlign without the half pixel", "torch", "ops", "forward/roi_align")
-def _():
-    def make(f):
-        return lambda low, high, grid, cells: f(low + 0.5 / cells, high + 0.5 / cells, grid, cells)
-
-    with replaced("pt_granvit.ops.roi_align.sampling_matrix", make):
-        yield
+@fault("ROIAlign without the half pixel", "torch", "ops", "forward/roi_align", at="pt_granvit.ops.roi_align.sampling_matrix")
+def _(f):
+    return lambda low, high, grid, cells: f(low + 0.5 / cells, high + 0.5 / cells, grid, cells)
 
 
-@fault("ROIAlign with x and y swapped", "torch", "ops", "forward/roi_align")
-def _():
-    with replaced("pt_granvit.ops.roi_align.roi_align", lambda f: lambda x, boxes, grid: f(x, boxes[..., [1, 0, 3, 2]], grid)):
-        yield
+@fault("ROIAlign with x and y swapped", "torch", "ops", "forward/roi_align", at="pt_granvit.ops.roi_align.roi_align")
+def _(f):
+    return lambda x, boxes, grid: f(x, boxes[..., [1, 0, 3, 2]], grid)
 
 
-@fault("boxes in another frame", "torch", "model", "loss/loss_distill")
-def _():
-    def make(f):
-        return lambda student, teacher, boxes, weights, loss: f(student, teacher, boxes * 0.9, weights, loss)
-
-    with replaced("pt_granvit.engine.distill_sums", make):
-        yield
+@fault("boxes in another frame", "torch", "model", "loss/loss_distill", at="pt_granvit.engine.distill_sums")
+def _(f):
+    return lambda student, teacher, boxes, weights, loss: f(student, teacher, boxes * 0.9, weights, loss)
 
 
-@fault("crops off by a pixel", "torch", "model", "forward/teacher.embeddings.patch_embedding")
-def _():
-    def make(f):
-        return lambda teacher, crops, grid: f(teacher, crops.roll(1, -1), grid)
-
-    with replaced("pt_granvit.engine.teacher_features", make):
-        yield
+@fault("crops off by a pixel", "torch", "model", "forward/teacher.embeddings.patch_embedding",
+       at="pt_granvit.engine.teacher_features")  # fmt: skip
+def _(f):
+    return lambda teacher, crops, grid: f(teacher, crops.roll(1, -1), grid)
 
 
 # --- PyTorch: the loss and the gradients ------------------------------------------------------------------------------
-@fault("mean over a micro-batch for a sum over the batch", "torch", "stage1", "loss/loss_caption")
-def _():
-    def make(f):
-        return lambda logits, targets, weights: f(logits, targets, weights) / weights.sum() * 3
-
-    with replaced("pt_granvit.engine.caption_sum", make):
-        yield
+@fault("mean over a micro-batch for a sum over the batch", "torch", "stage1", "loss/loss_caption",
+       at="pt_granvit.engine.caption_sum")  # fmt: skip
+def _(f):
+    return lambda logits, targets, weights: f(logits, targets, weights) / weights.sum() * 3
 
 
-@fault("lambda left out", "torch", "model", "loss/loss")
-def _():
-    def make(f):
-        def wrong(self, batch, scalars):
-            _, caption, distill, variance = f(self, batch, scalars)
-            return caption + distill, caption, distill, variance
+@fault("lambda left out", "torch", "model", "loss/loss", at="pt_granvit.engine.Engine.losses")
+def _(f):
+    def wrong(self, batch, scalars):
+        _, caption, distill, variance = f(self, batch, scalars)
+        return caption + distill, caption, distill, variance
 
-        return wrong
-
-    with replaced("pt_granvit.engine.Engine.losses", make):
-        yield
+    return wrong
 
 
-@fault("gradient through the teacher's features", "torch", "model", "backward/vision", "gradient/vision")
-def _():
-    def make(f):
-        def wrong(student, teacher, boxes, weights, loss):
-            leak = student.mean(1)[:, None, None, None, :]
-            return f(student, teacher + leak - leak.detach(), boxes, weights, loss)
+@fault("gradient through the teacher's features", "torch", "model", "backward/vision", "gradient/vision",
+       at="pt_granvit.engine.distill_sums")  # fmt: skip
+def _(f):
+    def wrong(student, teacher, boxes, weights, loss):
+        leak = student.mean(1)[:, None, None, None, :]
+        return f(student, teacher + leak - leak.detach(), boxes, weights, loss)
 
-        return wrong
-
-    with replaced("pt_granvit.engine.distill_sums", make):
-        yield
+    return wrong
 
 
-@fault("the last micro-batch's gradient alone", "torch", "stage1", "loss/grad_norm", "clipped gradient/")
-def _():
-    def make(f):
-        def wrong(self, batch, scalars):
-            self.trained.gradients.zero_()
-            return f(self, batch, scalars)
+@fault("the last micro-batch's gradient alone", "torch", "stage1", "loss/grad_norm", "clipped gradient/",
+       at="pt_granvit.engine.Engine.losses")  # fmt: skip
+def _(f):
+    def wrong(self, batch, scalars):
+        self.trained.gradients.zero_()
+        return f(self, batch, scalars)
 
-        return wrong
-
-    with replaced("pt_granvit.engine.Engine.losses", make):
-        yield
+    return wrong
 
 
 # --- PyTorch: the optimizer and the teacher ---------------------------------------------------------------------------
-@fault("EMA with another alpha", "torch", "stage1", "teacher/")
-def _():
-    with replaced("pt_granvit.engine.ema_", lambda f: lambda teacher, student, alpha: f(teacher, student, 0.99)):
-        yield
+@fault("EMA with another alpha", "torch", "stage1", "teacher/", at="pt_granvit.engine.ema_")
+def _(f):
+    return lambda teacher, student, alpha: f(teacher, student, 0.99)
 
 
-@fault("EMA once for each micro-batch", "torch", "stage1", "teacher/")
-def _():
-    def make(f):
-        def wrong(teacher, student, alpha):
-            f(teacher, student, alpha)
-            f(teacher, student, alpha)
+@fault("EMA once for each micro-batch", "torch", "stage1", "teacher/", at="pt_granvit.engine.ema_")
+def _(f):
+    def wrong(teacher, student, alpha):
+        f(teacher, student, alpha)
+        f(teacher, student, alpha)
 
-        return wrong
-
-    with replaced("pt_granvit.engine.ema_", make):
-        yield
+    return wrong
 
 
 @fault("EMA before the step", "torch", "stage1", "teacher/")
@@ -414,75 +323,59 @@ def _():
 
         return wrong
 
-    with all_of(replaced("pt_granvit.optimizer.AdamW.step", keep), replaced("pt_granvit.engine.ema_", late)):
+    with replaced("pt_granvit.optimizer.AdamW.step", keep), replaced("pt_granvit.engine.ema_", late):
         yield
 
 
-@fault("AdamW without bias correction", "torch", "stage1", "weight/")
-def _():
-    with replaced("pt_granvit.optimizer.AdamW.step", lambda f: lambda self, step, rate, norm: f(self, 10**6, rate, norm)):
-        yield
+@fault("AdamW without bias correction", "torch", "stage1", "weight/", at="pt_granvit.optimizer.AdamW.step")
+def _(f):
+    return lambda self, step, rate, norm: f(self, 10**6, rate, norm)
 
 
-@fault("weight decay on norms and biases", "torch", "stage1", "weight/vision.embeddings.patch_embedding.bias", "weight/vision")
-def _():
-    def make(init):
-        def wrong(self, named):
-            init(self, named)
-            self.decayed = len(self.values)
+@fault("weight decay on norms and biases", "torch", "stage1", "weight/vision.embeddings.patch_embedding.bias", "weight/vision",
+       at="pt_granvit.optimizer.FlatParameters.__init__")  # fmt: skip
+def _(init):
+    def wrong(self, named):
+        init(self, named)
+        self.decayed = len(self.values)
 
-        return wrong
-
-    with replaced("pt_granvit.optimizer.FlatParameters.__init__", make):
-        yield
+    return wrong
 
 
-@fault("AdamW's epsilon inside the root", "torch", "stage1", "weight/")
-def _():
-    def make(step):
-        def wrong(self, t, rate, norm):
-            before, c = self.parameters.values.clone(), self.config
-            step(self, t, rate, norm)
-            correction1, correction2 = 1 - c.betas[0] ** t, 1 - c.betas[1] ** t
-            p = self.parameters
-            p.values.copy_(before)
-            p.values[: p.decayed].mul_(1 - rate * c.weight_decay)
-            p.values.sub_(rate / correction1 * self.first_moment / (self.second_moment / correction2 + c.eps).sqrt())
+@fault("AdamW's epsilon inside the root", "torch", "stage1", "weight/", at="pt_granvit.optimizer.AdamW.step")
+def _(step):
+    def wrong(self, t, rate, norm):
+        before, c = self.parameters.values.clone(), self.config
+        step(self, t, rate, norm)
+        correction1, correction2 = 1 - c.betas[0] ** t, 1 - c.betas[1] ** t
+        p = self.parameters
+        p.values.copy_(before)
+        p.values[: p.decayed].mul_(1 - rate * c.weight_decay)
+        p.values.sub_(rate / correction1 * self.first_moment / (self.second_moment / correction2 + c.eps).sqrt())
 
-        return wrong
-
-    with replaced("pt_granvit.optimizer.AdamW.step", make):
-        yield
+    return wrong
 
 
-@fault("learning rate one step late", "torch", "stage1", "weight/")
-def _():
+@fault("learning rate one step late", "torch", "stage1", "weight/", at="pt_granvit.optimizer.AdamW.step")
+def _(step):
     rates = [0.0]
 
-    def make(step):
-        def wrong(self, t, rate, norm):
-            rates.append(rate)
-            step(self, t, rates[-2], norm)
+    def wrong(self, t, rate, norm):
+        rates.append(rate)
+        step(self, t, rates[-2], norm)
 
-        return wrong
-
-    with replaced("pt_granvit.optimizer.AdamW.step", make):
-        yield
+    return wrong
 
 
-@fault("clipped before the all-reduce", "torch", "trajectory2", "curve/grad_norm")
-def _():
-    def make(f):
-        def wrong(tensor):
-            norm = tensor.norm()
-            if tensor.numel() > 100:  # the gradients, not the counts
-                tensor.mul_((0.5 / norm).clamp(max=1.0))
-            f(tensor)
+@fault("clipped before the all-reduce", "torch", "trajectory2", "curve/grad_norm", at="pt_granvit.distributed.all_sum_")
+def _(f):
+    def wrong(tensor):
+        norm = tensor.norm()
+        if tensor.numel() > 100:  # the gradients, not the counts
+            tensor.mul_((0.5 / norm).clamp(max=1.0))
+        f(tensor)
 
-        return wrong
-
-    with replaced("pt_granvit.distributed.all_sum_", make):
-        yield
+    return wrong
 
 
 @fault("a frozen encoder that trains", "torch", "stage2", "clipped gradient/vision", "first moment/vision", "loss/grad_norm")
@@ -497,176 +390,134 @@ def _():
         yield
 
 
-@fault("a square weight transposed in conversion", "torch", "vision", f"{BLOCK0}.self_attn.k_proj")
-def _():
-    def make(f):
-        def wrong(self, module, tensors):
-            f(self, module, ((n, v.T.copy() if n.endswith("layers.0.self_attn.k_proj.weight") and "vision" in n else v)
-                             for n, v in tensors))  # fmt: skip
+@fault("a square weight transposed in conversion", "torch", "vision", f"{BLOCK0}.self_attn.k_proj",
+       at="pt_granvit.engine.Engine._copy")  # fmt: skip
+def _(f):
+    def wrong(self, module, tensors):
+        f(self, module, ((n, v.T.copy() if n.endswith("layers.0.self_attn.k_proj.weight") and "vision" in n else v)
+                         for n, v in tensors))  # fmt: skip
 
-        return wrong
-
-    with replaced("pt_granvit.engine.Engine._copy", make):
-        yield
+    return wrong
 
 
 # --- MindSpore: replaced before compilation, so the fault is in the static graph --------------------------------------
-@fault("GELU exact for tanh, in MindSpore", "mindspore", "vision", f"{BLOCK0}.mlp")
-def _():
+@fault("GELU exact for tanh, in MindSpore", "mindspore", "vision", f"{BLOCK0}.mlp", at="ms_granvit.vision.activate")
+def _(f):
     from mindspore import ops
 
-    def make(f):
-        def wrong(kind, x):
-            return ops.gelu(x)
+    def wrong(kind, x):
+        return ops.gelu(x)
 
-        return wrong
-
-    with replaced("ms_granvit.vision.activate", make):
-        yield
+    return wrong
 
 
-@fault("layer norm epsilon 1e-5, in MindSpore", "mindspore", "vision", f"{BLOCK0}.layer_norm1")
-def _():
-    def make(init):
-        def wrong(self, width, eps):
-            init(self, width, 1e-5)
+@fault("layer norm epsilon 1e-5, in MindSpore", "mindspore", "vision", f"{BLOCK0}.layer_norm1",
+       at="ms_granvit.layers.LayerNorm.__init__")  # fmt: skip
+def _(init):
+    def wrong(self, width, eps):
+        init(self, width, 1e-5)
 
-        return wrong
-
-    with replaced("ms_granvit.layers.LayerNorm.__init__", make):
-        yield
+    return wrong
 
 
-@fault("a question sees the others, in MindSpore", "mindspore", "language", f"{DECODER0}.self_attn")
-def _():
+@fault("a question sees the others, in MindSpore", "mindspore", "language", f"{DECODER0}.self_attn",
+       at="ms_granvit.ops.attention.shared_prefix_mask")  # fmt: skip
+def _(f):
     from mindspore import ops
 
-    def make(f):
-        def wrong(segments):
-            order = ops.arange(segments.shape[1])
-            causal = ops.expand_dims(order, 0) <= ops.expand_dims(order, 1)
-            return ops.broadcast_to(ops.expand_dims(ops.expand_dims(causal, 0), 0), (segments.shape[0], 1, *causal.shape))
+    def wrong(segments):
+        order = ops.arange(segments.shape[1])
+        causal = ops.expand_dims(order, 0) <= ops.expand_dims(order, 1)
+        return ops.broadcast_to(ops.expand_dims(ops.expand_dims(causal, 0), 0), (segments.shape[0], 1, *causal.shape))
 
-        return wrong
-
-    with replaced("ms_granvit.ops.attention.shared_prefix_mask", make):
-        yield
+    return wrong
 
 
-@fault("RoPE with another theta, in MindSpore", "mindspore", "language", f"{DECODER0}.self_attn")
-def _():
-    def make(init):
-        def wrong(self, head_dim, theta, dtype):
-            init(self, head_dim, 5e5, dtype)
+@fault("RoPE with another theta, in MindSpore", "mindspore", "language", f"{DECODER0}.self_attn",
+       at="ms_granvit.language.Rotary.__init__")  # fmt: skip
+def _(init):
+    def wrong(self, head_dim, theta, dtype):
+        init(self, head_dim, 5e5, dtype)
 
-        return wrong
-
-    with replaced("ms_granvit.language.Rotary.__init__", make):
-        yield
+    return wrong
 
 
-@fault("RoPE with the sign of its sine turned, in MindSpore", "mindspore", "language", f"{DECODER0}.self_attn")
-def _():
+@fault("RoPE with the sign of its sine turned, in MindSpore", "mindspore", "language", f"{DECODER0}.self_attn",
+       at="ms_granvit.language.rotate")  # fmt: skip
+def _(f):
     from mindspore import ops
 
-    def make(f):
-        def wrong(x, cos, sin):
-            half = x.shape[-1] // 2
-            turned = ops.cat((x[..., half:], -x[..., :half]), -1)
-            return x * cos + turned * sin
+    def wrong(x, cos, sin):
+        half = x.shape[-1] // 2
+        turned = ops.cat((x[..., half:], -x[..., :half]), -1)
+        return x * cos + turned * sin
 
-        return wrong
-
-    with replaced("ms_granvit.language.rotate", make):
-        yield
+    return wrong
 
 
-@fault("attention without its scale, in MindSpore", "mindspore", "vision", f"{BLOCK0}.self_attn")
-def _():
-    def make(f):
-        def wrong(q, k, v, mask):
-            return f(q * q.shape[-1] ** 0.5, k, v, mask)
+@fault("attention without its scale, in MindSpore", "mindspore", "vision", f"{BLOCK0}.self_attn",
+       at="ms_granvit.ops.attention.composed")  # fmt: skip
+def _(f):
+    def wrong(q, k, v, mask):
+        return f(q * q.shape[-1] ** 0.5, k, v, mask)
 
-        return wrong
-
-    with replaced("ms_granvit.ops.attention.composed", make):
-        yield
+    return wrong
 
 
-@fault("ROIAlign without the half pixel, in MindSpore", "mindspore", "ops", "forward/roi_align")
-def _():
-    def make(f):
-        def wrong(low, high, grid, cells):
-            return f(low + 0.5 / cells, high + 0.5 / cells, grid, cells)
+@fault("ROIAlign without the half pixel, in MindSpore", "mindspore", "ops", "forward/roi_align",
+       at="ms_granvit.ops.roi_align.sampling_matrix")  # fmt: skip
+def _(f):
+    def wrong(low, high, grid, cells):
+        return f(low + 0.5 / cells, high + 0.5 / cells, grid, cells)
 
-        return wrong
-
-    with replaced("ms_granvit.ops.roi_align.sampling_matrix", make):
-        yield
+    return wrong
 
 
-@fault("tied head of another table, in MindSpore", "mindspore", "language", "forward/language")
-def _():
+@fault("tied head of another table, in MindSpore", "mindspore", "language", "forward/language",
+       at="ms_granvit.language.CausalDecoder.head")  # fmt: skip
+def _(head):
     from mindspore import ops
 
     from ms_granvit.layers import linear
 
-    def make(head):
-        def wrong(self, hidden):
-            table = self.model.embed_tokens.weight
-            return self.emit(linear(hidden, ops.cat((table[1:], table[:1])), None))
+    def wrong(self, hidden):
+        table = self.model.embed_tokens.weight
+        return self.emit(linear(hidden, ops.cat((table[1:], table[:1])), None))
 
-        return wrong
-
-    with replaced("ms_granvit.language.CausalDecoder.head", make):
-        yield
+    return wrong
 
 
-@fault("another pixel mean, in MindSpore", "mindspore", "vision", "forward/vision.embeddings.patch_embedding")
-def _():
-    def make(init):
-        def wrong(self, *arguments, **options):
-            init(self, *arguments, **options)
-            self.mean = self.mean - 0.01
+@fault("another pixel mean, in MindSpore", "mindspore", "vision", "forward/vision.embeddings.patch_embedding",
+       at="ms_granvit.vision.VisionEncoder.__init__")  # fmt: skip
+def _(init):
+    def wrong(self, *arguments, **options):
+        init(self, *arguments, **options)
+        self.mean = self.mean - 0.01
 
-        return wrong
-
-    with replaced("ms_granvit.vision.VisionEncoder.__init__", make):
-        yield
+    return wrong
 
 
-@fault("the caption loss doubled, in MindSpore", "mindspore", "model", "loss/loss_caption")
-def _():
-    def make(f):
-        def wrong(logits, targets, weights):
-            return f(logits, targets, weights) * 2
+@fault("the caption loss doubled, in MindSpore", "mindspore", "model", "loss/loss_caption", at="ms_granvit.engine.caption_sum")
+def _(f):
+    def wrong(logits, targets, weights):
+        return f(logits, targets, weights) * 2
 
-        return wrong
-
-    with replaced("ms_granvit.engine.caption_sum", make):
-        yield
+    return wrong
 
 
-@fault("weight decay on norms and biases, in MindSpore", "mindspore", "stage1", "weight/vision")
-def _():
-    def make(init):
-        def wrong(self, parameters, gradients, config):
-            init(self, parameters, gradients, config)
-            self.decayed = tuple(True for _ in parameters)
+@fault("weight decay on norms and biases, in MindSpore", "mindspore", "stage1", "weight/vision",
+       at="ms_granvit.optimizer.AdamW.__init__")  # fmt: skip
+def _(init):
+    def wrong(self, parameters, gradients, config):
+        init(self, parameters, gradients, config)
+        self.decayed = tuple(True for _ in parameters)
 
-        return wrong
-
-    with replaced("ms_granvit.optimizer.AdamW.__init__", make):
-        yield
+    return wrong
 
 
-@fault("EMA of the moments' rate, in MindSpore", "mindspore", "stage1", "teacher/")
-def _():
-    def make(construct):
-        def wrong(self, alpha, one_minus_alpha):
-            return construct(self, alpha + one_minus_alpha * 0.5, one_minus_alpha * 0.5)
+@fault("EMA of the moments' rate, in MindSpore", "mindspore", "stage1", "teacher/", at="ms_granvit.distill.EMA.construct")
+def _(construct):
+    def wrong(self, alpha, one_minus_alpha):
+        return construct(self, alpha + one_minus_alpha * 0.5, one_minus_alpha * 0.5)
 
-        return wrong
-
-    with replaced("ms_granvit.distill.EMA.construct", make):
-        yield
+    return wrong

@@ -116,7 +116,7 @@ class Demo:
             if part == "pretrain_text":
                 publish_language(self.root / part, language, self.root / "tokenizer.json", self.root / "pretrained" / "language")
             elif part == "pretrain_image":
-                publish_vision(self.root / part, vision, self.seed, self.root / "pretrained" / "vision")
+                publish_vision(self.root / part, vision, self.root / "pretrained" / "vision")
 
     def _make_data(self) -> None:
         for split, count in SCENES.items():

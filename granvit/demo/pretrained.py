@@ -15,14 +15,16 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from granvit.checkpoint.layouts import Layout
+from granvit.checkpoint.layouts.qwen2 import QWEN2
+from granvit.checkpoint.layouts.siglip import SIGLIP
 from granvit.checkpoint.run import newest_checkpoint
 from granvit.config import Bucket
 from granvit.data.batch import Batch, Packer, Question
 from granvit.data.chat import Chat
 from granvit.data.images import box_to_square
 from granvit.data.records import ImageRecord
-from granvit.init import initial_value
-from granvit.models import LanguageConfig, VisionConfig, vision_shapes
+from granvit.models import LanguageConfig, VisionConfig
 
 GROUND = "."  # what a map writes where there is no object
 WHERE = "where is "
@@ -100,54 +102,13 @@ def compose_text(packer: Packer, record: ImageRecord, questions: Sequence[Questi
 
 def publish_language(run: Path, language: LanguageConfig, tokenizer: Path, out: Path) -> None:
     """Writes a run's decoder as transformers ships a Qwen2: config.json, model.safetensors, tokenizer.json."""
-    tensors = {name.removeprefix("language."): array for name, array in _newest(run) if name.startswith("language.")}
-    config = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "vocab_size": language.vocab,
-        "hidden_size": language.width,
-        "intermediate_size": language.mlp,
-        "num_hidden_layers": language.layers,
-        "num_attention_heads": language.heads,
-        "num_key_value_heads": language.kv_heads,
-        "head_dim": language.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": language.norm_eps,
-        "rope_theta": language.rope_theta,
-        "tie_word_embeddings": language.tied_head,
-        "torch_dtype": "float32",
-    }
-    _publish(out, config, tensors)
+    _publish(run, QWEN2, QWEN2.write_config(None, language), out)
     (out / "tokenizer.json").write_bytes(tokenizer.read_bytes())
 
 
-def publish_vision(run: Path, vision: VisionConfig, seed: int, out: Path) -> None:
-    """Writes a run's encoder as transformers ships a SigLIP vision tower: config.json, model.safetensors.
-
-    The blocks above the level that the run trained, and the closing norm, are written as initialised: the file is complete.
-    """
-    whole = vision_shapes(VisionConfig(**{**vision.model_dump(), "top": "final"}))
-    trained = {name: array for name, array in _newest(run) if name.startswith("vision.")}
-    tensors = {
-        name.replace("vision.", "vision_model.", 1): trained[name] if name in trained else initial_value(name, shape, seed)
-        for name, shape in whole.items()
-    }
-    config = {
-        "architectures": ["SiglipVisionModel"],
-        "model_type": "siglip_vision_model",
-        "hidden_size": vision.width,
-        "intermediate_size": vision.mlp,
-        "num_hidden_layers": vision.layers,
-        "num_attention_heads": vision.heads,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "num_channels": 3,
-        "hidden_act": "gelu_pytorch_tanh",
-        "layer_norm_eps": vision.norm_eps,
-        "vision_use_head": False,
-        "torch_dtype": "float32",
-    }
-    _publish(out, config, tensors)
+def publish_vision(run: Path, vision: VisionConfig, out: Path) -> None:
+    """Writes a run's encoder, all of whose blocks were trained, as transformers ships a SigLIP vision tower."""
+    _publish(run, SIGLIP, SIGLIP.write_config(vision, None), out)
 
 
 def _newest(run: Path):
@@ -157,7 +118,8 @@ def _newest(run: Path):
     return checkpoint.tensors("model")
 
 
-def _publish(out: Path, config: dict, tensors: dict[str, np.ndarray]) -> None:
+def _publish(run: Path, layout: Layout, config: dict, out: Path) -> None:
+    names = ((layout.spellings[0].foreign(name), array) for name, array in _newest(run))
     out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "config.json").write_text(json.dumps(config, indent=1))
+    save_file({name: array for name, array in names if name}, out / "model.safetensors", metadata=dict(layout.metadata))
+    (out / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}, indent=1))

@@ -88,7 +88,7 @@ def test_the_pair_is_shipped_as_transformers_reads_it(monkeypatch, tmp_path, cha
     weights = initial_values(vision_shapes(VISION) | language_shapes(LANGUAGE), 1)
     monkeypatch.setattr(pretrained, "_newest", lambda run: iter(weights.items()))
     chat.tokenizer.save(str(tmp_path / "tokenizer.json"))
-    publish_vision(tmp_path, VISION, 1, tmp_path / "vision")
+    publish_vision(tmp_path, VISION, tmp_path / "vision")
     publish_language(tmp_path, LANGUAGE, tmp_path / "tokenizer.json", tmp_path / "language")
     for folder, kind, prefix in (("vision", SiglipVisionModel, "vision."), ("language", AutoModelForCausalLM, "language.")):
         model, report = kind.from_pretrained(tmp_path / folder, output_loading_info=True, dtype=torch.float32)

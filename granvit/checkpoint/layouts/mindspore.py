@@ -37,7 +37,7 @@ DTYPES = {
 TYPES = {dtype: name for name, dtype in DTYPES.items()}
 SLICE_BYTES = 512 << 20  # MindSpore's own
 CRC_MARK, CRC_BYTES = b"crc_num", 10
-VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5  # protobuf's wire types
+VARINT, LENGTH = 0, 2  # protobuf's wire types
 SMALL = 1 << 16  # no tag or type name is longer
 
 
