@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +24,7 @@ from granvit.schedule import alphas, learning_rates
 
 BAD_AFTER = 1000  # items after which data.max_bad_fraction is enforced
 NAMED = 10  # bad records that each rank's log names; the others are counted
+REASONS_BYTES = 2048  # of a rank's list of reasons, when the ranks sum them
 
 
 class Batches(Protocol):
@@ -124,9 +126,9 @@ class Trainer:
             if not stop:
                 self._save()
                 self._evaluate()
+            self._log_skipped()
         finally:
             batches.close()
-            self._log_skipped()
             if self.output is not None:
                 self.output.close()
         return not stop
@@ -161,11 +163,13 @@ class Trainer:
         skipped = self.skipped + int(counts.skipped)
         seen, allowed = self.questions + int(counts.questions) + skipped, self.config.data.max_bad_fraction
         if seen >= BAD_AFTER and skipped > allowed * seen:
+            self._log_skipped()
             raise ValueError(
                 f"step {step}: {skipped} of {seen} records or questions could not be used, more than data.max_bad_fraction "
                 f"{allowed}. {self.run_directory}/log names the first of each rank; mend the data or raise the limit"
             )
         if counts.tokens == 0:
+            self._log_skipped()
             raise ValueError(
                 f"step {step}: no supervised token in the whole global batch ({int(counts.skipped)} items skipped): tokenizer "
                 f"and chat template do not match the model, or data.buckets are too short for every question"
@@ -234,5 +238,19 @@ class Trainer:
         raise TrainingStopped(f"step {step}: {error}; from {where};{here} {kept}") from error
 
     def _log_skipped(self) -> None:
-        for reason, count in self.skipped_here.most_common():
-            log.warning(f"skipped {count} on rank {self.engine.rank}: {reason}")
+        """Logs how much could not be used since this start, by reason, summed over the ranks, which all call it together."""
+        if not self._any_rank(self.skipped_here.total() > 0):
+            return
+        lines = [f"{count} {reason}\n".encode() for reason, count in self.skipped_here.most_common()]
+        kept = [line for line, end in zip(lines, accumulate(map(len, lines)), strict=True) if end <= REASONS_BYTES]
+        texts = np.zeros((self.engine.world, REASONS_BYTES), np.float32)
+        texts[self.engine.rank] = np.frombuffer(b"".join(kept).ljust(REASONS_BYTES, b"\0"), np.uint8)
+        everywhere: Counter[str] = Counter()
+        for text in self.engine.all_sum(texts.ravel()).astype(np.uint8).reshape(texts.shape):
+            for line in text.tobytes().rstrip(b"\0").decode().splitlines():
+                count, reason = line.split(" ", 1)
+                everywhere[reason] += int(count)
+        for reason, count in everywhere.most_common():
+            log.warning(f"skipped {count} on {self.engine.world} rank(s): {reason}")
+        if len(kept) < len(lines):
+            log.warning(f"skipped on rank {self.engine.rank} for {len(lines) - len(kept)} more, rarer reasons")

@@ -28,7 +28,7 @@ from granvit.data import prompts
 from granvit.data.chat import SYSTEM, train_tokenizer
 from granvit.data.records import ImageRecord
 from granvit.data.store import Store, write_store
-from granvit.demo.pretrained import GROUND, WHERE, cell_question, compose_text, publish_language, publish_vision
+from granvit.demo.pretrained import GROUND, WHERE, compose_text, place, publish_language, publish_vision
 from granvit.demo.scenes import scenes
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -44,11 +44,12 @@ PHRASES = (
     "[0.",
     ", 0.",
     WHERE,
-    "row ",
-    " column ",
+    "rows ",
+    " to ",
+    " columns ",
 )
 # Share of the whole that a part takes, in seconds on the 2-core machine of docs/demo.md: for the time left.
-PARTS = {"data": 20, "pretrain_text": 300, "pretrain_image": 60, "stage1": 140, "stage1_mixed": 80, "guesser": 90, "stage2": 430,
+PARTS = {"data": 20, "pretrain_text": 250, "pretrain_image": 80, "stage1": 150, "stage1_mixed": 80, "guesser": 95, "stage2": 460,
          "report": 5}  # fmt: skip
 PREPARE = ("data", "pretrain_text", "pretrain_image")
 RUNS = ("pretrain_text", "pretrain_image", "stage1", "stage1_mixed", "guesser", "stage2")
@@ -141,8 +142,10 @@ class Demo:
         config = ["--config", CONFIGS / "demo" / f"{part}.yaml", "--framework", self.framework, *self.overrides(part)]
         command = [str(word) for word in (*launcher, *script, *config)]
         print(" ".join(command), flush=True)
-        # Two ranks share the cores; msrun starts its workers with the first `python` of PATH.
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PATH": f"{bin_directory}{os.pathsep}{os.environ['PATH']}"}
+        # Two ranks share the cores; MindSpore's workers warn at every attempt to reach each other (hundreds of lines); msrun
+        # starts its workers with the first `python` of PATH.
+        search = f"{bin_directory}{os.pathsep}{os.environ['PATH']}"
+        environment = {"OMP_NUM_THREADS": "1", "GLOG_v": "3", **os.environ, "PATH": search}
         child = subprocess.Popen(command, env=environment)
         try:
             status = child.wait()
@@ -156,7 +159,7 @@ class Demo:
 
 def _texts(record: ImageRecord) -> list[str]:
     """Every text that the demo asks or answers about a scene, for the tokenizer."""
-    found = [f"system\n{SYSTEM}", "user\n", "assistant\n", GROUND, cell_question(0, 1), prompts.GLOBAL, record.global_caption]
+    found = [f"system\n{SYSTEM}", "user\n", "assistant\n", GROUND, place(0, 1, 2, 3), prompts.GLOBAL, record.global_caption]
     for region in record.regions:
         found.append(WHERE + region.caption)
         for task in ("bbox2caption", "caption2bbox"):

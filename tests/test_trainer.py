@@ -3,6 +3,7 @@ import contextlib
 import json
 import logging
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -156,9 +157,39 @@ def test_bad_records_are_counted_named_and_bounded(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"step 4: 12 of 20 .* data\.max_bad_fraction 0\.5"):
         trainer.run(None)
     named = [f"skipped {record}: {reason}" for record, reason in three]
-    counted = ["skipped 8 on rank 0: truncated", "skipped 4 on rank 0: box is inverted"]
+    counted = ["skipped 8 on 1 rank(s): truncated", "skipped 4 on 1 rank(s): box is inverted"]
     assert [line for line in logged.kept if line.startswith("skipped")] == (named * 4)[:10] + counted
     assert [line["skipped"] for line in metrics(tmp_path)] == [3, 3, 3]
+
+
+def test_reasons_are_summed_over_the_ranks(tmp_path, monkeypatch):
+    """Both ranks skip for one reason, each for one of its own, and the second for more reasons than it may list."""
+    monkeypatch.setattr(trainer_module, "REASONS_BYTES", 60)
+    logged = Messages()
+    monkeypatch.setattr(trainer_module.log, "handlers", [logged])
+    own = (
+        [("a", "truncated"), ("b", "truncated"), ("c", "box is inverted")],
+        [("d", "truncated"), ("e", "caption is empty"), ("f", "caption is empty"), ("g", "a reason too long for the list, " * 2)],
+    )
+    config = configuration(data={"max_bad_fraction": 1.0})
+
+    def run(rank):
+        engine = ToyEngine(config, VISION, LANGUAGE, start_weights(config, VISION, LANGUAGE), rank, 2, tmp_path)
+        writer = CheckpointWriter(tmp_path / "run", config, VISION, LANGUAGE, {}) if rank == 0 else None
+        if writer is not None:
+            writer.write_start(engine)
+        loader = ToyLoader(STEPS, lambda step, batch: with_skipped(batch, own[rank]) if step == 5 else batch)
+        assert Trainer(config, engine, loader, tmp_path / "run", writer, lambda: False).run(None)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, range(2)))
+    summed = {line for line in logged.kept if line.startswith("skipped") and "rank" in line}
+    assert summed == {
+        "skipped 3 on 2 rank(s): truncated",
+        "skipped 2 on 2 rank(s): caption is empty",
+        "skipped 1 on 2 rank(s): box is inverted",
+        "skipped on rank 1 for 1 more, rarer reasons",
+    }
 
 
 def test_few_bad_records_do_not_stop_a_run(tmp_path, monkeypatch):

@@ -2,9 +2,9 @@
 
 GranViT starts from a pretrained language model and a pretrained encoder. The demo downloads none, so it makes a small pair:
 - the decoder, on text alone. A row's image slot holds a text map: one token for each patch of the image saying what covers
-  it (a word of the object's caption, or a sign for bare ground), made from the annotations, never from pixels. Questions about
-  single cells of the map, then the Bbox2Caption and global questions, teach it to look up WHERE in its context, as a large
-  language model can;
+  it (a word of the object's caption, or a sign for bare ground), made from the annotations, never from pixels. Bbox2Caption
+  and global questions, and in which rows and columns of the map an object is, teach it to look up WHERE in its context, as a
+  large language model can;
 - the encoder, on whole images with their global captions through the frozen decoder: an image-level encoder, as SigLIP is.
 Neither sees Caption2Bbox, nor a region question about an image.
 """
@@ -28,8 +28,6 @@ from granvit.models import LanguageConfig, VisionConfig
 
 GROUND = "."  # what a map writes where there is no object
 WHERE = "where is "
-CELLS = 10  # questions about single cells of a map
-COVERED_SHARE = 0.8  # of them ask for a cell with an object
 FUNCTION_WORDS = {"the", "word", "in", '"'}
 
 
@@ -64,30 +62,18 @@ def text_map(record: ImageRecord, chat: Chat, grid: int) -> list[int]:
     return cells.tolist()
 
 
-def cell_turns(cells: Sequence[int], chat: Chat, grid: int, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions about single cells of a map, and the word that stands there."""
-    ground = chat.answer_ids(GROUND)[0]
-    covered = np.flatnonzero(np.array(cells) != ground)
-    turns = []
-    for _ in range(CELLS):
-        cell = int(rng.choice(covered) if rng.random() < COVERED_SHARE else rng.integers(grid**2))
-        turns.append((cell_question(cell // grid, cell % grid), chat.decode([cells[cell]])))
-    return turns
-
-
 def where_turns(record: ImageRecord, grid: int) -> list[tuple[str, str]]:
-    """Where each object is: the cell of the map under the middle of its box."""
+    """Where each object is: the lines of the grid nearest to the sides of its box."""
     turns = []
     for region in record.regions:
-        x1, y1, x2, y2 = box_to_square(region.box, record.width, record.height)
-        row, column = int((y1 + y2) / 2 * grid), int((x1 + x2) / 2 * grid)
-        turns.append((WHERE + region.caption, cell_question(row, column)))
+        left, top, right, bottom = (int(side * grid + 0.5) for side in box_to_square(region.box, record.width, record.height))
+        turns.append((WHERE + region.caption, place(top, bottom, left, right)))
     return turns
 
 
-def cell_question(row: int, column: int) -> str:
-    """The question about one cell of a map."""
-    return f"row {row} column {column}"
+def place(top: int, bottom: int, left: int, right: int) -> str:
+    """A rectangle of the map, in lines of its grid, as answers name it."""
+    return f"rows {top} to {bottom} columns {left} to {right}"
 
 
 def compose_text(packer: Packer, record: ImageRecord, questions: Sequence[Question], bucket: Bucket) -> Batch:
@@ -96,7 +82,6 @@ def compose_text(packer: Packer, record: ImageRecord, questions: Sequence[Questi
     cells = text_map(record, packer.chat, grid)
     turns = [question.turn(record) for question in questions]
     turns += where_turns(record, grid)
-    turns += cell_turns(cells, packer.chat, grid, np.random.default_rng([1, *record.id.encode()]))
     return packer.text_row(record.id, cells, turns, bucket)
 
 

@@ -132,8 +132,8 @@ def _text(root: Path, last: dict[str, Evaluation], framework: str, seconds: dict
         "|---|---|---|---|---|",
     ]
     content = {
-        "pretrain_text": "Bbox2Caption, global captions, single cells and cells of objects, about text maps in the image's "
-        "place (no image)",
+        "pretrain_text": "Bbox2Caption, global captions and in which rows and columns an object is, about text maps in the "
+        "image's place (no image)",
         "pretrain_image": "global captions of whole images (no region)",
     }
     for name, config in configs.items():
