@@ -49,7 +49,7 @@ PHRASES = (
     " columns ",
 )
 # Share of the whole that a part takes, in seconds on the 2-core machine of docs/demo.md: for the time left.
-PARTS = {"data": 20, "pretrain_text": 250, "pretrain_image": 80, "stage1": 150, "stage1_mixed": 80, "guesser": 95, "stage2": 460,
+PARTS = {"data": 20, "pretrain_text": 265, "pretrain_image": 70, "stage1": 165, "stage1_mixed": 105, "guesser": 130, "stage2": 415,
          "report": 5}  # fmt: skip
 PREPARE = ("data", "pretrain_text", "pretrain_image")
 RUNS = ("pretrain_text", "pretrain_image", "stage1", "stage1_mixed", "guesser", "stage2")
