@@ -232,6 +232,7 @@ class Trainer:
         culprit[self.engine.rank] = len(error.micro_batches)
         ranks = np.flatnonzero(self.engine.all_sum(culprit)).tolist()
         self._save()
+        self._log_skipped()
         here = f" records of rank {self.engine.rank}: {', '.join(records)};" if records else ""
         where = f"rank(s) {', '.join(map(str, ranks))}" if ranks else "no rank's own loss (the gradient overflowed)"
         kept = f"the state before it is saved as step {self.step}"
