@@ -10,9 +10,8 @@ import pytest
 from granvit.config import resolve_models
 from granvit.data.batch import Batch, PromptBatch
 from granvit.engine import NonFiniteLoss, Scalars
-from granvit.init import initial_values
 from granvit.models import language_shapes, parameter_shapes, part_of, projector_shapes, vision_shapes
-from parity.fixture import PREFIX_AFTER, PREFIX_BEFORE, random_batch
+from parity.fixture import PREFIX_AFTER, PREFIX_BEFORE, random_batch, start_values
 from tests.helpers import run_config, separate_rows
 
 LENGTH, ANSWERS, ROWS, REGIONS = 72, 20, 2, 6
@@ -29,25 +28,11 @@ def make_engine(framework: str, **sections):
     sections = {"data": {"regions_per_row": REGIONS}, "train": {"global_batch": 12}, **sections}
     config = run_config(**sections)
     vision, language = resolve_models(config)
-    return Engine(config, vision, language, start_values(vision, language).items())
-
-
-def start_values(vision, language) -> dict[str, np.ndarray]:
-    """Random weights that make faults visible: every branch speaks as loud as the stream it adds to, embeddings have size 1,
-    norms and biases stand away from 1 and 0."""
-    rng = np.random.default_rng(1)
-    values = {}
-    for name, value in initial_values(parameter_shapes(vision, language), 0).items():
-        if value.ndim == 1:
-            value = value + 0.1 * rng.standard_normal(value.shape)
-        else:
-            value = value / value.std() * (1 if "embed_tokens" in name else np.prod(value.shape[1:]) ** -0.5)
-        values[name] = value.astype(np.float32)
-    return values
+    return Engine(config, vision, language, start_values(vision, language, seed=0).items())
 
 
 def reset(engine) -> None:
-    start = start_values(*resolve_models(engine.config))
+    start = start_values(*resolve_models(engine.config), seed=0)
     engine.load("model", start.items())
     teacher = [("teacher" + n.removeprefix("vision"), v) for n, v in start.items() if part_of(n) == "vision"]
     engine.load("teacher", teacher)
@@ -216,7 +201,7 @@ def test_other_stages_train_what_they_say(stage, trained, batch):
     results = [one.step([batch], scalars(1, batch)) for one in engines]
     assert results[0].loss == pytest.approx(results[1].loss, rel=1e-5)
     assert results[0].grad_norm == pytest.approx(results[1].grad_norm, rel=1e-4)
-    before = start_values(*resolve_models(engines[0].config))
+    before = start_values(*resolve_models(engines[0].config), seed=0)
     for one in engines:
         moved = {part_of(n) for n, v in one.tensors("model") if not np.array_equal(v, before[n])}
         assert moved == trained

@@ -16,7 +16,8 @@ from granvit.checkpoint.tensors import TensorSet, TensorWriter, write_set
 from granvit.config import language_config, vision_config
 from granvit.init import initial_value
 from granvit.models import parameter_shapes
-from parity.convert import convert, lines, main, open_source
+from parity.convert import convert, lines, main
+from parity.source import open_source
 from tests.helpers import run_config
 from tests.toy import ToyEngine
 

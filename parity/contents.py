@@ -1,0 +1,332 @@
+"""What a source holds: its layout by its names, every tensor under its canonical name, and the model that they make up.
+
+Names, shapes and config.json are held against each other before anything is written.
+"""
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from granvit.checkpoint.layouts import Layout, Spelling
+from granvit.checkpoint.layouts.clip import CLIP
+from granvit.checkpoint.layouts.default import DEFAULT
+from granvit.checkpoint.layouts.llama import LLAMA
+from granvit.checkpoint.layouts.llava import LLAVA
+from granvit.checkpoint.layouts.mindformers import MINDFORMERS
+from granvit.checkpoint.layouts.mindspore import MINDSPORE
+from granvit.checkpoint.layouts.qwen2 import QWEN2
+from granvit.checkpoint.layouts.siglip import SIGLIP
+from granvit.checkpoint.tensors import shape_differences
+from granvit.models import (
+    LanguageConfig,
+    Shapes,
+    VisionConfig,
+    language_shapes,
+    part_of,
+    projector_shapes,
+    vision_shapes,
+)
+from parity.source import Source
+
+LAYOUTS = {layout.name: layout for layout in (DEFAULT, SIGLIP, CLIP, QWEN2, LLAMA, LLAVA, MINDFORMERS, MINDSPORE)}
+DETECTED = tuple(layout for layout in LAYOUTS.values() if layout is not MINDSPORE)  # which differs from DEFAULT by its file alone
+OURS = ("default", "mindspore")  # these hold any parts of the model
+EMBEDDING, HEAD = "language.model.embed_tokens.weight", "language.lm_head.weight"
+
+
+def detect(source: Source, named: str | None) -> tuple[Layout, Spelling]:
+    """The source's layout, by its config.json and its names; `ValueError` where that does not decide, or a name is unknown."""
+    if source.vision is not None:  # a run's checkpoint
+        if named not in (None, DEFAULT.name):
+            raise ValueError(f"{source.path}: a run's checkpoint has the layout {DEFAULT.name!r}, not {named!r}")
+        return DEFAULT, DEFAULT.spellings[0]
+    names = list(source.tensors.shapes)
+    if named is not None:
+        layout = layout_named(named)
+        return layout, _best_spelling(source, layout, names)
+    stated = _by_model_type(source)
+    fitting = [layout for layout in (stated or DETECTED) if any(_explains(layout, s, names) for s in layout.spellings)]
+    if len(fitting) > 1:
+        candidates = ", ".join(layout.name for layout in fitting)
+        raise ValueError(f"{source.path}: its names fit several layouts ({candidates}); name one with --from")
+    # Where none fits, the nearest one names the tensor that is in the way.
+    layout = fitting[0] if fitting else max(stated or DETECTED, key=lambda layout: _mapped(layout, names))
+    if not fitting and not _mapped(layout, names):
+        at = source.tensors.entries[names[0]]["path"] if names else source.path
+        what = f"tensor {names[0]!r} is in no known layout" if names else "no tensor is there"
+        raise ValueError(f"{at}: {what} ({', '.join(layout.name for layout in stated or DETECTED)})")
+    return layout, _best_spelling(source, layout, names)
+
+
+def _by_model_type(source: Source) -> tuple[Layout, ...]:
+    """The layouts that config.json names; none where there is no config.json."""
+    if source.tree is None or (source.beside and "model_type" not in source.tree):
+        return ()
+    model_type = source.tree.get("model_type")
+    found = tuple(layout for layout in DETECTED if model_type in layout.model_types)
+    if not found and not source.beside:
+        known = ", ".join(dict.fromkeys(t for layout in DETECTED for t in layout.model_types))
+        raise ValueError(f"{source.config_path}: model_type {model_type!r}; known: {known}. --from names one that fits")
+    if source.beside:  # it may belong to another file: it decides only where it agrees
+        names = list(source.tensors.shapes)
+        found = tuple(layout for layout in found if any(_explains(layout, s, names) for s in layout.spellings))
+    return found
+
+
+def layout_named(name: str) -> Layout:
+    """The layout of this name; `ValueError` where there is none."""
+    if name not in LAYOUTS:
+        raise ValueError(f"layout {name!r} is not known; known: {', '.join(LAYOUTS)}")
+    return LAYOUTS[name]
+
+
+def _explains(layout: Layout, spelling: Spelling, names: Sequence[str]) -> bool:
+    mapped = [(name, spelling.canonical(name)) for name in names]
+    if not any(canonical for _, canonical in mapped):
+        return False
+    if any(canonical is None and spelling.reason(name) is None for name, canonical in mapped):
+        return False
+    return not _unpaired(layout, [canonical for _, canonical in mapped if canonical])
+
+
+def _unpaired(layout: Layout, canonicals: Sequence[str]) -> bool:
+    """Whether a first name of the layout's pairs is there without its second."""
+    there = set(canonicals)
+    for first, second in layout.pairs:
+        pairing = Spelling(((second, first),))
+        if any((partner := pairing.foreign(name)) is not None and partner not in there for name in there):
+            return True
+    return False
+
+
+def _mapped(layout: Layout, names: Sequence[str]) -> int:
+    return max(sum(spelling.canonical(name) is not None for name in names) for spelling in layout.spellings)
+
+
+def _best_spelling(source: Source, layout: Layout, names: Sequence[str]) -> Spelling:
+    """The spelling that maps most; `ValueError` naming the first tensor that it does not know."""
+    spelling = max(layout.spellings, key=lambda s: sum(s.canonical(name) is not None for name in names))
+    for name in names:
+        if spelling.canonical(name) is not None or spelling.reason(name) is not None:
+            continue
+        at = source.tensors.entries[name]["path"]
+        canonical = next((c for other in layout.spellings if (c := other.canonical(name)) is not None), None)
+        if canonical is None:
+            raise ValueError(f"{at}: tensor {name!r} is in no row of the {layout.name!r} layout")
+        twin = spelling.foreign(canonical)
+        if twin in source.tensors.entries:
+            raise ValueError(f"{at}: tensors {twin!r} and {name!r} are both {canonical!r}")
+        raise ValueError(f"{at}: tensor {name!r} is spelled otherwise than the rest, where it would be {twin!r}")
+    return spelling
+
+
+@dataclass
+class Contents:
+    """The source's model: where each canonical tensor lies, and its description. `stated`: a configuration says all of it;
+    otherwise it was derived from shapes and is good for shapes alone. `published` is what a foreign config.json said. `left_out`
+    maps what belongs to no part of the model to the reason, `notes` says what a reader should know."""
+
+    names: dict[str, str] = field(default_factory=dict)
+    vision: VisionConfig | None = None
+    language: LanguageConfig | None = None
+    stated: bool = False
+    published: dict[str, Any] | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_contents(source: Source, layout: Layout, spelling: Spelling) -> Contents:
+    """Maps every name, settles the head, and holds names and shapes against the configuration."""
+    contents = Contents()
+    names = contents.names
+    for foreign in source.tensors.shapes:
+        canonical = spelling.canonical(foreign)
+        if canonical is None:
+            contents.left_out[foreign] = spelling.reason(foreign)
+            continue
+        assert canonical not in names, f"two rows of one spelling of {layout.name!r} map to {canonical!r}"
+        source.tensors.check_readable(foreign)
+        names[canonical] = foreign
+    _leave_out_fillers(source, contents)
+    stated = _stated(source, layout, contents) if source.vision is None else (source.vision, source.language)
+    contents.stated = stated is not None
+    _settle_head(source, contents, stated[1].tied_head if stated and stated[1] else None)
+    contents.vision, contents.language = stated or _derived(source, names)
+    _check_shapes(source, layout, spelling, contents)
+    if stated and source.tree is not None:
+        here = {"layout": layout.name, "spelling": layout.spellings.index(spelling), "config": source.tree}
+        contents.published = _published(source) if layout.name in OURS else here
+    return contents
+
+
+def _published(source: Source) -> dict[str, Any] | None:
+    """What a default directory remembers of the publisher's, so that it can be written again as it was."""
+    record = source.tree.get("published")
+    if record is None:
+        return None
+    try:
+        known = isinstance(record["config"], dict) and record["spelling"] in range(len(LAYOUTS[record["layout"]].spellings))
+    except (KeyError, TypeError):
+        known = False
+    if not known:
+        raise ValueError(f"{source.config_path}: its record under 'published' is damaged; without it the names stay readable")
+    return record
+
+
+def _leave_out_fillers(source: Source, contents: Contents) -> None:
+    """Leaves out what an earlier conversion wrote to complete the tower, as long as it is still that."""
+    ours = (source.tree or {}).get("granvit")
+    listed = ours.get("filled") if isinstance(ours, dict) else None
+    for canonical, foreign in list(contents.names.items()):
+        if isinstance(listed, list) and foreign in listed and np.all(source.tensors.read(foreign) == filler_value(canonical)):
+            contents.left_out[foreign] = "written by an earlier conversion to complete the tower: nothing reads it"
+            del contents.names[canonical]
+
+
+def filler_value(canonical: str) -> float:
+    """What completes a tower: zeros, and norms of weight one. Such a block passes its input on."""
+    return float("norm" in canonical and canonical.endswith(".weight"))
+
+
+def _stated(source: Source, layout: Layout, contents: Contents) -> tuple[VisionConfig | None, LanguageConfig | None] | None:
+    """The model that config.json describes; None where there is none."""
+    if source.tree is None or (source.beside and source.tree.get("model_type") not in layout.model_types):
+        contents.notes.append("no config.json of this model: names and shapes were held against each other alone")
+        return None
+    label = source.path.name if source.path.is_dir() else source.path.parent.name
+    try:
+        fields = layout.read_config(source.tree)
+        vision = _vision({"name": label} | fields["vision"], contents.names) if "vision" in fields else None
+        language = LanguageConfig(**({"name": label} | fields["language"])) if "language" in fields else None
+    except KeyError as error:
+        if source.beside:
+            contents.notes.append(f"{source.config_path} is not of this layout and was not read")
+            return None
+        raise ValueError(f"{source.config_path}: no key {error.args[0]!r}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{source.config_path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{source.config_path}: {error}") from None
+    for config in (vision, language):
+        if config is not None and not 0 < config.layers <= len(contents.names) + 1:  # before names are made for that many
+            raise ValueError(f"{source.config_path}: {config.layers} layers, but {len(contents.names)} tensors are there")
+    return vision, language
+
+
+def _vision(fields: dict[str, Any], names: dict[str, str]) -> VisionConfig:
+    """An encoder that reaches as high as its tensors do: LLaVA's towers may come without the last block."""
+    if "top" in fields:
+        return VisionConfig(**fields)
+    last = any(name.startswith(f"vision.encoder.layers.{fields['layers'] - 1}.") for name in names)
+    top = "final" if "vision.post_layernorm.weight" in names else "last" if last else "penultimate"
+    order = ("penultimate", "last", "final")
+    level = min(fields.get("level", "penultimate"), top, key=order.index)
+    return VisionConfig(**(fields | {"level": level, "top": top}))
+
+
+def _settle_head(source: Source, contents: Contents, tied: bool | None) -> None:
+    """Leaves out a head that is the embedding once more; `ValueError` where it should be and is not.
+
+    Without a configuration (`tied` None), equal bytes say that the head is tied.
+    """
+    names = contents.names
+    if HEAD not in names or EMBEDDING not in names or tied is False:
+        return
+    head, embedding = names[HEAD], names[EMBEDDING]
+    if source.tensors.digest(head) == source.tensors.digest(embedding):
+        contents.left_out[head] = f"the same bytes as {embedding!r}: the head is tied to the embedding"
+        del names[HEAD]
+    elif tied:
+        at = source.tensors.entries[head]["path"]
+        raise ValueError(f"{at}: tensor {head!r} differs from {embedding!r}, but tie_word_embeddings says that they are one")
+
+
+def _derived(source: Source, names: dict[str, str]) -> tuple[VisionConfig | None, LanguageConfig | None]:
+    """Encoder and decoder of these shapes. How queries split into heads does not follow from them: one head is assumed."""
+    shapes = {canonical: source.tensors.shapes[foreign] for canonical, foreign in names.items()}
+    parts = {part_of(name) for name in shapes}
+    try:
+        vision = _derived_vision(shapes) if "vision" in parts else None
+        language = _derived_language(shapes) if "language" in parts else None
+    except KeyError as error:
+        raise ValueError(f"{source.path}: tensor {error.args[0]!r} (canonical name) is missing") from None
+    except (ValidationError, ValueError, ZeroDivisionError):
+        raise ValueError(f"{source.path}: the tensors' shapes are those of no model, and no config.json says more") from None
+    return vision, language
+
+
+def _blocks(shapes: Shapes, prefix: str) -> int:
+    return 1 + max((int(name.removeprefix(prefix).split(".")[0]) for name in shapes if name.startswith(prefix)), default=-1)
+
+
+def _derived_vision(shapes: Shapes) -> VisionConfig:
+    width, _, patch, _ = shapes["vision.embeddings.patch_embedding.weight"]
+    class_token = "vision.embeddings.class_embedding" in shapes
+    block = "vision.encoder.layers.0"
+    closing = "vision.post_layernorm.weight" in shapes
+    return VisionConfig(
+        name="derived",
+        width=width,
+        patch_size=patch,
+        image_size=patch * math.isqrt(shapes["vision.embeddings.position_embedding.weight"][0] - class_token),
+        layers=_blocks(shapes, "vision.encoder.layers."),
+        heads=1,
+        mlp=shapes[f"{block}.mlp.fc1.weight"][0],
+        norm="layer" if f"{block}.layer_norm1.bias" in shapes else "rms",
+        gated_mlp=f"{block}.mlp.gate_proj.weight" in shapes,
+        bias=f"{block}.mlp.fc1.bias" in shapes,
+        patch_bias="vision.embeddings.patch_embedding.bias" in shapes,
+        patch_norm="vision.embeddings.patch_norm.weight" in shapes,
+        class_token=class_token,
+        pre_norm="vision.pre_layernorm.weight" in shapes,
+        layer_scale=f"{block}.layer_scale1" in shapes,
+        closing_norm=closing,
+        level="final" if closing else "last",
+    )
+
+
+def _derived_language(shapes: Shapes) -> LanguageConfig:
+    vocab, width = shapes[EMBEDDING]
+    block = "language.model.layers.0"
+    queries, keys = shapes[f"{block}.self_attn.q_proj.weight"][0], shapes[f"{block}.self_attn.k_proj.weight"][0]
+    return LanguageConfig(
+        name="derived",
+        vocab=vocab,
+        width=width,
+        layers=_blocks(shapes, "language.model.layers."),
+        heads=queries // keys,
+        kv_heads=1,
+        head_dim=keys,
+        mlp=shapes[f"{block}.mlp.gate_proj.weight"][0],
+        rope_theta=1e4,
+        norm_eps=1e-6,
+        tied_head=HEAD not in shapes,
+        qkv_bias=f"{block}.self_attn.q_proj.bias" in shapes,
+    )
+
+
+def _check_shapes(source: Source, layout: Layout, spelling: Spelling, contents: Contents) -> None:
+    """`ValueError` naming, in the source's words, the first tensors that are missing, unexpected or of another shape."""
+    names, vision, language = contents.names, contents.vision, contents.language
+    held = {part_of(name) for name in names}
+    if layout.name not in OURS and held != layout.parts:
+        raise ValueError(f"{source.path}: no tensor of the {sorted(layout.parts - held)[0]}, which {layout.name!r} has")
+    expected: Shapes = {}
+    if vision is not None:
+        expected |= vision_shapes(vision)
+    if "projector" in held and vision is not None and language is not None:
+        expected |= projector_shapes(vision, language)
+    if language is not None:
+        expected |= language_shapes(language)
+    foreign = {names.get(name) or spelling.foreign(name) or name: shape for name, shape in expected.items()}
+    found = {name: source.tensors.shapes[name] for name in names.values()}
+    wrong = shape_differences(found, foreign)
+    if wrong:
+        odd = next((name for name, shape in found.items() if foreign.get(name) != shape), None)
+        at = source.tensors.entries[odd]["path"] if odd else source.path
+        against = source.config_path if source.tree is not None and source.config_path else "the other tensors' shapes"
+        raise ValueError(f"{at}: does not fit {against}: {'; '.join(wrong)}")

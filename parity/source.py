@@ -1,0 +1,123 @@
+"""What a conversion reads: a publisher's directory, a run's checkpoint, or one file, opened without reading a tensor."""
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from granvit.checkpoint.layouts.mindspore import CkptFile
+from granvit.checkpoint.run import newest_checkpoint, open_checkpoint, open_part
+from granvit.checkpoint.tensors import StoredTensors, TensorSet
+from granvit.models import LanguageConfig, VisionConfig
+
+PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle")
+NO_PICKLE = "is a pickle, and reading one runs the code in it: nothing is unpickled here. Take the publisher's safetensors files"
+
+
+@dataclass
+class Source:
+    """Tensors under foreign names and what is known of the model: a config.json (`tree`), or a run's own configuration.
+
+    `beside` says that config.json only lies beside the one file that was named: it may belong to another.
+    """
+
+    path: Path
+    tensors: StoredTensors
+    tree: dict[str, Any] | None = None
+    config_path: Path | None = None
+    vision: VisionConfig | None = None
+    language: LanguageConfig | None = None
+    beside: bool = False
+
+
+class RunTensors(StoredTensors):
+    """The model in a run's checkpoint: its own file and the frozen parts that it refers to, checked as they are read."""
+
+    def __init__(self, sets: Sequence[TensorSet]):
+        self.owner: dict[str, TensorSet] = {}
+        self.entries = {}
+        for tensors in sets:
+            for name, entry in tensors.entries.items():
+                if name in self.entries:
+                    raise ValueError(f"{entry['path']}: tensor {name!r} is also in {self.entries[name]['path']}")
+                self.owner[name], self.entries[name] = tensors, entry
+
+    def read(self, name: str) -> np.ndarray:
+        return self.owner[name].read(name)
+
+
+def open_source(path: Path) -> Source:
+    """Opens what is at `path`; `ValueError` says what was expected there."""
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or directory")
+    if path.is_dir():
+        return _open_directory(path)
+    _refuse_pickle(path)
+    config = path.parent / "config.json"
+    found = _open_file(path)
+    return Source(path, found, _read_json(config) if config.exists() else None, config, beside=True)
+
+
+def _refuse_pickle(path: Path) -> None:
+    with open(path, "rb") as file:
+        start = file.read(4)
+    zipped, pickled = start == b"PK\x03\x04", start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    if path.suffix in PICKLED or (path.suffix != ".safetensors" and (zipped or pickled)):
+        raise ValueError(f"{path}: {NO_PICKLE}")
+
+
+def _open_file(path: Path) -> StoredTensors:
+    if path.suffix == ".ckpt":
+        return CkptFile(path)
+    if re.search(r"-\d{5}-of-\d{5}\.safetensors$", path.name):
+        raise ValueError(f"{path} is one of several files: name their directory")
+    if path.suffix == ".safetensors":
+        return TensorSet(path.parent, path.stem)
+    raise ValueError(f"{path}: expected a directory, a .safetensors file or a .ckpt file")
+
+
+def _open_directory(path: Path) -> Source:
+    if (path / "state.json").exists() or (path / "checkpoints").is_dir():
+        return _open_run(path)
+    config = path / "config.json"
+    tree = _read_json(config) if config.exists() else None
+    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
+    if index.exists() and single.exists():
+        raise ValueError(f"{path}: both {index.name} and {single.name} are there; name the one file, or move it away")
+    if index.exists() or single.exists():
+        checked = (path / "model.sha256.json").exists()
+        return Source(path, TensorSet(path, checked=checked), tree, config)
+    files = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".ckpt"))
+    if len(files) == 1:
+        _refuse_pickle(files[0])
+        return Source(path, _open_file(files[0]), tree, config)
+    if files:
+        names = ", ".join(p.name for p in files[:4])
+        raise ValueError(f"{path}: several files ({names}) and no {index.name}: name the one file, or restore the index")
+    pickles = sorted(p for p in path.iterdir() if p.suffix in PICKLED)
+    if pickles:
+        raise ValueError(f"{pickles[0]}: {NO_PICKLE}")
+    raise ValueError(f"{path}: neither {single.name}, {index.name}, a .ckpt file nor a run's checkpoint is there")
+
+
+def _open_run(path: Path) -> Source:
+    checkpoint = open_checkpoint(path) if (path / "state.json").exists() else newest_checkpoint(path)
+    if checkpoint is None:
+        raise ValueError(f"{path / 'checkpoints'}: no checkpoint is there")
+    sets = [TensorSet(checkpoint.path, checked=True)] if any(p.trained for p in checkpoint.parts.values()) else []
+    frozen = {name: part.hash for name, part in checkpoint.parts.items() if not part.trained}
+    sets += [open_part(checkpoint.path.parents[1], name, digest) for name, digest in frozen.items()]
+    return Source(checkpoint.path, RunTensors(sets), None, None, checkpoint.vision, checkpoint.language)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return tree
