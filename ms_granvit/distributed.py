@@ -1,5 +1,6 @@
 """Data parallelism under msrun: the process group, and sums over ranks."""
 import os
+from contextlib import suppress
 
 import mindspore as ms
 from mindspore import Tensor, communication, nn, ops
@@ -31,7 +32,9 @@ def initialise(device: str) -> tuple[int, int]:
     bound = os.sched_getaffinity(0)
     os.sched_setaffinity(0, range(os.cpu_count() or 1))
     communication.init()
-    os.sched_setaffinity(0, bound)
+    for thread in os.listdir("/proc/self/task"):  # those that joining has started, too
+        with suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread), bound)
     return communication.get_rank(), communication.get_group_size()
 
 
