@@ -155,12 +155,12 @@ def _draw_curve(root: Path, runs: dict[str, list[Evaluation]], path: Path) -> No
     steps = [e.step for e in first] + [border + e.step for e in second]
     points = [*first, *second]
     figure, axes = plt.subplots(figsize=(8, 4.8), dpi=130)
-    series = (  # the last number: where labels stand, in points above the value
-        ("Bbox2Caption ROUGE-L", "rouge_l", "#c0392b", "o", 7),
-        ("Bbox2Caption exact match", "exact_match", "#e08e0b", "^", 7),
-        ("Caption2Bbox ACC@IoU0.5", "acc_iou50", "#1f5fbf", "s", -14),
+    series = (
+        ("Bbox2Caption ROUGE-L", "rouge_l", "#c0392b", "o"),
+        ("Bbox2Caption exact match", "exact_match", "#e08e0b", "^"),
+        ("Caption2Bbox ACC@IoU0.5", "acc_iou50", "#1f5fbf", "s"),
     )
-    for label, key, colour, marker, above in series:
+    for label, key, colour, marker in series:
         values = [getattr(e, key) for e in points]
         axes.plot(steps, values, color=colour, marker=marker, label=label, linewidth=2, markersize=6)
         floor = getattr(runs["guesser"][-1], key)
@@ -169,8 +169,9 @@ def _draw_curve(root: Path, runs: dict[str, list[Evaluation]], path: Path) -> No
         axes.annotate(f"guesser {floor:.1f}", (1.005, floor), xycoords=("axes fraction", "data"), color=colour, fontsize=8,
                       va="top" if lower else "bottom")  # fmt: skip
         for at in (len(first) - 1, len(points) - 1):
-            low = above if values[at] > 5 else 7  # not across the axis
-            axes.annotate(f"{values[at]:.1f}", (steps[at], values[at]), textcoords="offset points", xytext=(-4, low), ha="right",
+            close_above = any(0 < getattr(points[at], other) - values[at] < 8 for _, other, *_ in series)
+            lift = -14 if close_above and values[at] > 5 else 7  # points; 5: not across the axis
+            axes.annotate(f"{values[at]:.1f}", (steps[at], values[at]), textcoords="offset points", xytext=(-4, lift), ha="right",
                           color=colour, fontsize=9)  # fmt: skip
     axes.axvspan(0, border, color="#f3f0e6", zorder=0)
     axes.axvspan(border, steps[-1], color="#e8eef5", zorder=0)
