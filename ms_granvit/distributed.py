@@ -1,6 +1,7 @@
 """Data parallelism under msrun: the process group, and sums over ranks."""
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import mindspore as ms
 from mindspore import Tensor, communication, nn, ops
@@ -21,21 +22,31 @@ def choose_device(name: str) -> str:
 
 
 def initialise(device: str) -> tuple[int, int]:
-    """Selects the device and joins msrun's process group where there is one; returns rank and number of ranks.
-
-    A rank that `msrun --bind_core` keeps on one core joins with all of them: a new connection counts only if MindSpore's main
-    thread has noted it before its event loop does, and on one core the loop mostly wins; each attempt costs half a second.
-    """
+    """Selects the device and joins msrun's process group where there is one; returns rank and number of ranks."""
     ms.set_device("Ascend" if device == "npu" else "CPU")
     if "MS_WORKER_NUM" not in os.environ:
         return 0, 1
+    with _more_than_one_core():
+        communication.init()
+    return communication.get_rank(), communication.get_group_size()
+
+
+@contextmanager
+def _more_than_one_core() -> Iterator[None]:
+    """Lends all cores to a process that is kept on one (`msrun --bind_core` on a small machine); several are left as they are.
+
+    By MindSpore's log a connection counts only if the main thread has noted it before the event loop does. On one core it
+    mostly has not, and every attempt lost costs half a second.
+    """
     bound = os.sched_getaffinity(0)
+    if len(bound) > 1:
+        yield
+        return
     os.sched_setaffinity(0, range(os.cpu_count() or 1))
-    communication.init()
-    for thread in os.listdir("/proc/self/task"):  # those that joining has started, too
+    yield
+    for thread in os.listdir("/proc/self/task"):  # those that were started meanwhile, too
         with suppress(ProcessLookupError):
             os.sched_setaffinity(int(thread), bound)
-    return communication.get_rank(), communication.get_group_size()
 
 
 def chunks(sizes: list[int]) -> tuple[tuple[int, ...], ...]:
