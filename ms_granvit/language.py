@@ -151,7 +151,9 @@ class CausalDecoder(Module):
         slots, at = ops.arange(keys.shape[3]), ops.expand_dims(positions_BS, -1)
         mask = ops.expand_dims(slots <= at, 1)
         slots_BSL = ops.logical_and(slots == at, ops.expand_dims(valid_BS, -1))
-        x, all_keys, all_values = inputs_BSC, (), ()
+        # Taken apart at once: on CPU a slice of an array of five axes takes longer than the rest of a layer.
+        x, keys, values = inputs_BSC, ops.unstack(keys, 0), ops.unstack(values, 0)
+        all_keys, all_values = (), ()
         for i, block in enumerate(self.model.layers):
             x, k, v = block.forward_cached(x, cos, sin, mask, keys[i], values[i], slots_BSL)
             all_keys += (k,)

@@ -162,4 +162,5 @@ class VisionEncoder(Module):
         levels = {"penultimate": penultimate, "last": x}
         if self.post_layernorm is not None:
             levels["final"] = self.post_layernorm(x)
-        return levels[self.level][:, self.skip :], levels[self.highest][:, self.skip :]
+        features, top = levels[self.level], levels[self.highest]
+        return (features[:, self.skip :], top[:, self.skip :]) if self.skip else (features, top)

@@ -4,12 +4,16 @@ from mindspore import Tensor, nn, ops
 
 
 def shared_prefix_mask(segments_BS: Tensor) -> Tensor:
-    """Boolean `[B, 1, S, S]`, true where query i may see key j: j <= i and the key's segment is 0 (the prefix) or i's own."""
-    keys, queries = ops.expand_dims(segments_BS, 1), ops.expand_dims(segments_BS, 2)
-    order = ops.arange(segments_BS.shape[1])
-    causal = ops.expand_dims(order, 0) <= ops.expand_dims(order, 1)
-    allowed = ops.logical_and(causal, ops.logical_or(keys == 0, keys == queries))
-    return ops.expand_dims(allowed, 1)
+    """Boolean `[B, 1, S, S]`, true where query i may see key j: j <= i and the key's segment is 0 (the prefix) or i's own.
+
+    What is compared is widened first: on CPU a comparison that broadcasts takes several times as long.
+    """
+    B, S = segments_BS.shape
+    keys = ops.broadcast_to(ops.expand_dims(segments_BS, 1), (B, S, S))
+    queries = ops.broadcast_to(ops.expand_dims(segments_BS, 2), (B, S, S))
+    order = ops.arange(S)
+    causal = ops.broadcast_to(ops.expand_dims(order, 0) <= ops.expand_dims(order, 1), (B, S, S))
+    return ops.expand_dims(ops.logical_and(causal, ops.logical_or(keys == 0, keys == queries)), 1)
 
 
 class Composed(nn.Cell):
@@ -17,7 +21,7 @@ class Composed(nn.Cell):
 
     The backward pass is written out because MindSpore's CPU backend takes the gradient of softmax apart into reductions and
     broadcasts over `[B, H, S, L]`. With O the output, P the probabilities and D = sum(dO * O) of each query, the gradient of the
-    scores is P * (dO V^T - D): D goes into the product as one more column, so P is read once.
+    scores is P * (dO V^T - D): D, whose sum is a product with ones, goes into that product as one more column, so P is read once.
     """
 
     def __init__(self):
@@ -32,8 +36,9 @@ class Composed(nn.Cell):
     def bprop(self, q_BHSD, k_BHLD, v_BHLD, bias, outputs, gradients):
         out, p_BHSL = outputs
         dout, _ = gradients
-        total = ops.sum(ops.cast(dout, ms.float32) * ops.cast(out, ms.float32), -1, True)
-        minus = ops.cast(-total, dout.dtype)
+        product = ops.cast(dout, ms.float32) * ops.cast(out, ms.float32)
+        B, H, _, D = product.shape
+        minus = ops.cast(self.nn(product, ops.full((B, H, D, 1), -1.0, dtype=ms.float32)), dout.dtype)
         dscores = p_BHSL * self.nt(ops.cat((dout, minus), -1), ops.cat((v_BHLD, ops.ones_like(v_BHLD[..., :1])), -1))
         return self.nn(dscores, k_BHLD), self.tn(dscores, q_BHSD), self.tn(p_BHSL, dout), ops.zeros_like(bias)
 
