@@ -1,6 +1,7 @@
 """Building blocks with the canonical parameter names. Weights are cast to the activations' dtype where they are used, so a
 float32 master serves a bfloat16 forward pass; norms compute in float32."""
 import mindspore as ms
+import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
@@ -68,18 +69,45 @@ class LayerNorm(Module):
         return self.emit(ops.cast(self.normalise(ops.cast(x, ms.float32), weight, bias)[0], x.dtype))
 
 
+class UnitRMS(nn.Cell):
+    """`y = x / sqrt(mean(x^2) + eps)` over the last axis in float32, and the factor `r` that made it.
+
+    The gradient, `r (dy - y mean(dy y))`, is written out: it takes fewer kernels than the derived one. On CPU a mean is a
+    product with a vector of 1 / width: a reduction over the last axis takes 4 ns an element there.
+    """
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.width, self.eps = width, eps
+        self.product, self.reduction = ops.MatMul(), ops.ReduceMean(keep_dims=True)
+        self.shares = Tensor(np.full((width, 1), 1 / width, np.float32)) if ms.get_context("device_target") == "CPU" else None
+
+    def mean(self, x: Tensor) -> Tensor:
+        if self.shares is None:
+            return self.reduction(x, -1)
+        return self.product(x.reshape(-1, self.width), self.shares).reshape((*x.shape[:-1], 1))
+
+    def construct(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r = ops.rsqrt(self.mean(ops.square(x)) + self.eps)
+        return x * r, r
+
+    def bprop(self, x, outputs, gradients):
+        y, r = outputs
+        dy, _ = gradients
+        return (r * (dy - y * self.mean(dy * y)),)
+
+
 class RMSNorm(Module):
     """`x / sqrt(mean(x^2) + eps) * weight` over the last axis."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
-        self.eps = eps
         self.weight = parameter(width)
+        self.unit = UnitRMS(width, eps)
 
     def construct(self, x: Tensor) -> Tensor:
-        h = ops.cast(x, ms.float32)
-        h = h * ops.rsqrt(ops.mean(ops.square(h), -1, True) + self.eps)
-        return self.emit(ops.cast(h * ops.cast(self.weight, ms.float32), x.dtype))
+        y = self.unit(ops.cast(x, ms.float32))[0]
+        return self.emit(ops.cast(y * ops.cast(self.weight, ms.float32), x.dtype))
 
 
 def norm(kind: str, width: int, eps: float) -> nn.Cell:

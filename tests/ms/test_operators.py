@@ -1,5 +1,5 @@
-"""What MindSpore's twin writes by hand, against definitions in float64: activations, attention with its own backward pass,
-the padding that CANN's kernel needs, the grouping of all-reduces."""
+"""What MindSpore's twin writes by hand, against definitions in float64: activations, RMS normalisation and attention with
+their own backward passes, the padding that CANN's kernel needs, the grouping of all-reduces."""
 import math
 
 import numpy as np
@@ -10,7 +10,7 @@ ms = pytest.importorskip("mindspore")
 from mindspore import ops  # noqa: E402
 
 from ms_granvit import distributed  # noqa: E402
-from ms_granvit.layers import activate  # noqa: E402
+from ms_granvit.layers import UnitRMS, activate  # noqa: E402
 from ms_granvit.ops import attention as attention_ops  # noqa: E402
 
 B, H, G, S, D = 2, 4, 2, 7, 6
@@ -41,6 +41,30 @@ def test_activations_and_their_slopes_also_where_they_saturate(kind):
     np.testing.assert_allclose(y.asnumpy(), DEFINITIONS[kind](wide), rtol=2e-6, atol=1e-6)
     expected = (DEFINITIONS[kind](wide + h) - DEFINITIONS[kind](wide - h)) / (2 * h)
     np.testing.assert_allclose(slope.asnumpy(), expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_rms_normalisation_and_its_own_backward_pass_in_both_ways_of_taking_a_mean(on_cpu):
+    unit, eps = UnitRMS(12, 1e-2), 1e-2
+    if not on_cpu:
+        unit.shares = None
+    rng = np.random.default_rng(0)
+    x, cotangent = (rng.standard_normal((2, 3, 12)) for _ in range(2))
+
+    def weighted(t, cotangent):
+        y = unit(t)[0]
+        return (y * cotangent).sum(), y
+
+    differentiate = ms.jit(ms.value_and_grad(weighted, 0, has_aux=True))
+    (_, y), dx = differentiate(*(ms.Tensor(a.astype(np.float32)) for a in (x, cotangent)))
+    definition = lambda a: a / np.sqrt(np.mean(a**2, -1, keepdims=True) + eps)  # noqa: E731
+    np.testing.assert_allclose(y.asnumpy(), definition(x), rtol=2e-6, atol=1e-6)
+    h, expected = 1e-5, np.zeros_like(x)
+    for at in np.ndindex(x.shape):
+        step = np.zeros_like(x)
+        step[at] = h
+        expected[at] = ((definition(x + step) - definition(x - step)) * cotangent).sum() / (2 * h)
+    np.testing.assert_allclose(dx.asnumpy(), expected, rtol=2e-6, atol=2e-6)
 
 
 def reference_attention(q, k, v, mask):
