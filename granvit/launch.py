@@ -124,7 +124,7 @@ class RunLock:
     def __init__(self, run: Path, launch: Launch):
         """`ValueError` names the owner where there is one."""
         run.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        self._descriptor = os.open(watcher.lock_path(run), os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -136,6 +136,8 @@ class RunLock:
         os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}, started {started}\n".encode(), 0)
 
     def release(self) -> None:
+        """Gives the directory back; an empty file says that the run ended in order (`watcher.ended_in_order`)."""
+        os.ftruncate(self._descriptor, 0)
         os.close(self._descriptor)
 
 

@@ -159,6 +159,15 @@ def test_two_ranks_equal_one(framework, finished):
     assert_curves_agree(metrics(finished(framework, 2)[0]), metrics(finished(framework, 1)[0]), 1e-5)
 
 
+@pytest.mark.parametrize("framework", ["torch", "mindspore"])
+def test_an_orderly_end_is_no_failure_of_anyone(framework, finished, home):
+    """MindSpore's scheduler leaves without a word when the workers have left."""
+    directory, output = finished(framework, 2)
+    assert not list(directory.glob(".failure-*"))
+    logs = "".join(path.read_text() for path in (home / "logs" / directory.name).glob("*.log"))
+    assert "without a word" not in output + logs and (framework == "torch" or "is complete" in logs)
+
+
 def test_the_frameworks_agree_at_every_step(finished):
     torch_run, mindspore_run = finished("torch", 2)[0], finished("mindspore", 2)[0]
     assert_curves_agree(metrics(mindspore_run), metrics(torch_run), 1e-4)
