@@ -134,13 +134,9 @@ def _check(options: argparse.Namespace, console: Console) -> Report:
         rows += trips.rows(fixture)
         notes += trips.notes(fixture)
     if "peers" in options.suite:
-        said("transformers")
-        reason = peers.available()
-        if reason:
-            notes.append(f"peers: {reason}")
-        else:
-            rows += peers.rows(fixture, options.precision)
-            notes += peers.notes()
+        said("transformers, MindFormers")
+        rows += peers.rows(fixture, options.precision)
+        notes += peers.notes(options.precision)
     return _report(options.precision, rows, candidate, peer, notes)
 
 

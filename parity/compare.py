@@ -62,7 +62,8 @@ def compare_records(golden: Record, peer: Record, candidate: Record) -> Iterator
                                  candidate.compute)  # fmt: skip
 
 
-def compare_suite(suite: str, golden: Tensors, peer: Tensors, candidate: Tensors, compute: str) -> Iterator[Row]:
+def compare_suite(suite: str, golden: Tensors, peer: Tensors, candidate: Tensors, compute: str,
+                  peer_name: str = "PyTorch") -> Iterator[Row]:  # fmt: skip
     """As `compare_records`, for one suite. A missing or extra name is a row that fails."""
     scales = layer_scales(golden)
     plain = tuple(units * ROUNDOFF[compute] for units in FLOOR_UNITS[compute])
@@ -71,7 +72,7 @@ def compare_suite(suite: str, golden: Tensors, peer: Tensors, candidate: Tensors
         carried = CARRIED_FACTOR if kind in CARRIED and suite not in NOT_CARRIED else 1.0
         floors = tuple(carried * (2.0 if kind in SQUARES else 1.0) * floor for floor in plain)
         nothing = (np.nan, np.nan)
-        sides = (("the golden record", golden), ("PyTorch", peer), ("the candidate", candidate))
+        sides = (("the golden record", golden), (peer_name, peer), ("the candidate", candidate))
         reason = next((f"not in {side}" for side, of in sides if key not in of), "")
         if reason:
             yield Row(suite, kind, name, (), nothing, nothing, floors, reason)
@@ -92,7 +93,7 @@ def compare_suite(suite: str, golden: Tensors, peer: Tensors, candidate: Tensors
         if not np.isfinite(b).all():
             reason = "NaN or infinity"
         elif not max(peer_error) <= PEER_UNITS * ROUNDOFF[compute]:
-            reason = "PyTorch itself is off its float64 self by more than rounding"
+            reason = f"{peer_name} itself is off the golden values by more than rounding"
         elif any(e > most for e, most in zip(error, limit, strict=True)):
             reason = "diverged"
         yield Row(suite, kind, name, reference.shape, peer_error, error, limit, reason)

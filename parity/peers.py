@@ -1,10 +1,12 @@
-"""The same weights in code that nobody here wrote: transformers' SigLIP, Qwen2 and Llama beside both packages.
+"""The same weights in code that nobody here wrote: transformers' SigLIP, Qwen2 and Llama beside both packages, and MindFormers'
+Llama beside the MindSpore one.
 
-transformers runs in float64: it is golden here. What is compared are activations that both packages name: the last block's
-output of the encoder (transformers' `hidden_states`), and the decoder's logits at the answers of one causal segment.
+transformers runs in float64: it is golden here. What is compared are activations that both packages name: the blocks' outputs
+(transformers' `hidden_states`), and the decoder's logits at the answers of one causal segment. In the second comparison
+MindSpore may be off by what MindFormers' rounding earns.
 """
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -15,18 +17,31 @@ from granvit.checkpoint.layouts.llama import LLAMA
 from granvit.checkpoint.layouts.qwen2 import QWEN2
 from granvit.checkpoint.layouts.siglip import SIGLIP
 from granvit.data.batch import Batch
+from parity import mindformers_llama
 from parity.capture import Tensors, open_framework
 from parity.compare import Row, compare_suite
-from parity.fixture import Fixture
+from parity.fixture import Fixture, start_values
 
 
-def available() -> str:
-    """Empty, or why the peers cannot be asked."""
-    try:
-        import transformers  # noqa: F401
-    except ImportError:
-        return "transformers is not installed: pip install -e '.[test]'"
+def without_transformers() -> str:
+    """Empty, or why no peer can be asked: transformers is the golden reference of all of them."""
+    if importlib.util.find_spec("transformers") is None:
+        return "peers: transformers is not installed (pip install -e '.[test]'); no peer was asked"
     return ""
+
+
+def without_mindformers(precision: str) -> str:
+    """Empty, or why MindFormers' Llama is not asked."""
+    if importlib.util.find_spec("mindformers") is None:
+        return "peers: MindFormers is not installed (pip install -e '.[test]'); its Llama was not asked"
+    if precision != "float32":
+        return f"peers: MindFormers' Llama was not asked: on CPU it runs in float32, not in {precision}"
+    return ""
+
+
+def notes(precision: str) -> list[str]:
+    """Which peers are not asked, and why."""
+    return [note for note in [without_transformers() or without_mindformers(precision)] if note]
 
 
 def golden(fixture: Fixture, batch: Batch) -> Tensors:
@@ -96,21 +111,37 @@ def _fill(peer, weights: dict[str, np.ndarray], layout: Layout, unused: tuple[st
 
 
 def rows(fixture: Fixture, precision: str) -> Iterator[Row]:
-    """Both packages against transformers: MindSpore may be off by what PyTorch's rounding earns."""
+    """Both packages against transformers: MindSpore may be off by what PyTorch's rounding earns, then by what MindFormers' does.
+
+    Without transformers there is no row, without MindFormers none of it (see `notes`).
+    """
+    if without_transformers():
+        return
     batch = one_segment(fixture.batches[0])
     reference = golden(fixture, batch)
-    found = {}
-    for framework in ("torch", "mindspore"):
-        config = fixture.config("stage1", precision)
-        shapes = fixture.shapes(config)
-        opened = open_framework(framework)(config, fixture.vision, fixture.language, fixture.weights.items(), shapes)
-        capture = opened.capture(batch, fixture.boundary(INPUTS, shapes[INPUTS]))
-        found[framework] = {name: capture.activations[name.partition("/")[2]] for name in reference}
+    found = {framework: _ours(fixture, batch, framework, precision, reference) for framework in ("torch", "mindspore")}
     yield from compare_suite("peers", reference, found["torch"], found["mindspore"], precision)
+    if not without_mindformers(precision):
+        fixture = _whole_heads(fixture)
+        reference = {name: array for name, array in _decoder(fixture, batch).items() if "layers" not in name}
+        (name,) = reference  # the logits
+        c, (B, S) = fixture.language, batch.token_ids_BS.shape
+        logits_BSV = mindformers_llama.logits(c, fixture.weights, fixture.boundary(INPUTS, (B, S, c.width))[INPUTS][0])
+        theirs = {name: logits_BSV[np.arange(B)[:, None], batch.answer_positions_BA]}
+        ours = _ours(fixture, batch, "mindspore", precision, reference)
+        yield from compare_suite("mindformers", reference, theirs, ours, precision, peer_name="MindFormers")
 
 
-def notes() -> list[str]:
-    """Which peers were not asked, and why."""
-    if importlib.util.find_spec("mindformers") is None:
-        return ["peers: MindFormers is not installed (pip install mindformers==1.9.0); its Llama was not asked"]
-    return ["peers: MindFormers' Llama was not asked"]
+def _ours(fixture: Fixture, batch: Batch, framework: str, precision: str, names: Iterable[str]) -> Tensors:
+    """The activations that one of the packages computes under these names."""
+    config = fixture.config("stage1", precision)
+    shapes = fixture.shapes(config)
+    opened = open_framework(framework)(config, fixture.vision, fixture.language, fixture.weights.items(), shapes)
+    capture = opened.capture(batch, fixture.boundary(INPUTS, shapes[INPUTS]))
+    return {name: capture.activations[name.partition("/")[2]] for name in names}
+
+
+def _whole_heads(fixture: Fixture) -> Fixture:
+    """The fixture with heads that are width / heads wide, which is all that MindFormers knows."""
+    language = fixture.language.model_copy(update={"head_dim": fixture.language.width // fixture.language.heads})
+    return replace(fixture, language=language, weights=start_values(fixture.vision, language, fixture.seed))

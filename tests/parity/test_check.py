@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from parity import check
+from parity import check, peers
 from parity.capture import Request, compute, load_record
 from parity.compare import compare_records
 from parity.faults import FAULTS
@@ -16,6 +16,7 @@ from parity.trials import Trial
 
 pytest.importorskip("mindspore")
 pytest.importorskip("torch")
+pytest.importorskip("transformers")
 SUITES = ("vision", "language", "model", "stage1", "generate")
 PLANTED = (  # five of the command's; the first three cost no compilation of their own
     "RoPE in interleaved layout",
@@ -138,6 +139,15 @@ def test_what_cannot_be_compared_is_refused_with_exit_status_2(sides, tmp_path, 
         check_comparable([golden, replace(peer, settings={**peer.settings, "batches": "x"})])
     with pytest.raises(CouldNotTell, match="randomness"):
         check_deterministic("torch", {"forward/a": np.zeros(2)}, {"forward/a": np.ones(2)})
+
+
+def test_the_peers_agree():
+    """transformers' SigLIP and Qwen2 beside both packages, MindFormers' Llama beside ours, in its own process."""
+    rows = list(peers.rows(make_fixture(0), "float32"))
+    asked = {"peers"} if peers.without_mindformers("float32") else {"peers", "mindformers"}
+    assert {row.suite for row in rows} == asked and len(rows) >= 5
+    assert [f"{row.suite} {row.kind}/{row.name}: {row.reason} {row.error}" for row in rows if not row.passed] == []
+    assert any("float32" in note for note in peers.notes("bfloat16"))
 
 
 def test_unknown_models_and_faults_end_in_one_line(capsys):

@@ -1,5 +1,6 @@
 """Conversion between layouts: files written by transformers and MindSpore themselves, read and written by our tables."""
 import hashlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from granvit.config import language_config, vision_config
 from granvit.init import initial_value
 from granvit.models import parameter_shapes
 from parity.convert import convert, lines, main
+from parity.mindformers_llama import FORCED
 from parity.source import open_source
 from tests.helpers import run_config
 from tests.toy import ToyEngine
@@ -208,6 +210,47 @@ def test_mindformers_there_and_back(published, tmp_path, kind, destination):
     assert ("model.layers.0.attention.wk.bias" in found) == (kind == "qwen2")
     report = convert(there, back, kind)
     assert report.from_layout == "mindformers" and raw(back) == raw(published / kind)
+
+
+ASK_MINDFORMERS = """
+import json, sys
+import mindspore as ms
+import numpy as np
+from mindformers.models.llama import LlamaConfig, LlamaForCausalLM
+
+directory, out = sys.argv[1:]
+config = json.load(open(f"{directory}/config.json")) | json.loads(sys.stdin.read())
+config.pop("model_type")
+ms.set_context(mode=ms.GRAPH_MODE)
+model = LlamaForCausalLM(LlamaConfig(**config))
+model.set_train(False)
+missing = ms.load_param_into_net(model, ms.load_checkpoint(f"{directory}/model.ckpt"))
+assert missing == ([], []), missing
+np.save(f"{out}/logits.npy", model(ms.Tensor(np.load(f"{out}/ids.npy")))[0].asnumpy())
+ms.save_checkpoint(model, f"{out}/own.ckpt")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mindformers") is None, reason="mindformers is not installed")
+def test_mindformers_itself_loads_what_is_written_and_what_it_writes_is_read(published, tmp_path):
+    convert(published / "qwen2", tmp_path / "mf", "mindformers")
+    ids = np.random.default_rng(0).integers(1, 64, (2, 7)).astype(np.int32)
+    np.save(tmp_path / "ids.npy", ids)
+    command = [sys.executable, "-c", ASK_MINDFORMERS, str(tmp_path / "mf"), str(tmp_path)]
+    settings = json.dumps(FORCED | {"seq_length": ids.shape[1]})
+    environment = os.environ | {"RUN_MODE": "train", "LOCAL_DEFAULT_PATH": str(tmp_path)}
+    child = subprocess.run(command, input=settings, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr[-3000:]
+    peer = Qwen2ForCausalLM.from_pretrained(published / "qwen2").float().eval()
+    with torch.no_grad():
+        expected = peer(torch.from_numpy(ids).long()).logits.numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, rtol=2e-5, atol=2e-5)
+    report = convert(tmp_path / "own.ckpt", tmp_path / "back", "qwen2", "mindformers")
+    assert report.from_layout == "mindformers"
+    back, theirs = open_source(tmp_path / "back").tensors, open_source(published / "qwen2").tensors
+    assert back.shapes == theirs.shapes
+    for name in theirs.shapes:  # MindFormers holds float32 on CPU
+        np.testing.assert_array_equal(back.read(name), theirs.read(name).astype(np.float32), err_msg=name)
 
 
 def test_a_ckpt_written_here_loads_in_mindspore(published, tmp_path):
