@@ -49,8 +49,8 @@ PHRASES = (
     " columns ",
 )
 # Share of the whole that a part takes, in seconds on the 2-core machine of docs/demo.md: for the time left.
-PARTS = {"data": 20, "pretrain_text": 235, "pretrain_image": 55, "stage1": 150, "stage1_mixed": 70, "guesser": 115,
-         "stage2": 490, "report": 5}  # fmt: skip
+PARTS = {"data": 21, "pretrain_text": 270, "pretrain_image": 72, "stage1": 174, "stage1_mixed": 86, "guesser": 143,
+         "stage2": 482, "report": 3}  # fmt: skip
 PREPARE = ("data", "pretrain_text", "pretrain_image")
 RUNS = ("pretrain_text", "pretrain_image", "stage1", "stage1_mixed", "guesser", "stage2")
 STAGES = {"stage1": "stage1", "stage1_mixed": "stage1", "stage2": "stage2"}  # parts that a stage's own script runs
