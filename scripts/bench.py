@@ -106,7 +106,7 @@ def config_for(size: Size, regions: int, crops: bool) -> RunConfig:
 
 def seconds_per_step(framework: str, size: Size, regions: int, rows: int, crops: bool, repeats: int) -> float:
     """Median time of a training step (forward, backward, update) after one to compile and warm up, in a process of its own:
-    MindSpore gives no graph's memory back, and four of the mid-size model do not fit into 24 GB beside each other."""
+    MindSpore gives no graph's memory back, and one table's graphs do not fit into 24 GB beside each other."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_seconds_per_step, framework, size, regions, rows, crops, repeats).result()
 
