@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 from granvit.checkpoint.pretrained import start_weights
 from granvit.checkpoint.run import Checkpoint, CheckpointWriter, check_same_run, newest_checkpoint
 from granvit.config import CONFIGS, RunConfig, dump_config, load_config, resolve_models
+from granvit.cost import state_bytes
 from granvit.data.batch import Packer, prompt_batch
 from granvit.data.chat import Chat, byte_tokenizer
 from granvit.data.images import decode, to_square
@@ -27,7 +28,7 @@ from granvit.data.prompts import Box, parse_box, question_text
 from granvit.evaluate import evaluate, evaluation_file
 from granvit.launch import Guard, Launch, RunLock, check_launcher, check_port, detect, load_engine_class
 from granvit.logs import log, to_console, to_file
-from granvit.models import PARTS, LanguageConfig, part_of
+from granvit.models import PARTS, LanguageConfig, VisionConfig, part_of
 from granvit.trainer import Trainer, TrainingStopped
 
 REPLACED = ("checkpoints", "parts", "eval", "tensorboard", "metrics.jsonl", "config.yaml")  # what --fresh puts aside
@@ -110,6 +111,8 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
     config = load_config(options.config, options.overrides)
     if config.stage != stage:
         raise ValueError(f"{options.config} configures {config.stage!r}, but this script runs {stage!r}")
+    if config.runtime.compute == "float16":
+        raise ValueError("runtime.compute float16: small gradients vanish in it, no loss is scaled here; use bfloat16")
     vision, language = resolve_models(config)
     run = Path(config.output)
     guard.append(Guard(launch, run))
@@ -131,6 +134,7 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
     if checkpoint is not None:
         check_same_run(checkpoint, config, vision, language)
     start = start_weights(config, vision, language) if checkpoint is None else checkpoint.tensors("model")
+    _check_memory(config, vision, language, Engine.memory(config.runtime.device))
 
     # 3. Data and model.
     chat = load_chat(config, language)
@@ -189,6 +193,18 @@ def _put_aside(run: Path) -> None:
         for path in there:
             path.rename(aside / path.name)
         log.info(f"--fresh: the earlier run is now in {aside}")
+
+
+def _check_memory(config: RunConfig, vision: VisionConfig, language: LanguageConfig, memory: int) -> None:
+    """`ValueError` where a device's `memory` (bytes) does not even hold weights and optimizer."""
+    stage, compute = config.stage_spec, {"float64": 8, "float32": 4}.get(config.runtime.compute, 2)
+    needed = state_bytes(vision, language, stage.trains, stage.distill, compute)
+    if needed > memory:
+        raise ValueError(
+            f"{config.stage} of {vision.name!r} with {language.name!r} needs about {needed / 1e9:.0f} GB a device for weights, "
+            f"gradients and AdamW's moments, all replicated, and this device has {memory / 1e9:.0f} GB. Sharded optimizer states "
+            f"are not here yet: take a smaller model.language, or devices with more memory"
+        )
 
 
 def _be_scheduler() -> None:

@@ -100,7 +100,7 @@ class DistillSection(Strict):
     loss: Literal["mse", "cosine"] = "mse"
     features: Literal["projector_input", "final"] = "projector_input"
     grid: int | None = Field(None, gt=0)  # ROI output grid; default: the teacher's own
-    crop_size: int | None = Field(None, gt=0)  # default: the encoder's image size
+    crop_size: int | None = Field(None, gt=0)  # default: what the encoder's patches cover of its image size
     crop_scale: float = Field(1.0, gt=0)  # CLIPSelf enlarges its crops 1.5 times
     max_boxes: int | None = Field(None, gt=0)  # default: data.regions_per_row
 
@@ -118,9 +118,10 @@ class EvalSection(Strict):
 
 class RuntimeSection(Strict):
     """`compute` is the precision of activations and frozen weights; trained weights (the masters), moments, teacher,
-    softmax, norms and losses are float32 always."""
+    softmax, norms and losses are float32 always. float16 and float64 are for parity (its records, its golden reference): small
+    gradients vanish in float16, and no loss is scaled here."""
 
-    compute: Literal["float32", "bfloat16", "float64"] = "float32"  # float64: PyTorch alone, parity's golden reference
+    compute: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     recompute: bool = False
     jit_level: Literal["O0", "O1"] = "O0"  # MindSpore
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
@@ -157,8 +158,8 @@ class RunConfig(Strict):
         return min(self.distill.max_boxes or self.data.regions_per_row, self.data.regions_per_row)
 
     def crop_size(self, vision: VisionConfig) -> int:
-        """Side of the teacher's crops in pixels."""
-        return self.distill.crop_size or vision.image_size
+        """Side of the teacher's crops in pixels: what its patches cover, so that its grid lies over the whole box."""
+        return self.distill.crop_size or vision.seen
 
     @model_validator(mode="after")
     def _fits(self) -> "RunConfig":

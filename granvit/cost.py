@@ -3,7 +3,11 @@
 A trained part costs three forward passes (forward, gradient of inputs, gradient of weights), a frozen one that gradients
 pass through two, the teacher and a frozen encoder one.
 """
-from granvit.models import LanguageConfig, VisionConfig
+import math
+import os
+from collections.abc import Collection
+
+from granvit.models import LanguageConfig, VisionConfig, parameter_shapes, part_of, vision_shapes
 
 
 def vision_macs(c: VisionConfig, image_size: int | None = None) -> float:
@@ -19,3 +23,18 @@ def language_macs(c: LanguageConfig, length: int, logits: int) -> float:
     h, q, kv = c.width, c.heads * c.head_dim, c.kv_heads * c.head_dim
     block = length * (2 * h * q + 2 * h * kv + 3 * h * c.mlp) + 2 * length**2 * q
     return c.layers * block + logits * h * c.vocab
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def state_bytes(
+    vision: VisionConfig, language: LanguageConfig, trains: Collection[str], teacher: bool, compute_bytes: int
+) -> int:
+    """What every device holds before the first activation, with all states replicated: 16 bytes for each number that is
+    trained (master, gradient, two moments), `compute_bytes` for a frozen one, 4 for one of the teacher."""
+    sizes = {name: math.prod(shape) for name, shape in parameter_shapes(vision, language).items()}
+    held = sum(size * (16 if part_of(name) in trains else compute_bytes) for name, size in sizes.items())
+    return held + 4 * sum(map(math.prod, vision_shapes(vision).values())) * teacher

@@ -64,6 +64,10 @@ class TrainEngine(Protocol):
     implementations: dict[str, str]  # operator -> the implementation that runs, for the log
     compilations: dict[str, int]  # graph -> how often it was compiled
 
+    @staticmethod
+    def memory(device: str) -> int:
+        """Bytes that one rank has on the device that `runtime.device` names."""
+
     def step(self, micro_batches: Sequence[Batch], scalars: Scalars) -> StepResult:
         """Forward and backward over this rank's micro-batches, all-reduce (sum), clip, AdamW, EMA.
 

@@ -23,7 +23,8 @@ class VisionConfig(Strict):
     `level` is the tensor fed to the projector: `penultimate` is the last block but one without the closing norm (LLaVA's
     `hidden_states[-2]`, the paper's choice: its Table 9 counts 26 of SigLIP2's 27 blocks), `last` the last block, `final`
     the last block after the closing norm. `top` is the highest level computed (default: `level`), the one that distillation
-    may compare instead. Blocks above `top` are not built: they would never be used.
+    may compare instead. Blocks above `top` are not built: they would never be used. Where patches do not fill the image
+    (SigLIP's 27 of 14 pixels in 384), what is left over at its right and lower edge is not looked at.
     """
 
     name: str
@@ -52,8 +53,8 @@ class VisionConfig(Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> "VisionConfig":
-        if self.image_size % self.patch_size:
-            raise ValueError(f"vision.image_size {self.image_size} is not a multiple of vision.patch_size {self.patch_size}")
+        if self.image_size < self.patch_size:
+            raise ValueError(f"vision.image_size {self.image_size} is below vision.patch_size {self.patch_size}")
         if self.width % self.heads:
             raise ValueError(f"vision.width {self.width} is not a multiple of vision.heads {self.heads}")
         if self.top is not None and LEVELS.index(self.top) < LEVELS.index(self.level):
@@ -67,9 +68,19 @@ class VisionConfig(Strict):
         return self.top or self.level
 
     @property
+    def whole(self) -> "VisionConfig":
+        """The same encoder with all of its blocks built, and the closing norm where it has one."""
+        return self.model_copy(update={"top": "final" if self.closing_norm else "last"})
+
+    @property
     def grid(self) -> int:
         """Patches along one side."""
         return self.image_size // self.patch_size
+
+    @property
+    def seen(self) -> int:
+        """Pixels along one side that the patches cover."""
+        return self.grid * self.patch_size
 
     @property
     def patches(self) -> int:
@@ -79,6 +90,11 @@ class VisionConfig(Strict):
     @property
     def head_dim(self) -> int:
         return self.width // self.heads
+
+    @property
+    def built_levels(self) -> tuple[Level, ...]:
+        """The levels that the built blocks reach."""
+        return LEVELS[: LEVELS.index(self.highest) + 1]
 
     @property
     def built_layers(self) -> int:

@@ -4,8 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import mindspore as ms
+import numpy as np
 from mindspore import Tensor, communication, nn, ops
 
+from granvit.cost import host_memory
+
+ASCEND_910B = 64 << 30
+ROW = 1024  # numbers that one product sums
 CHUNK = 1 << 26  # elements that one all-reduce joins (256 MiB of float32)
 
 
@@ -21,9 +26,18 @@ def choose_device(name: str) -> str:
     return "npu" if found else "cpu"
 
 
+def memory(name: str) -> int:
+    """Bytes of the device that `name` chooses; of the machine for cpu, whose ranks share them. For npu those of a 910B: MindSpore
+    knows a device's only once it is in use."""
+    return host_memory() if choose_device(name) == "cpu" else ASCEND_910B
+
+
 def initialise(device: str) -> tuple[int, int]:
     """Selects the device and joins msrun's process group where there is one; returns rank and number of ranks."""
-    ms.set_device("Ascend" if device == "npu" else "CPU")
+    if device == "npu":
+        ms.set_device("Ascend")
+    elif ms.get_context("device_target") != "CPU":  # refused once a kernel has run, even where nothing would change
+        ms.set_device("CPU")
     if "MS_WORKER_NUM" not in os.environ:
         return 0, 1
     with _more_than_one_core():
@@ -72,6 +86,26 @@ class AllSum(nn.Cell):
         return self.reduce(vector)
 
 
+class SumOfSquares(nn.Cell):
+    """Sum of the squares of a vector, always in the same order.
+
+    MindSpore's reduction on CPU times itself with several partitions and keeps the fastest: the sum of a long vector (more than
+    100,000 numbers) changes in its last bit from launch to launch. There it is a product with ones, whose order is fixed.
+    """
+
+    def __init__(self):
+        super().__init__(auto_prefix=False)
+        self.product = ops.MatMul()
+        self.ones = Tensor(np.ones((ROW, 1), np.float32)) if ms.get_context("device_target") == "CPU" else None
+
+    def construct(self, vector: Tensor) -> Tensor:
+        squares, whole = ops.square(vector), vector.shape[0] // ROW * ROW
+        if self.ones is None or whole == 0:
+            return ops.sum(squares)
+        total = ops.sum(self.product(squares[:whole].reshape(-1, ROW), self.ones))
+        return total if whole == vector.shape[0] else total + ops.sum(squares[whole:])
+
+
 class ReduceGradients(nn.Cell):
     """Sums the accumulated gradients over the ranks, in place, joined into few large all-reduces; returns their global norm."""
 
@@ -79,20 +113,21 @@ class ReduceGradients(nn.Cell):
         super().__init__(auto_prefix=False)
         self.gradients = gradients
         self.reduce = ops.AllReduce() if world > 1 else None
+        self.sum_of_squares = SumOfSquares()
         self.chunks = chunks([g.size for g in gradients])
 
     def construct(self) -> Tensor:
         squares = 0.0
         if self.reduce is None:
             for i in range(len(self.gradients)):
-                squares = squares + ops.sum(ops.square(self.gradients[i]))
+                squares = squares + self.sum_of_squares(self.gradients[i].reshape(-1))
             return ops.sqrt(squares)
         for chunk in self.chunks:
             joined = ()
             for i in chunk:
                 joined += (self.gradients[i].reshape(-1),)
             flat = self.reduce(ops.cat(joined))
-            squares = squares + ops.sum(ops.square(flat))
+            squares = squares + self.sum_of_squares(flat)
             at = 0
             for i in chunk:
                 ops.assign(self.gradients[i], flat[at : at + self.gradients[i].size].reshape(self.gradients[i].shape))

@@ -7,7 +7,6 @@ the norm are finite. What changes from step to step enters as tensors, so nothin
 from collections.abc import Iterable, Iterator, Sequence
 
 import mindspore as ms
-import ml_dtypes
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
@@ -16,6 +15,7 @@ from granvit.data.batch import Batch, PromptBatch
 from granvit.engine import Group, NonFiniteLoss, Scalars, StepResult
 from granvit.models import LanguageConfig, VisionConfig, part_of
 from ms_granvit import distributed
+from ms_granvit.arrays import DTYPES, fill, to_numpy, to_tensor
 from ms_granvit.distill import EMA, distill_sums, teacher_features
 from ms_granvit.generate import Decode, Prefill, greedy
 from ms_granvit.model import GranViT
@@ -23,21 +23,6 @@ from ms_granvit.objective import caption_sum
 from ms_granvit.ops import attention as attention_ops
 from ms_granvit.optimizer import AdamW
 from ms_granvit.vision import VisionEncoder
-
-DTYPES = {"float32": ms.float32, "bfloat16": ms.bfloat16}
-SUM_LENGTH = 64
-
-
-def to_tensor(array: np.ndarray, dtype: ms.Type) -> Tensor:
-    """A numpy array (bfloat16 as `ml_dtypes.bfloat16`) as a tensor of `dtype`."""
-    return ops.cast(Tensor(np.ascontiguousarray(array, np.float32)), dtype)
-
-
-def to_numpy(parameter: Parameter) -> np.ndarray:
-    """The reverse of `to_tensor`, bit for bit: a copy on the host."""
-    if parameter.dtype == ms.bfloat16:
-        return ops.cast(parameter, ms.float32).asnumpy().astype(ml_dtypes.bfloat16)
-    return parameter.asnumpy().copy()
 
 
 class Losses(nn.Cell):
@@ -88,7 +73,8 @@ class Engine:
         self.config = config
         self.device = distributed.choose_device(runtime.device)
         if runtime.compute not in DTYPES or (self.device == "cpu" and runtime.compute != "float32"):
-            raise ValueError(f"runtime.compute {runtime.compute}: MindSpore takes float32 on cpu, float32 or bfloat16 on npu")
+            takes = "float32 on cpu; on npu bfloat16 and float16 too"
+            raise ValueError(f"runtime.compute {runtime.compute}: MindSpore takes {takes}")
         ms.set_context(mode=ms.GRAPH_MODE, jit_config={"jit_level": runtime.jit_level})
         self.rank, self.world = distributed.initialise(self.device)
         attention = attention_ops.choose(runtime.attention, self.device)
@@ -99,7 +85,7 @@ class Engine:
         for parameter in self.model.get_parameters():
             parameter.requires_grad = part_of(parameter.name) in stage.trains
             parameter.set_dtype(ms.float32 if parameter.requires_grad else dtype)
-        fill(self.model.get_parameters(), start)
+        fill(self.model, start)
         self.teacher: VisionEncoder | None = None
         if stage.distill:
             self.teacher = VisionEncoder(vision, dtype, config.crop_size(vision), attention)
@@ -107,7 +93,7 @@ class Engine:
             for parameter in self.teacher.get_parameters():
                 parameter.requires_grad = False
             students = ((f"teacher.{p.name.split('.', 1)[1]}", to_numpy(p)) for p in self.model.vision.get_parameters())
-            fill(self.teacher.get_parameters(), students)
+            fill(self.teacher, students)
 
         self.trained = ParameterTuple(self.model.trainable_params())
         self.gradients = self.trained.clone("gradient", init="zeros")
@@ -127,6 +113,8 @@ class Engine:
             "prefill": self.prefill, "decode": self.decode,
         }  # fmt: skip
         return {name: len(graph.compile_cache) for name, graph in graphs.items() if graph is not None and graph.compile_cache}
+
+    memory = staticmethod(distributed.memory)
 
     def step(self, micro_batches: Sequence[Batch], scalars: Scalars) -> StepResult:
         """Forward and backward over the micro-batches, sum over ranks, clip, AdamW, EMA."""
@@ -193,12 +181,3 @@ class Engine:
 def scalar(value: float) -> Tensor:
     """A float32 tensor without axes."""
     return Tensor(np.float32(value))
-
-
-def fill(parameters: Iterable[Parameter], tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Gives every parameter its start value, by name."""
-    missing = {p.name: p for p in parameters}
-    for name, value in tensors:
-        parameter = missing.pop(name)
-        parameter.set_data(to_tensor(value, parameter.dtype))
-    assert not missing, f"no start value for {sorted(missing)[:5]}"

@@ -13,7 +13,8 @@ from granvit.data.batch import Batch, PromptBatch
 from granvit.engine import LOSSES, Capture, Feed, Scalars
 from granvit.models import LanguageConfig, Shapes, VisionConfig
 from ms_granvit import language, layers
-from ms_granvit.engine import DTYPES, Engine, to_numpy, to_tensor
+from ms_granvit.arrays import DTYPES, to_numpy, to_tensor
+from ms_granvit.engine import Engine
 from ms_granvit.generate import greedy
 from ms_granvit.layers import Module
 from ms_granvit.ops import attention as attention_ops

@@ -2,11 +2,17 @@
 
 Layout letters: B rows, S sequence, L cache slots, C width, D head width, V vocabulary.
 """
+from pathlib import Path
+from typing import Self
+
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from granvit.models import LanguageConfig
+from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
+from granvit.models import LanguageConfig, language_shapes
+from ms_granvit.arrays import dtype_here, fill, store_as, to_numpy
+from ms_granvit.distributed import choose_device
 from ms_granvit.layers import Embedding, Linear, Module, RMSNorm, activate, linear
 from ms_granvit.ops import attention as attention_ops
 
@@ -114,13 +120,30 @@ class CausalDecoder(Module):
 
     def __init__(self, c: LanguageConfig, dtype: ms.Type, attention: str = "composed", recompute: bool = False):
         super().__init__()
-        self.dtype = dtype
+        self.config, self.dtype = c, dtype
         self.rotary = Rotary(c.head_dim, c.rope_theta, dtype)
         self.model = DecoderModel(c, attention)
         self.lm_head = None if c.tied_head else Linear(c.width, c.vocab, False)
         if recompute:
             for block in self.model.layers:
                 block.recompute()
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, dtype: ms.Type | None = None) -> Self:
+        """The decoder in a publisher's directory (any layout that `parity/convert.py` knows), in a run or in one of
+        `save_pretrained`, for evaluation; `dtype` (default: the stored one; float32 on CPU), warnings and errors as for the
+        encoder."""
+        opened = open_pretrained(directory, "language")
+        dtype = dtype or dtype_here(opened.dtype)
+        decoder = cls(opened.language, dtype, attention_ops.choose("auto", choose_device("auto")))
+        store_as(decoder.get_parameters(), dtype)
+        fill(decoder, opened.tensors, "language.")
+        return decoder
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes config.json and model.safetensors, which `from_pretrained` of either package reads."""
+        tensors = ((f"language.{parameter.name}", to_numpy(parameter)) for parameter in self.get_parameters())
+        write_pretrained(directory, None, self.config, language_shapes(self.config), tensors)
 
     def embed(self, token_ids_BS: Tensor) -> Tensor:
         """Token embeddings `[B, S, C]` in the compute dtype."""

@@ -2,12 +2,19 @@
 
 Layout letters: B rows, N patches, S sequence, A supervised positions, C width, V vocabulary.
 """
+from pathlib import Path
+from typing import Self
+
 import mindspore as ms
 from mindspore import Tensor, ops
 
-from granvit.models import LanguageConfig, VisionConfig
+from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
+from granvit.models import PARTS, LanguageConfig, VisionConfig, parameter_shapes
+from ms_granvit.arrays import dtype_here, fill, store_as, to_numpy
+from ms_granvit.distributed import choose_device
 from ms_granvit.language import CausalDecoder
 from ms_granvit.layers import Module
+from ms_granvit.ops import attention as attention_ops
 from ms_granvit.projector import Projector
 from ms_granvit.vision import VisionEncoder
 
@@ -38,6 +45,23 @@ class GranViT(Module):
         self.projector = Projector(vision, language)
         self.language = CausalDecoder(language, dtype, attention, recompute)
 
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, dtype: ms.Type | None = None) -> Self:
+        """The model in a run, in a LLaVA directory or in one of `save_pretrained`, for evaluation; `dtype` (default: the stored
+        one; float32 on CPU), warnings and errors as for the encoder."""
+        opened = open_pretrained(directory, *PARTS)
+        dtype = dtype or dtype_here(opened.dtype)
+        model = cls(opened.vision, opened.language, dtype, attention_ops.choose("auto", choose_device("auto")))
+        store_as(model.get_parameters(), dtype)
+        fill(model, opened.tensors)
+        return model
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes config.json and model.safetensors, which `from_pretrained` of either package reads."""
+        vision, language = self.vision.config, self.language.config
+        tensors = ((parameter.name, to_numpy(parameter)) for parameter in self.get_parameters())
+        write_pretrained(directory, vision, language, parameter_shapes(vision, language), tensors)
+
     def inputs(self, pixels_B3RR: Tensor, image_weights_B: Tensor, token_ids_BS: Tensor,
                image_positions_BN: Tensor) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Input embeddings `[B, S, C]` with image tokens in their places, and the encoder's features at its top level."""
@@ -48,7 +72,7 @@ class GranViT(Module):
         kept = 1 - ops.scatter_nd(at, shown.reshape(-1), (B * S,)).reshape(B, S, 1)
         if self.blind:
             return self.emit(embeddings * kept), None
-        features, top = self.vision(pixels_B3RR)
+        features, top = self.vision.encode(pixels_B3RR)
         tokens = self.projector(features) * ops.expand_dims(shown, -1)
         merged = embeddings * kept + ops.scatter_nd(at, tokens.reshape(-1, C), (B * S, C)).reshape(B, S, C)
         return self.emit(merged), top

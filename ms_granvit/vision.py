@@ -2,17 +2,24 @@
 
 Layout letters: B images, N patches, C width, R image side.
 """
+from pathlib import Path
+from typing import Self
+
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
+from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
 from granvit.interpolate import position_matrix
-from granvit.models import VisionConfig
+from granvit.models import Level, VisionConfig, vision_shapes
+from ms_granvit.arrays import dtype_here, fill, store_as, to_numpy
+from ms_granvit.distributed import choose_device
 from ms_granvit.layers import Embedding, Linear, Module, activate, linear, norm, parameter
 from ms_granvit.ops import attention as attention_ops
 
 
 class PatchEmbedding(Module):
-    """A convolution whose stride is its kernel, as one matrix product over flattened patches."""
+    """A convolution whose stride is its kernel, as one matrix product over flattened patches; pixels beyond the last whole patch
+    are not looked at."""
 
     def __init__(self, c: VisionConfig):
         super().__init__()
@@ -22,7 +29,8 @@ class PatchEmbedding(Module):
 
     def construct(self, pixels_B3RR: Tensor) -> Tensor:
         B, grid, p = pixels_B3RR.shape[0], pixels_B3RR.shape[2] // self.patch, self.patch
-        patches = pixels_B3RR.reshape(B, 3, grid, p, grid, p).transpose(0, 2, 4, 1, 3, 5).reshape(B, grid * grid, 3 * p * p)
+        seen = pixels_B3RR if grid * p == pixels_B3RR.shape[2] else pixels_B3RR[:, :, : grid * p, : grid * p]
+        patches = seen.reshape(B, 3, grid, p, grid, p).transpose(0, 2, 4, 1, 3, 5).reshape(B, grid * grid, 3 * p * p)
         return self.emit(linear(patches, self.weight.reshape(self.weight.shape[0], 3 * p * p), self.bias))
 
 
@@ -133,7 +141,7 @@ class VisionEncoder(Module):
     def __init__(self, c: VisionConfig, dtype: ms.Type, image_size: int | None = None, attention: str = "composed",
                  recompute: bool = False):  # fmt: skip
         super().__init__()
-        self.dtype, self.skip = dtype, int(c.class_token)
+        self.config, self.dtype, self.skip, self.built = c, dtype, int(c.class_token), ", ".join(c.built_levels)
         self.embeddings = VisionEmbeddings(c, image_size or c.image_size)
         self.pre_layernorm = norm(c.norm, c.width, c.norm_eps) if c.pre_norm else None
         self.encoder = VisionBlocks(c, attention)
@@ -145,22 +153,60 @@ class VisionEncoder(Module):
             for block in self.encoder.layers:
                 block.recompute()
 
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, resolution: int | None = None, dtype: ms.Type | None = None) -> Self:
+        """The encoder in a publisher's directory (any layout that `parity/convert.py` knows), in a run or in one of
+        `save_pretrained`, all blocks that are there built, for evaluation.
+
+        `resolution` is the images' side in pixels (default: the published one), `dtype` that of weights and activations (default:
+        the stored one; float32 on CPU). What the directory holds besides is named in a warning. `ValueError` names file and
+        tensor, or the key of config.json, that is at fault.
+        """
+        opened = open_pretrained(directory, "vision")
+        dtype = dtype or dtype_here(opened.dtype)
+        attention = attention_ops.choose("auto", choose_device("auto"))
+        encoder = cls(opened.vision, dtype, resolution, attention)
+        store_as(encoder.get_parameters(), dtype)
+        fill(encoder, opened.tensors, "vision.")
+        return encoder
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes config.json and model.safetensors, which `from_pretrained` of either package reads."""
+        tensors = ((f"vision.{parameter.name}", to_numpy(parameter)) for parameter in self.get_parameters())
+        write_pretrained(directory, self.config, None, vision_shapes(self.config), tensors)
+
     def normalise(self, pixels_B3RR: Tensor) -> Tensor:
         """uint8 pixels -> `(x / 255 - mean) / std` in the compute dtype."""
         return ops.cast((ops.cast(pixels_B3RR, ms.float32) / 255 - self.mean) / self.std, self.dtype)
 
-    def construct(self, pixels_B3RR: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 pixels -> patch features `[B, N, C]` at `config.level` and at `config.highest`, class token dropped."""
-        x = self.embeddings(self.normalise(pixels_B3RR))
+    def levels(self, pixels_B3RR: Tensor) -> dict[str, Tensor]:
+        """Normalised pixels -> patch features `[B, N, C]` at every level that is built, class token dropped."""
+        x = self.embeddings(ops.cast(pixels_B3RR, self.dtype))
         if self.pre_layernorm is not None:
             x = self.pre_layernorm(x)
-        penultimate = x
+        levels = {}
         for i, block in enumerate(self.encoder.layers):
             x = block(x)
             if i == self.penultimate:
-                penultimate = x
-        levels = {"penultimate": penultimate, "last": x}
+                levels["penultimate"] = self.patches(x)
+        if self.highest != "penultimate":
+            levels["last"] = self.patches(x)
         if self.post_layernorm is not None:
-            levels["final"] = self.post_layernorm(x)
-        features, top = levels[self.level], levels[self.highest]
-        return (features[:, self.skip :], top[:, self.skip :]) if self.skip else (features, top)
+            levels["final"] = self.patches(self.post_layernorm(x))
+        return levels
+
+    def patches(self, tokens_BNC: Tensor) -> Tensor:
+        """The tokens without the class token."""
+        return tokens_BNC[:, self.skip :] if self.skip else tokens_BNC
+
+    def encode(self, pixels_B3RR: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 pixels -> patch features `[B, N, C]` at `config.level` and at `config.highest`."""
+        levels = self.levels(self.normalise(pixels_B3RR))
+        return levels[self.level], levels[self.highest]
+
+    def construct(self, pixels_B3RR: Tensor, level: Level = "penultimate") -> Tensor:
+        """Normalised pixels (`(x / 255 - mean) / std`) -> patch features `[B, N, C]`; `ValueError` for a level not built."""
+        levels = self.levels(pixels_B3RR)
+        if level not in levels:
+            raise ValueError(f"level '{level}' is not built in this encoder, which has {self.built}")
+        return levels[level]

@@ -23,7 +23,7 @@ from granvit.launch import load_engine_class  # noqa: E402
 from parity import peers, preconditions, trips  # noqa: E402
 from parity.capture import Record, Request, compute, load_record, open_framework  # noqa: E402
 from parity.capture import environment as _versions  # noqa: E402
-from parity.compare import Row, compare_records, compare_suite  # noqa: E402
+from parity.compare import ROUNDOFF, Row, compare_records, compare_suite  # noqa: E402
 from parity.faults import FAULTS  # noqa: E402
 from parity.fixture import Fixture, make_fixture  # noqa: E402
 from parity.preconditions import CouldNotTell  # noqa: E402
@@ -78,8 +78,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vision", default="tiny-vision",
                         help="encoder in configs/models, or a YAML file (default: %(default)s)")  # fmt: skip
     parser.add_argument("--language", default="tiny-language", help="decoder, likewise (default: %(default)s)")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32",
-                        help="default: %(default)s")  # fmt: skip
+    parser.add_argument("--precision", choices=tuple(ROUNDOFF), default="float32",
+                        help="of both frameworks, where the device has it (default: %(default)s)")  # fmt: skip
     parser.add_argument("--faults", action="store_true", help="plant faults one at a time; each must be found and placed")
     parser.add_argument("--fault", nargs="+", metavar="NAME", help="with --faults: some of them")
     parser.add_argument("--seeds", type=int, default=50, help="with --faults: seeds without a fault (default: %(default)s)")

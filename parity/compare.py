@@ -16,13 +16,13 @@ RATIO = 4.0
 # Below its floor an error is rounding whatever the peer's is. In units of the format's roundoff; the second number is for the
 # largest element. 32 units: MindSpore's CPU kernels are coarser than PyTorch's (measured on one call, in units: softmax 8.9
 # against 0.9, log-softmax 6.1 against 0.6, sigmoid 3.7 against 0.6).
-FLOOR_UNITS = {"float32": (32.0, 128.0), "bfloat16": (8.0, 32.0)}
+FLOOR_UNITS = {"float32": (32.0, 128.0), "bfloat16": (8.0, 32.0), "float16": (8.0, 32.0)}
 # What came back through the whole model carries the roundings of every block there and back: 8 times the floor. The isolated
 # suite, where nothing is carried, keeps the plain one.
 CARRIED = ("backward", "gradient", "clipped gradient", "first moment", "second moment")
 CARRIED_FACTOR = 8.0
 NOT_CARRIED = ("ops", "isolated")  # suites
-ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
+ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 SQUARES = ("second moment",)  # a square doubles a relative error, and so its floor
 # Beyond this many units the peer's own error is no rounding: what it would allow the candidate is worth nothing.
 PEER_UNITS = 2.0**14

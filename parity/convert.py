@@ -8,8 +8,10 @@ config.json beside the tensors. Tokenizers and preprocessing files are not copie
 
 layouts:
   default      this project's own names; any of its parts
-  siglip       SigLIP and SigLIP2 of transformers: the encoder (a text tower in SRC is left out)
-  clip         CLIP of transformers: the encoder (a text tower in SRC is left out)
+  siglip, clip, aimv2, internvit
+               SigLIP and SigLIP2, CLIP, AIMv2, InternViT of transformers: the encoder (a text tower in SRC is left out)
+  aimv2-apple, internvit-hub
+               AIMv2 and SAILViT, InternViT with their publishers' own names: the encoder
   qwen2        Qwen2 and Qwen2.5 of transformers: the decoder
   llama        Llama of transformers: the decoder
   llava        LlavaForConditionalGeneration of transformers: encoder, projector and decoder
@@ -38,12 +40,22 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from granvit.checkpoint.contents import (
+    LAYOUTS,
+    OURS,
+    Contents,
+    common_name,
+    filler_value,
+    layout_named,
+    left_out_lines,
+    open_contents,
+)
 from granvit.checkpoint.layouts import Layout, Spelling
-from granvit.checkpoint.layouts.clip import CLIP
 from granvit.checkpoint.layouts.default import DEFAULT
 from granvit.checkpoint.layouts.llava import LLAVA
 from granvit.checkpoint.layouts.mindspore import MINDSPORE, CkptFile, CkptWriter
-from granvit.checkpoint.layouts.siglip import SIGLIP
+from granvit.checkpoint.pieces import assemble, whole, whole_shape
+from granvit.checkpoint.source import Source
 from granvit.checkpoint.tensors import (
     SHARD_BYTES,
     StoredTensors,
@@ -54,8 +66,6 @@ from granvit.checkpoint.tensors import (
     write_synced,
 )
 from granvit.models import PARTS, Shapes, VisionConfig, part_of, vision_shapes
-from parity.contents import LAYOUTS, OURS, Contents, detect, filler_value, layout_named, read_contents
-from parity.source import Source, open_source
 
 IN_CKPT = ("mindformers", "mindspore")
 EXAMPLES = """examples:
@@ -87,9 +97,10 @@ class Report:
 
 @dataclass
 class Plan:
-    """What is written: target name -> the source's name, or the shape and dtype of a filler; and the configuration."""
+    """What is written: target name -> the source's names of its parts in order, or the value and dtype of a filler; and the
+    configuration."""
 
-    names: dict[str, str]
+    names: dict[str, list[str]]
     shapes: Shapes
     fillers: dict[str, tuple[float, np.dtype]]
     config: dict[str, Any] | None
@@ -97,9 +108,9 @@ class Plan:
 
 def make_plan(source: Source, contents: Contents, target: Layout, report: Report) -> Plan:
     """Names every tensor in the target's words; `ValueError` where the target has none, or needs a part that is not there."""
-    parts = {part_of(name) for name in contents.names}
+    held = {part_of(name) for name in contents.names}
     holds = ", ".join(part for part in PARTS if part in target.parts)
-    lacking = target.parts - parts
+    lacking = target.parts - held
     if lacking and target.name not in OURS:
         raise ValueError(f"{source.path}: holds no {' and no '.join(sorted(lacking))}; the {target.name!r} layout needs {holds}")
     vision = contents.vision if "vision" in target.parts else None
@@ -110,7 +121,7 @@ def make_plan(source: Source, contents: Contents, target: Layout, report: Report
         raise ValueError(f"{source.path}: cannot be written as {target.name!r}: {error}") from None
     came_from = contents.published if (contents.published or {}).get("layout") == target.name else None
     spelling = target.spellings[came_from["spelling"] if came_from else 0]
-    plan = Plan({}, {}, {}, None)
+    plan, parts = Plan({}, {}, {}, None), {}
     for canonical, foreign in contents.names.items():
         if part_of(canonical) not in target.parts:
             report.left_out[foreign] = f"the {target.name!r} layout holds {holds} alone"
@@ -118,8 +129,10 @@ def make_plan(source: Source, contents: Contents, target: Layout, report: Report
         name = spelling.foreign(canonical)
         if name is None:
             raise ValueError(f"{source.path}: tensor {foreign!r} has no name in the {target.name!r} layout")
-        plan.names[name], plan.shapes[name] = foreign, source.tensors.shapes[foreign]
-    if vision is not None and target in (SIGLIP, CLIP, LLAVA) and contents.stated and not came_from:
+        parts.setdefault(whole(name), {})[name] = foreign
+        plan.shapes[whole(name)] = whole_shape(name, source.tensors.shapes[foreign])
+    plan.names = {name: [found[part] for part in sorted(found)] for name, found in parts.items()}
+    if vision is not None and target.name not in OURS and contents.stated and not came_from:
         _complete_tower(source, contents, vision, spelling, plan, report)
     if contents.stated:
         plan.config = _config(tree, source, contents, target, plan, came_from, report)
@@ -130,14 +143,12 @@ def _complete_tower(
     source: Source, contents: Contents, vision: VisionConfig, spelling: Spelling, plan: Plan, report: Report
 ) -> None:
     """Adds the blocks above `vision.level` that are not in the source: transformers builds them, though nothing reads them."""
-    if not vision.closing_norm:
-        return
     dtype = source.tensors.dtypes[source.tensors.entries[contents.names["vision.embeddings.patch_embedding.weight"]]["tag"]]
-    for canonical, shape in vision_shapes(VisionConfig(**{**vision.model_dump(), "top": "final"})).items():
+    for canonical, shape in vision_shapes(vision.whole).items():
         if canonical not in contents.names:
             name = spelling.foreign(canonical)
-            plan.fillers[name], plan.shapes[name] = (filler_value(canonical), dtype), shape
-            report.filled.append(name)
+            plan.fillers[whole(name)], plan.shapes[whole(name)] = (filler_value(canonical), dtype), whole_shape(name, shape)
+    report.filled += plan.fillers
 
 
 def _config(tree: dict[str, Any], source: Source, contents: Contents, target: Layout, plan: Plan,
@@ -147,7 +158,7 @@ def _config(tree: dict[str, Any], source: Source, contents: Contents, target: La
         return tree | ({"published": contents.published} if contents.published else {})
     if came_from and came_from["config"].get("model_type") == tree["model_type"]:
         tree = _merged(came_from["config"], tree)
-    dtypes = {source.tensors.dtypes[source.tensors.entries[name]["tag"]].name for name in plan.names.values()}
+    dtypes = {source.tensors.dtypes[source.tensors.entries[n]["tag"]].name for names in plan.names.values() for n in names}
     if len(dtypes) == 1 and not {"dtype", "torch_dtype"} & tree.keys():
         tree["torch_dtype"] = dtypes.pop()
     if target is LLAVA and "image_token_index" not in tree:
@@ -168,14 +179,14 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _bytes(source: Source, plan: Plan) -> dict[str, int]:
-    sizes = {t: sum(n for _, n in source.tensors.entries[s]["spans"]) for t, s in plan.names.items()}
+    sizes = {t: sum(n for s in parts for _, n in source.tensors.entries[s]["spans"]) for t, parts in plan.names.items()}
     return sizes | {t: math.prod(plan.shapes[t]) * dtype.itemsize for t, (_, dtype) in plan.fillers.items()}
 
 
 def _arrays(source: Source, plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor that is written, one in memory at a time."""
-    for name, foreign in plan.names.items():
-        yield name, source.tensors.read(foreign)
+    for name, parts in plan.names.items():
+        yield name, assemble(plan.shapes[name], [source.tensors.read(part) for part in parts])
     for name, (value, dtype) in plan.fillers.items():
         yield name, np.full(plan.shapes[name], value, dtype)
 
@@ -238,8 +249,8 @@ def _verify(source: Source, plan: Plan, written: StoredTensors, digests: dict[st
     if found:
         raise ValueError(f"what was written reads back differently: {'; '.join(found)}")
     done = 0
-    for name, foreign in (plan.names | dict.fromkeys(plan.fillers)).items():
-        kind = plan.fillers[name][1] if foreign is None else source.tensors.dtypes[source.tensors.entries[foreign]["tag"]]
+    for name, parts in (plan.names | dict.fromkeys(plan.fillers)).items():
+        kind = plan.fillers[name][1] if parts is None else source.tensors.dtypes[source.tensors.entries[parts[0]]["tag"]]
         if written.dtypes[written.entries[name]["tag"]] != kind or written.digest(name) != digests[name]:
             raise ValueError(f"{written.entries[name]['path']}: tensor {name!r} reads back differently from what was written")
         done += sizes[name]
@@ -264,9 +275,7 @@ def convert(
         raise ValueError(f"{destination}: the layout {to!r} is a .ckpt file; 'default' has the same names in safetensors")
     if os.path.lexists(destination):
         raise ValueError(f"{destination}: exists already; remove it or choose another name")
-    opened = open_source(source)
-    layout, spelling = detect(opened, from_)
-    contents = read_contents(opened, layout, spelling)
+    opened, layout, contents = open_contents(source, from_)
     report = Report(source, destination, layout.name, target.name, left_out=contents.left_out, notes=contents.notes)
     plan = make_plan(opened, contents, target, report)
     _write(opened, plan, target, destination, verify, report, progress)
@@ -304,27 +313,11 @@ class Bar:
             print(f"{what} {done / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stderr, flush=True)
 
 
-def _pattern(names: Sequence[str]) -> str:
-    """One name, or what several have in common."""
-    if len(names) == 1:
-        return names[0]
-    common = []
-    for words in zip(*(name.split(".") for name in names), strict=False):
-        if len(set(words)) > 1:
-            break
-        common.append(words[0])
-    return f"{'.'.join([*common, '*'])} ({len(names)} tensors)"
-
-
 def lines(report: Report) -> Iterator[str]:
     """The report in words: what was left out or added and why, sizes, time and memory."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name, reason in report.left_out.items():
-        groups.setdefault((name.split(".")[0], reason), []).append(name)
-    for (_, reason), names in groups.items():
-        yield f"left out {_pattern(names)}: {reason}"
+    yield from left_out_lines(report.left_out)
     if report.filled:
-        yield f"added {_pattern(report.filled)}: blocks that transformers builds above the level in use (zeros; norms of one)"
+        yield f"added {common_name(report.filled)}: blocks that transformers builds above the level in use (zeros; norms of one)"
     yield from (f"note: {note}" for note in report.notes)
     yield (
         f"{report.from_layout} -> {report.to_layout}: {report.tensors} tensors, {report.bytes / 1e9:.3f} GB, "

@@ -180,7 +180,7 @@ def _(head):
 
 
 @fault("features of the layer below", "torch", "model", "forward/projector.linear_1",
-       at="pt_granvit.vision.VisionEncoder.forward")  # fmt: skip
+       at="pt_granvit.vision.VisionEncoder.encode")  # fmt: skip
 def _(forward):
     import torch
 
@@ -197,7 +197,7 @@ def _(forward):
 
 
 @fault("class token kept, a patch dropped", "torch", "model", "forward/projector.linear_1", vision="tiny-clip",
-       at="pt_granvit.vision.VisionEncoder.forward")  # fmt: skip
+       at="pt_granvit.vision.VisionEncoder.encode")  # fmt: skip
 def _(forward):
     import torch
 
@@ -391,11 +391,11 @@ def _():
 
 
 @fault("a square weight transposed in conversion", "torch", "vision", f"{BLOCK0}.self_attn.k_proj",
-       at="pt_granvit.engine.Engine._copy")  # fmt: skip
+       at="pt_granvit.engine.fill")  # fmt: skip
 def _(f):
-    def wrong(self, module, tensors):
-        f(self, module, ((n, v.T.copy() if n.endswith("layers.0.self_attn.k_proj.weight") and "vision" in n else v)
-                         for n, v in tensors))  # fmt: skip
+    def wrong(module, tensors):
+        f(module, ((n, v.T.copy() if n.endswith("layers.0.self_attn.k_proj.weight") and "vision" in n else v)
+                   for n, v in tensors))  # fmt: skip
 
     return wrong
 

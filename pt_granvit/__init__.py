@@ -1,0 +1,10 @@
+"""GranViT in PyTorch: `load_encoder(directory, resolution=None, dtype=None)`, `load_decoder(directory, dtype=None)`,
+`GranViT.from_pretrained`."""
+from pt_granvit.language import CausalDecoder
+from pt_granvit.model import GranViT
+from pt_granvit.vision import VisionEncoder
+
+__all__ = ["CausalDecoder", "GranViT", "VisionEncoder", "load_decoder", "load_encoder"]
+
+load_encoder = VisionEncoder.from_pretrained
+load_decoder = CausalDecoder.from_pretrained

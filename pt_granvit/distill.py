@@ -16,7 +16,7 @@ def teacher_features(teacher: VisionEncoder, crops_BK3rr: Tensor, grid: int) -> 
     """The teacher's view of each crop, `[B, K, grid, grid, C]`, average-pooled where `grid` is below its own; no gradient."""
     B, K = crops_BK3rr.shape[:2]
     with torch.no_grad():
-        _, top = teacher(crops_BK3rr.flatten(0, 1))
+        _, top = teacher.encode(crops_BK3rr.flatten(0, 1))
         own = round(top.shape[1] ** 0.5)
         cell = own // grid
         return top.reshape(B, K, grid, cell, grid, cell, -1).mean((3, 5))

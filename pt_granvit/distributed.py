@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from granvit.cost import host_memory
+
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
 
@@ -22,6 +24,12 @@ def choose_device(name: str) -> str:
     if name == "cuda":
         raise ValueError("runtime.device cuda: PyTorch sees no CUDA device; use runtime.device=cpu or a CUDA build of torch")
     return "cpu"
+
+
+def memory(name: str) -> int:
+    """Bytes of the device that `name` chooses; of the machine for cpu, whose ranks share them."""
+    device = choose_device(name)
+    return host_memory() if device == "cpu" else getattr(torch, device).get_device_properties(0).total_memory
 
 
 def initialise(device: str) -> tuple[int, int]:

@@ -1,16 +1,16 @@
 """The PyTorch engine: one training step, state in and out, generation (see `granvit.engine.TrainEngine`)."""
 from collections.abc import Iterable, Iterator, Sequence
 
-import ml_dtypes
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
 from granvit.engine import Group, NonFiniteLoss, Scalars, StepResult
 from granvit.models import LanguageConfig, VisionConfig, part_of
 from pt_granvit import distributed
+from pt_granvit.arrays import DTYPES, fill, to_numpy, to_torch
 from pt_granvit.distill import distill_sums, ema_, teacher_features
 from pt_granvit.generate import greedy
 from pt_granvit.model import GranViT
@@ -18,24 +18,6 @@ from pt_granvit.objective import caption_sum
 from pt_granvit.ops import attention as attention_ops
 from pt_granvit.optimizer import AdamW, FlatParameters
 from pt_granvit.vision import VisionEncoder
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
-
-def to_torch(array: np.ndarray) -> Tensor:
-    """A numpy array (bfloat16 as `ml_dtypes.bfloat16`) as a tensor, bit for bit."""
-    array = np.ascontiguousarray(array)
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def to_numpy(tensor: Tensor) -> np.ndarray:
-    """The reverse of `to_torch`: a copy on the host."""
-    tensor = tensor.detach().cpu()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
-    return tensor.numpy().copy()
 
 
 class Engine:
@@ -58,7 +40,7 @@ class Engine:
             trained = part_of(name) in stage.trains
             parameter.requires_grad_(trained)
             parameter.data = torch.empty_like(parameter, dtype=masters if trained else self.dtype)
-        self._copy(self.model, start)
+        fill(self.model, start)
         self.trained = FlatParameters((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
         self.optimizer = AdamW(self.trained, config.optimizer)
         self.teacher: VisionEncoder | None = None
@@ -66,7 +48,9 @@ class Engine:
             with torch.device(self.device):
                 self.teacher = VisionEncoder(vision, self.dtype, config.crop_size(vision), attention)
             self.teacher.requires_grad_(False).to(masters)
-            self._copy(self.teacher, self.model.vision.named_parameters())
+            fill(self.teacher, self.model.vision.named_parameters())
+
+    memory = staticmethod(distributed.memory)
 
     def step(self, micro_batches: Sequence[Batch], scalars: Scalars) -> StepResult:
         """Forward and backward over the micro-batches, sum over ranks, clip, AdamW, EMA."""
@@ -140,13 +124,6 @@ class Engine:
             return {} if self.teacher is None else {f"teacher.{n}": p for n, p in self.teacher.named_parameters()}
         moment = self.optimizer.first_moment if group == "first_moment" else self.optimizer.second_moment
         return self.trained.views(moment)
-
-    def _copy(self, module: nn.Module, tensors: Iterable[tuple[str, np.ndarray | Tensor]]) -> None:
-        missing = dict(module.named_parameters())
-        with torch.no_grad():
-            for name, value in tensors:
-                missing.pop(name).copy_(value if isinstance(value, Tensor) else to_torch(value))
-        assert not missing, f"no start value for {sorted(missing)[:5]}"
 
     def _put(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)

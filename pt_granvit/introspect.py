@@ -13,7 +13,8 @@ from granvit.data.batch import Batch, PromptBatch
 from granvit.engine import LOSSES, Capture, Feed, Scalars
 from granvit.models import LanguageConfig, Shapes, VisionConfig
 from pt_granvit import language, layers
-from pt_granvit.engine import DTYPES, Engine, to_numpy
+from pt_granvit.arrays import DTYPES, to_numpy
+from pt_granvit.engine import Engine
 from pt_granvit.generate import greedy
 from pt_granvit.layers import Module, norm
 from pt_granvit.ops import attention as attention_ops

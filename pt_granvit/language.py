@@ -2,11 +2,16 @@
 
 Layout letters: B rows, S sequence, L cache slots, C width, D head width, V vocabulary.
 """
+from pathlib import Path
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from granvit.models import LanguageConfig
+from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
+from granvit.models import LanguageConfig, language_shapes
+from pt_granvit.arrays import DTYPES, fill, store_as, to_numpy
 from pt_granvit.layers import Embedding, Linear, Module, RMSNorm, activate
 from pt_granvit.ops import attention as attention_ops
 
@@ -104,6 +109,22 @@ class CausalDecoder(Module):
         self.config, self.dtype, self.recompute = c, dtype, recompute
         self.model = DecoderModel(c, attention)
         self.lm_head = None if c.tied_head else Linear(c.width, c.vocab, False)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, dtype: torch.dtype | None = None) -> Self:
+        """The decoder in a publisher's directory (any layout that `parity/convert.py` knows), in a run or in one of
+        `save_pretrained`, for evaluation; `dtype` (default: the stored one), warnings and errors as for the encoder."""
+        opened = open_pretrained(directory, "language")
+        dtype = dtype or DTYPES[opened.dtype]
+        decoder = cls(opened.language, dtype)
+        store_as(decoder.parameters(), dtype)
+        fill(decoder, opened.tensors, "language.")
+        return decoder.eval()
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes config.json and model.safetensors, which `from_pretrained` of either package reads."""
+        tensors = ((f"language.{name}", to_numpy(parameter)) for name, parameter in self.named_parameters())
+        write_pretrained(directory, None, self.config, language_shapes(self.config), tensors)
 
     def embed(self, token_ids_BS: Tensor) -> Tensor:
         """Token embeddings `[B, S, C]` in the compute dtype."""

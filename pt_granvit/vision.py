@@ -2,18 +2,24 @@
 
 Layout letters: B images, N patches, C width, R image side.
 """
+from pathlib import Path
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
 from granvit.interpolate import position_matrix
-from granvit.models import VisionConfig
+from granvit.models import Level, VisionConfig, vision_shapes
+from pt_granvit.arrays import DTYPES, fill, store_as, to_numpy
 from pt_granvit.layers import Embedding, Linear, Module, activate, norm
 from pt_granvit.ops import attention as attention_ops
 
 
 class PatchEmbedding(Module):
-    """A convolution whose stride is its kernel, as one matrix product over flattened patches."""
+    """A convolution whose stride is its kernel, as one matrix product over flattened patches; pixels beyond the last whole patch
+    are not looked at."""
 
     def __init__(self, c: VisionConfig):
         super().__init__()
@@ -23,7 +29,8 @@ class PatchEmbedding(Module):
 
     def forward(self, pixels_B3RR: Tensor) -> Tensor:
         B, grid, p = pixels_B3RR.shape[0], pixels_B3RR.shape[2] // self.patch, self.patch
-        patches = pixels_B3RR.reshape(B, 3, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5).reshape(B, grid * grid, 3 * p * p)
+        seen = pixels_B3RR[:, :, : grid * p, : grid * p]
+        patches = seen.reshape(B, 3, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5).reshape(B, grid * grid, 3 * p * p)
         weight = self.weight.reshape(self.weight.shape[0], -1).to(patches.dtype)
         bias = None if self.bias is None else self.bias.to(patches.dtype)
         return self.emit(torch.nn.functional.linear(patches, weight, bias))
@@ -128,7 +135,7 @@ class VisionEncoder(Module):
     def __init__(self, c: VisionConfig, dtype: torch.dtype, image_size: int | None = None, attention: str = "sdpa",
                  recompute: bool = False):  # fmt: skip
         super().__init__()
-        self.config, self.dtype, self.recompute = c, dtype, recompute
+        self.config, self.dtype, self.recompute, self.built = c, dtype, recompute, ", ".join(c.built_levels)
         self.embeddings = VisionEmbeddings(c, image_size or c.image_size)
         self.pre_layernorm = norm(c.norm, c.width, c.norm_eps) if c.pre_norm else None
         self.encoder = VisionBlocks(c, attention)
@@ -136,14 +143,35 @@ class VisionEncoder(Module):
         self.register_buffer("mean", torch.tensor(c.mean).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(c.std).reshape(1, 3, 1, 1), persistent=False)
 
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, resolution: int | None = None, dtype: torch.dtype | None = None) -> Self:
+        """The encoder in a publisher's directory (any layout that `parity/convert.py` knows), in a run or in one of
+        `save_pretrained`, all blocks that are there built, for evaluation.
+
+        `resolution` is the images' side in pixels (default: the published one), `dtype` that of weights and activations (default:
+        the stored one). What the directory holds besides is named in a warning. `ValueError` names file and tensor, or the key
+        of config.json, that is at fault.
+        """
+        opened = open_pretrained(directory, "vision")
+        dtype = dtype or DTYPES[opened.dtype]
+        encoder = cls(opened.vision, dtype, resolution)
+        store_as(encoder.parameters(), dtype)
+        fill(encoder, opened.tensors, "vision.")
+        return encoder.eval()
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes config.json and model.safetensors, which `from_pretrained` of either package reads."""
+        tensors = ((f"vision.{name}", to_numpy(parameter)) for name, parameter in self.named_parameters())
+        write_pretrained(directory, self.config, None, vision_shapes(self.config), tensors)
+
     def normalise(self, pixels_B3RR: Tensor) -> Tensor:
         """uint8 pixels -> `(x / 255 - mean) / std` in the compute dtype."""
         exact = torch.float64 if self.dtype == torch.float64 else torch.float32
         return ((pixels_B3RR.to(exact) / 255 - self.mean.to(exact)) / self.std.to(exact)).to(self.dtype)
 
-    def forward(self, pixels_B3RR: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 pixels -> patch features `[B, N, C]` at `config.level` and at `config.highest`, class token dropped."""
-        x = self.embeddings(self.normalise(pixels_B3RR))
+    def levels(self, pixels_B3RR: Tensor) -> dict[str, Tensor]:
+        """Normalised pixels -> patch features `[B, N, C]` at every level that is built, class token dropped."""
+        x = self.embeddings(pixels_B3RR.to(self.dtype))
         if self.pre_layernorm is not None:
             x = self.pre_layernorm(x)
         levels = {}
@@ -151,8 +179,21 @@ class VisionEncoder(Module):
             x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
             if i == self.config.layers - 2:
                 levels["penultimate"] = x
-        levels["last"] = x
+        if self.config.highest != "penultimate":
+            levels["last"] = x
         if self.post_layernorm is not None:
             levels["final"] = self.post_layernorm(x)
         skip = int(self.config.class_token)
-        return levels[self.config.level][:, skip:], levels[self.config.highest][:, skip:]
+        return {level: features[:, skip:] for level, features in levels.items()}
+
+    def encode(self, pixels_B3RR: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 pixels -> patch features `[B, N, C]` at `config.level` and at `config.highest`."""
+        levels = self.levels(self.normalise(pixels_B3RR))
+        return levels[self.config.level], levels[self.config.highest]
+
+    def forward(self, pixels_B3RR: Tensor, level: Level = "penultimate") -> Tensor:
+        """Normalised pixels (`(x / 255 - mean) / std`) -> patch features `[B, N, C]`; `ValueError` for a level not built."""
+        levels = self.levels(pixels_B3RR)
+        if level not in levels:
+            raise ValueError(f"level '{level}' is not built in this encoder, which has {self.built}")
+        return levels[level]

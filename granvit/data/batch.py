@@ -37,7 +37,7 @@ class Batch:
     answer_positions_BA: np.ndarray  # int32, the position whose output predicts the target (0 where the weight is 0)
     answer_targets_BA: np.ndarray  # int32
     answer_weights_BA: np.ndarray  # float32, 1 supervised, 0 not
-    boxes_BK4: np.ndarray  # float32, xyxy in the padded frame, 0..1; the boxes that are distilled
+    boxes_BK4: np.ndarray  # float32, xyxy over the encoder's feature map, 0..1; the boxes that are distilled
     box_weights_BK: np.ndarray  # float32, 1 valid, 0 not
     crops_BK3rr: np.ndarray  # uint8, the teacher's views, squashed to r x r
     record_ids: tuple[str, ...]  # per row; "" for a row of weight zero
@@ -184,9 +184,11 @@ class Packer:
 
     def _distilled(self, record: ImageRecord, image_HW3: np.ndarray, regions: Sequence[int]) -> dict:
         arrays = self._no_boxes()
+        # The feature map ends where the patches do. A box may reach beyond (0..1.016 for SigLIP at 384): ROIAlign clamps.
+        to_features = self.vision.image_size / self.vision.seen
         for k, region in enumerate(regions):
             box = record.regions[region].box
-            arrays["boxes_BK4"][0, k] = box_to_square(box, record.width, record.height)
+            arrays["boxes_BK4"][0, k] = np.array(box_to_square(box, record.width, record.height)) * to_features
             arrays["box_weights_BK"][0, k] = 1
             arrays["crops_BK3rr"][0, k] = crop(image_HW3, box, self.crop_scale, self.crop_size, self.vision.resize)
         return arrays

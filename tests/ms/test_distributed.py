@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 pytest.importorskip("mindspore")
@@ -27,3 +28,16 @@ done.set()
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core is all there is")
 def test_a_rank_on_one_core_is_lent_more_and_it_and_its_new_threads_are_bound_again():
     subprocess.run([sys.executable, "-c", SCRIPT], check=True)
+
+
+def test_the_gradient_norm_is_summed_in_one_order_at_every_launch():
+    """A plain sum of this vector changes in its last bit within the first fifteen launches."""
+    mindspore = pytest.importorskip("mindspore")
+    from ms_granvit.distributed import SumOfSquares
+
+    mindspore.set_context(mode=mindspore.GRAPH_MODE)
+    values = np.random.default_rng(0).normal(size=900_001).astype(np.float32)
+    cell, vector = SumOfSquares(), mindspore.Tensor(values)
+    found = {float(cell(vector).asnumpy()) for _ in range(30)}
+    assert len(found) == 1
+    np.testing.assert_allclose(found.pop(), np.square(values.astype(np.float64)).sum(), rtol=1e-6)

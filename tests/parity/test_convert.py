@@ -13,13 +13,13 @@ import pytest
 
 from granvit.checkpoint.layouts.mindspore import CkptFile, CkptWriter
 from granvit.checkpoint.run import CheckpointWriter
+from granvit.checkpoint.source import open_source
 from granvit.checkpoint.tensors import TensorSet, TensorWriter, write_set
 from granvit.config import language_config, vision_config
 from granvit.init import initial_value
 from granvit.models import parameter_shapes
 from parity.convert import convert, lines, main
 from parity.mindformers_llama import FORCED
-from parity.source import open_source
 from tests.helpers import run_config
 from tests.toy import ToyEngine
 

@@ -1,16 +1,18 @@
 """Foreign checkpoint layouts: one small table each, read in both directions.
 
 A table's row pairs a foreign name with the canonical one; `{i}` stands for a block's number, `{p}` for `weight` or `bias`, `{*}`
-for anything. A name that no row meets is an error that names it: nothing is skipped in silence.
+for anything, and what follows an `@` for a part of the tensor (see `granvit.checkpoint.pieces`). A name that no row meets is an
+error that names it: nothing is skipped in silence.
 """
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 from granvit.models import LanguageConfig, VisionConfig, part_of
 
+CHOSEN = ("name", "level", "top", "mean", "std", "resize", "chat")
 PLACEHOLDERS = {"{i}": r"(\d+)", "{p}": r"(weight|bias)", "{*}": r"(.*)"}
 Pairs = tuple[tuple[str, str], ...]
 
@@ -27,6 +29,11 @@ def _match(pattern: str, name: str) -> tuple[str, ...] | None:
     """What the placeholders stand for, where the pattern meets the name."""
     found = _expression(pattern).fullmatch(name)
     return found and found.groups()
+
+
+def pattern_matches(pattern: str, name: str) -> bool:
+    """Whether a table's pattern meets the name."""
+    return _match(pattern, name) is not None
 
 
 def _fill(pattern: str, values: Iterable[str]) -> str:
@@ -70,7 +77,8 @@ class Layout:
     `model_types` are the values of config.json's `model_type` that have this layout. A file keeps to one of `spellings`; the
     first is the one written. `read_config` turns a config.json into fields of our `VisionConfig` and `LanguageConfig`, by
     part; `write_config` is its inverse and raises `ValueError` for a model that this layout has no words for. `pairs` are
-    canonical names of which the second comes wherever the first does. `metadata` goes into the files' headers.
+    canonical names of which the second comes wherever the first does. `metadata` goes into the files' headers. `pixels` are the
+    fields of `VisionConfig` that config.json leaves to preprocessor_config.json, as this family has them.
     """
 
     name: str
@@ -80,6 +88,7 @@ class Layout:
     write_config: Callable[[VisionConfig | None, LanguageConfig | None], dict[str, Any]]
     pairs: Pairs = ()
     metadata: tuple[tuple[str, str], ...] = ()
+    pixels: dict[str, Any] = field(default_factory=dict)
 
     @property
     def parts(self) -> frozenset[str]:
@@ -96,22 +105,37 @@ class Layout:
         raise ValueError(f"tensor {foreign!r} is in no row of the {self.name!r} layout")
 
     def check_config(self, tree: dict[str, Any], ours: VisionConfig | LanguageConfig, origin: str) -> None:
-        """`ValueError` naming the first field in which the directory's config.json is another model than `ours`."""
+        """`ValueError` naming the first field in which the directory's config.json is another model than `ours`.
+
+        What a run chooses for itself (`CHOSEN`) may differ.
+        """
         part = "vision" if isinstance(ours, VisionConfig) else "language"
         try:
             fields = self.read_config(tree)[part]
         except ValueError as error:
             raise ValueError(f"{origin}: {error}") from None
-        for field, value in fields.items():
-            if value != getattr(ours, field):
+        for name, value in fields.items():
+            if name not in CHOSEN and value != getattr(ours, name):
                 raise ValueError(
-                    f"{origin} describes another model than configs/models/{ours.name}.yaml: {field} is {value!r} there and "
-                    f"{getattr(ours, field)!r} here"
+                    f"{origin} describes another model than configs/models/{ours.name}.yaml: {name} is {value!r} there and "
+                    f"{getattr(ours, name)!r} here"
                 )
 
 
-def one_of(names: dict[str, str], value: str, field: str) -> str:
-    """`names[value]`; `ValueError` naming the field of a config.json whose value has no counterpart here."""
+def one_of(names: dict[Any, str], value: Any, key: str) -> str:
+    """`names[value]`; `ValueError` naming the key of a config.json whose value has no counterpart here."""
     if value not in names:
-        raise ValueError(f"{field} {value!r} has no counterpart; known: {', '.join(names)}")
+        raise ValueError(f"{key} {value!r} has no counterpart; known: {', '.join(map(str, names))}")
     return names[value]
+
+
+def refuse_unlike(vision: VisionConfig, structure: dict[str, Any], family: str) -> None:
+    """`ValueError` naming the first field in which an encoder is not built as the family's are."""
+    for name, value in structure.items():
+        if getattr(vision, name) != value:
+            raise ValueError(f"this encoder has {name}={getattr(vision, name)!r}, which {family} has no names for")
+
+
+OPENAI_PIXELS = {
+    "mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711), "resize": "bicubic",
+}  # fmt: skip

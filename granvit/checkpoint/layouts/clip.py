@@ -4,24 +4,22 @@ The config.json states only what differs from transformers' `CLIPVisionConfig`.
 """
 from typing import Any
 
-from granvit.checkpoint.layouts import Layout, Spelling, siglip
+from granvit.checkpoint.layouts import OPENAI_PIXELS, Layout, Spelling, refuse_unlike, siglip
 from granvit.models import LanguageConfig, VisionConfig
 
 DEFAULTS = siglip.DEFAULTS | {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-PLAIN = {"class_token": True, "pre_norm": True, "patch_bias": False}  # what a CLIP tower is beyond SigLIP's
+BEYOND = {"class_token": True, "pre_norm": True, "patch_bias": False}  # what a CLIP tower is beyond SigLIP's
 
 
 def read_config(tree: dict[str, Any]) -> dict[str, Any]:
     """Fields of `VisionConfig` from the tower's config."""
-    return siglip.read_config(DEFAULTS | tree) | PLAIN
+    return siglip.read_config(DEFAULTS | tree) | BEYOND
 
 
 def write_config(vision: VisionConfig) -> dict[str, Any]:
     """The tower's config; `ValueError` for an encoder that is not built like CLIP's."""
-    for field, value in PLAIN.items():
-        if getattr(vision, field) != value:
-            raise ValueError(f"this encoder has {field}={getattr(vision, field)!r}, which CLIP has no names for")
-    like_siglip = {field: VisionConfig.model_fields[field].default for field in PLAIN}
+    refuse_unlike(vision, BEYOND, "CLIP")
+    like_siglip = {field: siglip.STRUCTURE[field] for field in BEYOND}
     tree = siglip.write_config(VisionConfig(**{**vision.model_dump(), **like_siglip}))
     del tree["vision_use_head"]
     return tree | {"model_type": "clip_vision_model"}
@@ -57,4 +55,5 @@ CLIP = Layout(
     write_config=_write_config,
     pairs=PAIRS,
     metadata=(("format", "pt"),),
+    pixels=OPENAI_PIXELS,
 )

@@ -69,7 +69,9 @@ LLAMA = Layout(
     name="llama",
     model_types=("llama",),
     spellings=(spelling(),),
-    read_config=lambda tree: {"language": read_config(tree) | {"qkv_bias": tree.get("attention_bias", False)}},
+    read_config=lambda tree: {
+        "language": read_config(tree) | {"qkv_bias": tree.get("attention_bias", False), "chat": "llama-3"}
+    },
     write_config=_write_config,
     metadata=(("format", "pt"),),
 )

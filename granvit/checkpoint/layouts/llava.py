@@ -17,6 +17,7 @@ TEXT_DEFAULTS = {
 }
 TEXT_LAYOUTS = {"llama": LLAMA, "qwen2": QWEN2}
 TOWERS = {"siglip_vision_model": siglip, "clip_vision_model": clip}
+PIXELS = {"siglip_vision_model": siglip.SIGLIP.pixels, "clip_vision_model": clip.CLIP.pixels}
 # `vision_feature_layer`. In transformers 4.57 SigLIP's last hidden state is behind the closing norm, CLIP's before it.
 LEVELS = {
     "siglip_vision_model": {-2: "penultimate", -1: "final"},
@@ -46,7 +47,7 @@ def _read_config(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if isinstance(layer, list) or layer not in LEVELS[tower]:
         raise ValueError(f"vision_feature_layer {layer!r} has no counterpart; known: {', '.join(map(str, LEVELS[tower]))}")
     return {
-        "vision": TOWERS[tower].read_config(vision) | {"level": LEVELS[tower][layer]},
+        "vision": TOWERS[tower].read_config(vision) | PIXELS[tower] | {"level": LEVELS[tower][layer]},
         "language": _read_text(tree.get("text_config", {}), tree.get("tie_word_embeddings")),
     }
 

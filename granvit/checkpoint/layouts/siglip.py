@@ -4,7 +4,7 @@ Their words are the canonical ones. Their config.json states only what differs f
 """
 from typing import Any
 
-from granvit.checkpoint.layouts import Layout, Spelling, one_of
+from granvit.checkpoint.layouts import Layout, Spelling, one_of, refuse_unlike
 from granvit.models import LanguageConfig, VisionConfig
 
 DEFAULTS = {
@@ -17,21 +17,22 @@ FIELDS = {
     "width": "hidden_size", "mlp": "intermediate_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
     "image_size": "image_size", "patch_size": "patch_size", "norm_eps": "layer_norm_eps",
 }  # fmt: skip
-PLAIN = ("norm", "gated_mlp", "bias", "patch_bias", "patch_norm", "class_token", "pre_norm", "layer_scale", "closing_norm")
+STRUCTURE = {
+    "norm": "layer", "gated_mlp": False, "bias": True, "patch_bias": True, "patch_norm": False, "class_token": False,
+    "pre_norm": False, "layer_scale": False, "closing_norm": True,
+}  # fmt: skip
 
 
 def read_config(tree: dict[str, Any]) -> dict[str, Any]:
     """Fields of `VisionConfig` from the tower's config."""
     stated = DEFAULTS | tree
     fields = {ours: stated[theirs] for ours, theirs in FIELDS.items()}
-    return fields | {"activation": one_of(ACTIVATIONS, stated["hidden_act"], "hidden_act")}
+    return fields | STRUCTURE | {"activation": one_of(ACTIVATIONS, stated["hidden_act"], "hidden_act")}
 
 
 def write_config(vision: VisionConfig) -> dict[str, Any]:
     """The tower's config, without the pooling head; `ValueError` for an encoder that is not built like SigLIP's."""
-    for field in PLAIN:
-        if getattr(vision, field) != VisionConfig.model_fields[field].default:
-            raise ValueError(f"this encoder has {field}={getattr(vision, field)!r}, which SigLIP has no names for")
+    refuse_unlike(vision, STRUCTURE, "SigLIP")
     tree = {theirs: getattr(vision, ours) for ours, theirs in FIELDS.items()}
     activation = one_of(WORDS, vision.activation, "activation")
     return {"model_type": "siglip_vision_model", "vision_use_head": False, "num_channels": 3, "hidden_act": activation} | tree
@@ -70,4 +71,5 @@ SIGLIP = Layout(
     read_config=lambda tree: {"vision": read_config(tree.get("vision_config", tree))},
     write_config=_write_config,
     metadata=(("format", "pt"),),
+    pixels={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "resize": "bilinear"},  # SigLIP's own is bicubic
 )

@@ -58,7 +58,7 @@ def open_source(path: Path) -> Source:
     _refuse_pickle(path)
     config = path.parent / "config.json"
     found = _open_file(path)
-    return Source(path, found, _read_json(config) if config.exists() else None, config, beside=True)
+    return Source(path, found, read_json(config) if config.exists() else None, config, beside=True)
 
 
 def _refuse_pickle(path: Path) -> None:
@@ -83,7 +83,7 @@ def _open_directory(path: Path) -> Source:
     if (path / "state.json").exists() or (path / "checkpoints").is_dir():
         return _open_run(path)
     config = path / "config.json"
-    tree = _read_json(config) if config.exists() else None
+    tree = read_json(config) if config.exists() else None
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
     if index.exists() and single.exists():
         raise ValueError(f"{path}: both {index.name} and {single.name} are there; name the one file, or move it away")
@@ -113,7 +113,8 @@ def _open_run(path: Path) -> Source:
     return Source(checkpoint.path, RunTensors(sets), None, None, checkpoint.vision, checkpoint.language)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object; `ValueError` names the file that holds none."""
     try:
         tree = json.loads(path.read_text())
     except ValueError as error:

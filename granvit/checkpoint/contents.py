@@ -3,22 +3,27 @@
 Names, shapes and config.json are held against each other before anything is written.
 """
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
 
 from granvit.checkpoint.layouts import Layout, Spelling
+from granvit.checkpoint.layouts.aimv2 import AIMV2, AIMV2_APPLE
 from granvit.checkpoint.layouts.clip import CLIP
 from granvit.checkpoint.layouts.default import DEFAULT
+from granvit.checkpoint.layouts.internvit import INTERNVIT, INTERNVIT_HUB
 from granvit.checkpoint.layouts.llama import LLAMA
 from granvit.checkpoint.layouts.llava import LLAVA
 from granvit.checkpoint.layouts.mindformers import MINDFORMERS
 from granvit.checkpoint.layouts.mindspore import MINDSPORE
 from granvit.checkpoint.layouts.qwen2 import QWEN2
 from granvit.checkpoint.layouts.siglip import SIGLIP
+from granvit.checkpoint.pieces import Pieces, piece_names, whole, whole_shape
+from granvit.checkpoint.source import Source, open_source, read_json
 from granvit.checkpoint.tensors import shape_differences
 from granvit.models import (
     LanguageConfig,
@@ -29,11 +34,17 @@ from granvit.models import (
     projector_shapes,
     vision_shapes,
 )
-from parity.source import Source
 
-LAYOUTS = {layout.name: layout for layout in (DEFAULT, SIGLIP, CLIP, QWEN2, LLAMA, LLAVA, MINDFORMERS, MINDSPORE)}
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        *(DEFAULT, SIGLIP, CLIP, AIMV2, AIMV2_APPLE, INTERNVIT, INTERNVIT_HUB),
+        *(QWEN2, LLAMA, LLAVA, MINDFORMERS, MINDSPORE),
+    )
+}
 DETECTED = tuple(layout for layout in LAYOUTS.values() if layout is not MINDSPORE)  # which differs from DEFAULT by its file alone
 OURS = ("default", "mindspore")  # these hold any parts of the model
+RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, which preprocessor_config.json holds
 EMBEDDING, HEAD = "language.model.embed_tokens.weight", "language.lm_head.weight"
 
 
@@ -84,7 +95,7 @@ def layout_named(name: str) -> Layout:
 
 
 def _explains(layout: Layout, spelling: Spelling, names: Sequence[str]) -> bool:
-    mapped = [(name, spelling.canonical(name)) for name in names]
+    mapped = [(name, spelling.canonical(name)) for name in piece_names(names, layout)]
     if not any(canonical for _, canonical in mapped):
         return False
     if any(canonical is None and spelling.reason(name) is None for name, canonical in mapped):
@@ -103,16 +114,18 @@ def _unpaired(layout: Layout, canonicals: Sequence[str]) -> bool:
 
 
 def _mapped(layout: Layout, names: Sequence[str]) -> int:
+    names = piece_names(names, layout)
     return max(sum(spelling.canonical(name) is not None for name in names) for spelling in layout.spellings)
 
 
 def _best_spelling(source: Source, layout: Layout, names: Sequence[str]) -> Spelling:
     """The spelling that maps most; `ValueError` naming the first tensor that it does not know."""
+    names = piece_names(names, layout)
     spelling = max(layout.spellings, key=lambda s: sum(s.canonical(name) is not None for name in names))
     for name in names:
         if spelling.canonical(name) is not None or spelling.reason(name) is not None:
             continue
-        at = source.tensors.entries[name]["path"]
+        at = source.tensors.entries[whole(name)]["path"]
         canonical = next((c for other in layout.spellings if (c := other.canonical(name)) is not None), None)
         if canonical is None:
             raise ValueError(f"{at}: tensor {name!r} is in no row of the {layout.name!r} layout")
@@ -136,6 +149,14 @@ class Contents:
     published: dict[str, Any] | None = None
     left_out: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+
+def open_contents(path: Path, named: str | None = None) -> tuple[Source, Layout, Contents]:
+    """Opens what is at `path`, its tensors under the names of its layout's table (`named`, or found out); nothing is read."""
+    source = open_source(path)
+    layout, spelling = detect(source, named)
+    source = replace(source, tensors=Pieces(source.tensors, layout))
+    return source, layout, read_contents(source, layout, spelling)
 
 
 def read_contents(source: Source, layout: Layout, spelling: Spelling) -> Contents:
@@ -180,8 +201,10 @@ def _leave_out_fillers(source: Source, contents: Contents) -> None:
     """Leaves out what an earlier conversion wrote to complete the tower, as long as it is still that."""
     ours = (source.tree or {}).get("granvit")
     listed = ours.get("filled") if isinstance(ours, dict) else None
+    if not isinstance(listed, list):
+        return
     for canonical, foreign in list(contents.names.items()):
-        if isinstance(listed, list) and foreign in listed and np.all(source.tensors.read(foreign) == filler_value(canonical)):
+        if whole(foreign) in listed and np.all(source.tensors.read(foreign) == filler_value(canonical)):
             contents.left_out[foreign] = "written by an earlier conversion to complete the tower: nothing reads it"
             del contents.names[canonical]
 
@@ -199,7 +222,10 @@ def _stated(source: Source, layout: Layout, contents: Contents) -> tuple[VisionC
     label = source.path.name if source.path.is_dir() else source.path.parent.name
     try:
         fields = layout.read_config(source.tree)
-        vision = _vision({"name": label} | fields["vision"], contents.names) if "vision" in fields else None
+        vision = None
+        if "vision" in fields:
+            pixels = {} if layout.name in OURS else _pixels(source, contents)
+            vision = _vision({"name": label} | layout.pixels | fields["vision"] | pixels, contents)
         language = LanguageConfig(**({"name": label} | fields["language"])) if "language" in fields else None
     except KeyError as error:
         if source.beside:
@@ -217,11 +243,25 @@ def _stated(source: Source, layout: Layout, contents: Contents) -> tuple[VisionC
     return vision, language
 
 
-def _vision(fields: dict[str, Any], names: dict[str, str]) -> VisionConfig:
+def _pixels(source: Source, contents: Contents) -> dict[str, Any]:
+    """The fields of `VisionConfig` that preprocessor_config.json states."""
+    path = source.config_path.parent / "preprocessor_config.json"
+    if not path.exists():
+        contents.notes.append("no preprocessor_config.json: mean, std and resize are taken to be this family's")
+        return {}
+    tree = read_json(path)
+    stated = {"mean": tree.get("image_mean"), "std": tree.get("image_std"), "resize": RESAMPLE.get(tree.get("resample"))}
+    return {field: value for field, value in stated.items() if value is not None}
+
+
+def _vision(fields: dict[str, Any], contents: Contents) -> VisionConfig:
     """An encoder that reaches as high as its tensors do: LLaVA's towers may come without the last block."""
     if "top" in fields:
         return VisionConfig(**fields)
+    names = contents.names
     last = any(name.startswith(f"vision.encoder.layers.{fields['layers'] - 1}.") for name in names)
+    for name in [name for name in names if name.startswith("vision.post_layernorm.") and not last]:
+        contents.left_out[names.pop(name)] = "the closing norm of a last block that is not there"
     top = "final" if "vision.post_layernorm.weight" in names else "last" if last else "penultimate"
     order = ("penultimate", "last", "final")
     level = min(fields.get("level", "penultimate"), top, key=order.index)
@@ -309,6 +349,10 @@ def _derived_language(shapes: Shapes) -> LanguageConfig:
     )
 
 
+def _in_file(name: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    return whole(name), whole_shape(name, shape)
+
+
 def _check_shapes(source: Source, layout: Layout, spelling: Spelling, contents: Contents) -> None:
     """`ValueError` naming, in the source's words, the first tensors that are missing, unexpected or of another shape."""
     names, vision, language = contents.names, contents.vision, contents.language
@@ -322,11 +366,32 @@ def _check_shapes(source: Source, layout: Layout, spelling: Spelling, contents: 
         expected |= projector_shapes(vision, language)
     if language is not None:
         expected |= language_shapes(language)
-    foreign = {names.get(name) or spelling.foreign(name) or name: shape for name, shape in expected.items()}
-    found = {name: source.tensors.shapes[name] for name in names.values()}
+    foreign = dict(_in_file(names.get(name) or spelling.foreign(name) or name, shape) for name, shape in expected.items())
+    found = dict(_in_file(name, source.tensors.shapes[name]) for name in names.values())
     wrong = shape_differences(found, foreign)
     if wrong:
         odd = next((name for name, shape in found.items() if foreign.get(name) != shape), None)
-        at = source.tensors.entries[odd]["path"] if odd else source.path
+        at = next(e["path"] for n, e in source.tensors.entries.items() if whole(n) == odd) if odd else source.path
         against = source.config_path if source.tree is not None and source.config_path else "the other tensors' shapes"
         raise ValueError(f"{at}: does not fit {against}: {'; '.join(wrong)}")
+
+
+def common_name(names: Sequence[str]) -> str:
+    """One name, or what several have in common."""
+    if len(names) == 1:
+        return names[0]
+    common = []
+    for words in zip(*(name.split(".") for name in names), strict=False):
+        if len(set(words)) > 1:
+            break
+        common.append(words[0])
+    return f"{'.'.join([*common, '*'])} ({len(names)} tensors)"
+
+
+def left_out_lines(left_out: dict[str, str]) -> Iterator[str]:
+    """What was left out and why, a line for all that have first word and reason in common."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, reason in left_out.items():
+        groups.setdefault((name.split(".")[0], reason), []).append(name)
+    for (_, reason), names in groups.items():
+        yield f"left out {common_name(names)}: {reason}"

@@ -1,0 +1,41 @@
+"""numpy arrays in and out of MindSpore; bfloat16 is `ml_dtypes.bfloat16` in numpy."""
+from collections.abc import Iterable
+
+import mindspore as ms
+import ml_dtypes
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+DTYPES = {"float32": ms.float32, "bfloat16": ms.bfloat16, "float16": ms.float16}
+
+
+def dtype_here(stored: str) -> ms.Type:
+    """The dtype of this name, or float32 on CPU, where MindSpore computes in no other."""
+    return ms.float32 if ms.get_context("device_target") == "CPU" else DTYPES[stored]
+
+
+def to_tensor(array: np.ndarray, dtype: ms.Type) -> Tensor:
+    """A numpy array as a tensor of `dtype`."""
+    return ops.cast(Tensor(np.ascontiguousarray(array, np.float32)), dtype)
+
+
+def to_numpy(parameter: Parameter) -> np.ndarray:
+    """The reverse of `to_tensor`, bit for bit: a copy on the host."""
+    if parameter.dtype == ms.bfloat16:
+        return ops.cast(parameter, ms.float32).asnumpy().astype(ml_dtypes.bfloat16)
+    return parameter.asnumpy().copy()
+
+
+def store_as(parameters: Iterable[Parameter], dtype: ms.Type) -> None:
+    """Gives parameters that have no values yet another dtype."""
+    for parameter in parameters:
+        parameter.set_dtype(dtype)
+
+
+def fill(cell: nn.Cell, tensors: Iterable[tuple[str, np.ndarray]], prefix: str = "") -> None:
+    """Gives every parameter its value, by its name behind `prefix`, in the dtype that the parameter has."""
+    missing = {prefix + parameter.name: parameter for parameter in cell.get_parameters()}
+    for name, value in tensors:
+        parameter = missing.pop(name)
+        parameter.set_data(to_tensor(value, parameter.dtype))
+    assert not missing, f"no value for {sorted(missing)[:5]}"

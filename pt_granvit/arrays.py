@@ -1,0 +1,40 @@
+"""numpy arrays in and out of PyTorch; bfloat16 is `ml_dtypes.bfloat16` in numpy."""
+from collections.abc import Iterable
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def to_torch(array: np.ndarray) -> Tensor:
+    """A numpy array as a tensor, bit for bit."""
+    array = np.ascontiguousarray(array)
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """The reverse of `to_torch`: a copy on the host."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
+    return tensor.numpy().copy()
+
+
+def store_as(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
+    """Gives parameters that have no values yet another dtype."""
+    for parameter in parameters:
+        parameter.data = torch.empty_like(parameter, dtype=dtype)
+
+
+@torch.no_grad()
+def fill(module: nn.Module, tensors: Iterable[tuple[str, np.ndarray | Tensor]], prefix: str = "") -> None:
+    """Gives every parameter its value, by its name behind `prefix`, in the dtype that the parameter has."""
+    missing = {prefix + name: parameter for name, parameter in module.named_parameters()}
+    for name, value in tensors:
+        missing.pop(name).copy_(value if isinstance(value, Tensor) else to_torch(value))
+    assert not missing, f"no value for {sorted(missing)[:5]}"

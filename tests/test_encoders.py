@@ -1,0 +1,171 @@
+"""Every encoder row from its publisher's files, in both packages, against transformers' own model with the same weights."""
+import json
+
+import numpy as np
+import pytest
+
+from granvit.config import vision_config
+from granvit.models import VisionConfig
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+ms = pytest.importorskip("mindspore")
+from safetensors.torch import load_file, save_file  # noqa: E402 (these need torch)
+
+import ms_granvit  # noqa: E402
+import pt_granvit  # noqa: E402
+from parity import encoders  # noqa: E402
+
+ROWS = (
+    "clip-vit-large-patch14-336", "siglip-so400m-patch14-384", "siglip2-so400m-patch16-512", "aimv2-huge-patch14-448",
+    "sailvit-huge-448", "internvit-300m-448",
+)  # fmt: skip
+HUB = {"sailvit-huge-448": "apple", "internvit-300m-448": "opengvlab"}  # the others as transformers names them
+PACKAGES = pytest.mark.parametrize("package", [pt_granvit, ms_granvit], ids=["torch", "mindspore"])
+
+
+def tiny(row: str) -> VisionConfig:
+    """A row's structure at the smallest useful size; where its patches do not fill the image, neither do these."""
+    full = vision_config(row)
+    sizes = {"image_size": 32 + full.image_size - full.seen, "patch_size": 8, "width": 24, "layers": 3, "heads": 2, "mlp": 40}
+    return full.model_copy(update=sizes)
+
+
+def normalised(side: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(2, 3, side, side)).astype(np.float32)
+
+
+def features(encoder, pixels: np.ndarray, **level: str) -> np.ndarray:
+    if isinstance(encoder, ms_granvit.VisionEncoder):
+        ms.set_context(mode=ms.GRAPH_MODE)
+        return encoder(ms.Tensor(pixels), **level).asnumpy()
+    with torch.no_grad():
+        return encoder(torch.from_numpy(pixels), **level).numpy()
+
+
+@pytest.fixture(scope="module", params=ROWS)
+def published(request, tmp_path_factory):
+    """A row's structure, transformers' model of it, and its directory as published."""
+    vision, directory = tiny(request.param), tmp_path_factory.mktemp(request.param)
+    model = encoders.peer(vision)
+    encoders.publish(model, directory, HUB.get(request.param))
+    return vision, model, directory
+
+
+@PACKAGES
+def test_features_of_every_level_are_those_of_transformers(published, package):
+    vision, model, directory = published
+    pixels = normalised(vision.image_size)
+    encoder = package.load_encoder(directory)
+    expected = encoders.levels(model, vision, torch.from_numpy(pixels))
+    assert set(expected) == {"penultimate", "last"} | ({"final"} if vision.closing_norm else set())
+    for level, theirs in expected.items():
+        assert theirs.shape == (2, 16, 24)
+        np.testing.assert_allclose(features(encoder, pixels, level=level), theirs.numpy(), rtol=1e-4, atol=2e-5, err_msg=level)
+    np.testing.assert_array_equal(features(encoder, pixels), features(encoder, pixels, level="penultimate"))
+    if not vision.closing_norm:
+        with pytest.raises(ValueError, match="level 'final' is not built in this encoder, which has penultimate, last"):
+            features(encoder, pixels, level="final")
+
+
+@PACKAGES
+@pytest.mark.parametrize("row", ["clip-vit-large-patch14-336", "siglip2-so400m-patch16-512", "internvit-300m-448"])
+def test_another_resolution_resamples_the_positions_as_transformers_does(row, package, tmp_path):
+    vision = tiny(row)
+    model = encoders.peer(vision)
+    encoders.publish(model, tmp_path)
+    pixels = normalised(48)
+    options = {} if row.startswith("internvit") else {"interpolate_pos_encoding": True}
+    expected = encoders.levels(model, vision, torch.from_numpy(pixels), **options)["penultimate"]
+    found = features(package.load_encoder(tmp_path, resolution=48), pixels)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=2e-5)
+
+
+def test_what_the_encoder_is_comes_from_its_files(published):
+    vision, _, directory = published
+    (directory / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": vision.mean, "image_std": vision.std, "resample": {"bilinear": 2, "bicubic": 3}[vision.resize]})
+    )
+    found = pt_granvit.load_encoder(directory).config
+    (directory / "preprocessor_config.json").unlink()
+    assert found.model_dump(exclude={"name", "top"}) == vision.model_dump(exclude={"name", "top"})
+
+
+def test_what_is_left_out_is_said(tmp_path, caplog):
+    vision = tiny("siglip2-so400m-patch16-512")
+    encoders.publish(encoders.peer(vision), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"vision_model.head.probe": torch.ones(1, 1, 24)}, tmp_path / "model.safetensors")
+    with caplog.at_level("WARNING", logger="granvit"):
+        pt_granvit.load_encoder(tmp_path)
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path}: left out vision_model.head.probe: the pooling head: the projector reads patch tokens"
+    ]
+
+
+@PACKAGES
+def test_bfloat16_is_kept_where_the_device_computes_in_it(package, tmp_path):
+    vision = tiny("siglip2-so400m-patch16-512")
+    encoders.publish(encoders.peer(vision).bfloat16(), tmp_path)
+    encoder = package.load_encoder(tmp_path)
+    assert encoder.dtype == (torch.bfloat16 if package is pt_granvit else ms.float32)  # MindSpore on CPU has no bfloat16
+    if package is pt_granvit:
+        assert {p.dtype for p in encoder.parameters()} == {torch.bfloat16}
+        wide = package.load_encoder(tmp_path, dtype=torch.float32)
+        assert {p.dtype for p in wide.parameters()} == {torch.float32}
+
+
+@PACKAGES
+def test_an_encoder_comes_back_from_its_own_directory_in_either_package(package, tmp_path):
+    vision = tiny("sailvit-huge-448")
+    encoders.publish(encoders.peer(vision), tmp_path / "published", "apple")
+    encoder = package.load_encoder(tmp_path / "published")
+    encoder.save_pretrained(tmp_path / "saved")
+    pixels = normalised(vision.image_size)
+    for other in (pt_granvit, ms_granvit):
+        found = features(other.load_encoder(tmp_path / "saved"), pixels)
+        np.testing.assert_allclose(found, features(encoder, pixels), rtol=1e-4, atol=2e-5)
+
+
+def edit(directory, change) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "row, change, message",
+    [
+        ("sailvit-huge-448", lambda t: t.pop("trunk.blocks.1.attn.qkv.weight"),
+         r"trunk\.blocks\.1\.attn\.qkv\.weight is missing"),
+        ("sailvit-huge-448", lambda t: t.update({"trunk.blocks.1.attn.qkv.weight": torch.ones(71, 24)}),
+         r"model\.safetensors: tensor 'trunk\.blocks\.1\.attn\.qkv\.weight' is \[71, 24\], which has no 3 equal parts"),
+        ("sailvit-huge-448", lambda t: t.update({"preprocessor.pos_embed": torch.ones(16, 24)}),
+         r"model\.safetensors: tensor 'preprocessor\.pos_embed' is \[16, 24\], expected \[1\] before the rest"),
+        ("internvit-300m-448", lambda t: t.update({"encoder.layers.0.attn.q_norm.weight": torch.ones(24)}),
+         r"tensor 'encoder\.layers\.0\.attn\.q_norm\.weight' is in no row of the 'internvit-hub' layout"),
+        ("aimv2-huge-patch14-448", lambda t: t.update({"rms_norm.weight": torch.ones(23)}),
+         r"rms_norm\.weight is \[23\], expected \[24\]"),
+    ],
+)  # fmt: skip
+def test_a_file_that_does_not_fit_is_refused_by_its_own_names(row, change, message, tmp_path):
+    encoders.publish(encoders.peer(tiny(row)), tmp_path, HUB.get(row))
+    edit(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        pt_granvit.load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "row, key, value, message",
+    [("internvit-300m-448", "qk_normalization", True, "qk_normalization True has no counterpart"),
+     ("internvit-300m-448", "norm_type", "rms_norm", "norm_type 'rms_norm' has no counterpart"),
+     ("sailvit-huge-448", "use_bias", True, "use_bias True has no counterpart"),
+     ("siglip2-so400m-patch16-512", "hidden_act", "relu", "hidden_act 'relu' has no counterpart"),
+     ("clip-vit-large-patch14-336", "model_type", "dinov2", "model_type 'dinov2'; known: ")],
+)  # fmt: skip
+def test_a_structure_that_no_encoder_here_has_is_refused_by_its_key(row, key, value, message, tmp_path):
+    encoders.publish(encoders.peer(tiny(row)), tmp_path, HUB.get(row))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=message):
+        pt_granvit.load_encoder(tmp_path)
