@@ -1,6 +1,6 @@
 """Chat templates against transformers' `apply_chat_template`, and text that tries to be a control token."""
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from granvit.data.chat import SYSTEM, TEMPLATES, Chat, byte_tokenizer, train_tokenizer
@@ -44,9 +44,24 @@ def test_equals_the_published_template(family, trained):
 
 TURNS = [
     ("Where is the red cup? It costs 12.50!", "[0.19, 0.756, 0.417, 0.888]"),
-    ("And the blue one?", "Nowhere.\n\nLook  again: *no*"),
-    ("user", "assistant"),
+    ("- And\n- the blue one?", "**Nowhere**.\n\nLook  again: *no*, l\u00e0!"),
+    ("'s user", "...\n1234 \U0001f600 assistant"),
 ]
+# How the published tokenizers cut text; Qwen2.5's composes accents before.
+CUTS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}NUMBERS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def cut_as_published(family: str, texts: list[str]) -> Tokenizer:
+    """A small tokenizer that cuts text as the family's published one does."""
+    tokenizer = train_tokenizer(texts, 400, family)
+    cuts = Regex(CUTS.replace("NUMBERS", "" if family == "qwen2.5" else "{1,3}"))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(cuts, "isolated"), byte_level])
+    if family == "qwen2.5":
+        tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
 
 
 @pytest.mark.parametrize("family", list(TEMPLATES))
@@ -54,7 +69,7 @@ TURNS = [
 @pytest.mark.parametrize("turns", [1, 2, 3])
 def test_a_conversation_equals_the_published_template_token_by_token_and_supervises_its_answers(family, with_image, turns):
     spoken = TURNS[:turns]
-    tokenizer = train_tokenizer([text for turn in TURNS for text in turn] + [SYSTEM, "user assistant"], 400, family)
+    tokenizer = cut_as_published(family, [text for turn in TURNS for text in turn] + [SYSTEM, "user\n\n", "assistant\n\n"])
     peer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(tokenizer.to_str()), bos_token="<|begin_of_text|>", chat_template=PUBLISHED[family]
     )
