@@ -123,6 +123,11 @@ def test_a_conversation_whose_tokens_do_not_line_up_is_refused():
     with pytest.raises(ValueError, match="change when they are read together"):
         Chat(merging, "qwen2.5").conversation_ids([("where?", "!! there")], True)
     Chat(merging, "qwen2.5").conversation_ids([("where?", "there!!")], True)
+    header = Chat(train_tokenizer(["where"], 300, "qwen2.5", phrases=["r\n??"]), "qwen2.5")  # merges the user header alone
+    header.conversation_ids([("?? where", "there"), ("and?", "there")], True)
+    for turns, with_image in (([("where?", "there"), ("?? and", "there")], True), ([("?? where", "there")], False)):
+        with pytest.raises(ValueError, match="change when they are read together"):
+            header.conversation_ids(turns, with_image)
     losing = byte_tokenizer("qwen2.5")
     losing.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 9, 9)])
     with pytest.raises(ValueError, match="do not decode to its text"):

@@ -109,18 +109,21 @@ def test_boxes_of_the_padded_square_become_the_images(tmp_path):
     )
 
 
-def test_boxes_that_two_decimals_carry_over_the_edge_are_clipped_and_others_refused(tmp_path):
+@pytest.mark.parametrize("turned", [False, True])
+def test_boxes_that_two_decimals_carry_over_the_edge_are_clipped_and_others_refused(tmp_path, turned):
     """A 60 x 50 image: its edges are at 5 / 60 = 0.083 and 55 / 60 = 0.917 of the square, in two decimals 0.08 and 0.92."""
     folder = tmp_path / "images"
     folder.mkdir()
-    (folder / "b.png").write_bytes(encoded_image(60, 50))
-    boxes = {"near": "[0.2, 0.08, 0.3, 0.92]", "over": "[0.2, 0.07, 0.3, 0.5]", "precise": "[0.2, 0.079, 0.3, 0.5]"}
+    (folder / "b.png").write_bytes(encoded_image(50, 60) if turned else encoded_image(60, 50))
+    boxes = {"near": [0.2, 0.08, 0.3, 0.92], "over": [0.2, 0.07, 0.3, 0.5], "precise": [0.2, 0.079, 0.3, 0.5]}
+    if turned:
+        boxes = {name: [y1, x1, y2, x2] for name, (x1, y1, x2, y2) in boxes.items()}
     trees = [spoken(name, "<image>", f"at {box}", image="b.png") for name, box in boxes.items()]
     (tmp_path / "json").write_text(json.dumps(trees))
     summary = build_conversations(tmp_path / "json", folder, tmp_path / "store", frame="padded_square")
     assert summary.first_refused == ["over: a text's box lies outside the image", "precise: a text's box lies outside the image"]
     ((_, answer),) = Store(tmp_path / "store").record(0).turns
-    assert answer == "at [0.2, 0.0, 0.3, 1.0]"
+    assert answer == ("at [0.0, 0.2, 1.0, 0.3]" if turned else "at [0.2, 0.0, 0.3, 1.0]")
 
 
 def test_a_frame_must_be_stated_where_there_are_boxes_about_an_image(tmp_path):
@@ -153,6 +156,7 @@ def test_the_command_prints_counts_and_explains_bad_files(tmp_path, capsys):
 
 
 def run(stage: str, *stores, **data) -> RunConfig:
+    """A tiny run; `data` is merged over its section."""
     return parse_config(
         {
             "stage": stage,
@@ -223,6 +227,24 @@ def test_regions_and_conversations_mix_where_the_mix_names_both(chat_store, stor
         _, _, rows = loader.plan.batch(step)
         asked.update(question.task for *_, questions in loader.plan.contents(0, rows[rows >= 0]) for question in questions)
     assert asked == {"conversation": 30, "caption2bbox": sum(len(record.regions) for record in records)}
+
+
+def test_a_sources_rate_is_the_share_of_its_conversations(chat_store, vision, chat):
+    sources = [{"path": str(chat_store.path), "rate": rate} for rate in (0.0, 1.0)]
+    loader = Loader(run("sft", sources=sources), vision, chat, 0, 1)
+    rows = np.concatenate([loader.plan.batch(step)[2] for step in range(loader.plan.epoch_steps(0))])
+    assert Counter(source for source, *_ in loader.plan.contents(0, rows[rows >= 0])) == {1: 30}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resuming_at_a_step_gives_the_identical_bytes(chat_store, vision, chat, workers):
+    config = run("sft", chat_store, workers=workers)
+    whole = list(Loader(run("sft", chat_store), vision, chat, 0, 1).batches())
+    rest = list(Loader(config, vision, chat, 0, 1).batches(3))
+    assert len(rest) == len(whole) - 3 > 0
+    for ours, theirs in zip(rest, whole[3:], strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert all(np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(Batch))
 
 
 def test_a_store_of_the_other_kind_is_named(chat_store, store, vision, chat):
