@@ -1,7 +1,7 @@
 """Fixed-shape arrays that a step consumes, and the shared-prefix packer that makes them.
 
-A row is a `Batch` of B = 1; `join` stacks rows. `Packer` builds them: prefix once, then every question as a segment of its own,
-whose last token (the end of the answer's turn) is a target but never an input, since nothing follows it.
+A row is a `Batch` of B = 1; `join` stacks rows. `Packer` builds them: prefix once, then every question (or a whole conversation)
+as a segment of its own, whose last token (the end of the answer's turn) is a target but never an input, since nothing follows it.
 
 Layout letters: B rows, K regions per row, N patches, S sequence, A supervised positions, R image side, r crop side.
 """
@@ -114,8 +114,7 @@ class Packer:
             return self.empty(bucket, skipped)
         regions = dict.fromkeys(q.region for q, fits in zip(questions, placed, strict=True) if fits and q.region is not None)
         return Batch(
-            pixels_B3RR=to_square(image_HW3, self.vision)[None],
-            image_weights_B=np.ones(1, np.float32),
+            **self._shown(image_HW3),
             **text,
             **self._distilled(record, image_HW3, list(regions)[: self.boxes]),
             record_ids=(record.id,),
@@ -143,11 +142,8 @@ class Packer:
         Its turns from the first that does not fit in the bucket on are left out and named in `skipped`; a conversation that
         cannot be used is a row of weight zero.
         """
-        pixels = self._no_image()
         try:
-            if record.image:
-                image_HW3 = decode(record.image, self.max_pixels)
-                pixels = {"pixels_B3RR": to_square(image_HW3, self.vision)[None], "image_weights_B": np.ones(1, np.float32)}
+            image = self._shown(decode(record.image, self.max_pixels)) if record.image else self._no_image()
             turns = self.chat.conversation_ids(record.turns, bool(record.image))
         except ValueError as error:
             return self.empty(bucket, ((record.id, str(error)),))
@@ -155,7 +151,7 @@ class Packer:
         skipped = tuple((f"{record.id} turn {turn}", _too_long("conversation", bucket)) for turn in range(kept, len(turns)))
         if not kept:
             return self.empty(bucket, skipped)
-        return Batch(**pixels, **text, **self._no_boxes(), record_ids=(record.id,), questions=kept, skipped=skipped)
+        return Batch(**image, **text, **self._no_boxes(), record_ids=(record.id,), questions=kept, skipped=skipped)
 
     def empty(self, bucket: Bucket, skipped: tuple[tuple[str, str], ...] = ()) -> Batch:
         """A row of weight zero: a prefix, nothing supervised, nothing distilled, no division by zero in any attention row."""
@@ -201,7 +197,7 @@ class Packer:
             "token_ids_BS": token_ids_BS,
             "positions_BS": positions_BS,
             "segments_BS": segments_BS,
-            "image_positions_BN": len(before) + np.arange(self.vision.patches, dtype=np.int32)[None],
+            "image_positions_BN": len(before) + np.arange(len(self._image_ids), dtype=np.int32)[None],
             "answer_positions_BA": answers_BA[0],
             "answer_targets_BA": answers_BA[1],
             "answer_weights_BA": weights_BA,
@@ -223,6 +219,9 @@ class Packer:
             "box_weights_BK": np.zeros((1, self.boxes), np.float32),
             "crops_BK3rr": np.zeros((1, self.boxes, 3, self.crop_size, self.crop_size), np.uint8),
         }
+
+    def _shown(self, image_HW3: np.ndarray) -> dict:
+        return {"pixels_B3RR": to_square(image_HW3, self.vision)[None], "image_weights_B": np.ones(1, np.float32)}
 
     def _no_image(self) -> dict:
         side = self.vision.image_size
