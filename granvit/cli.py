@@ -39,9 +39,9 @@ def load_chat(config: RunConfig, language: LanguageConfig) -> Chat:
     directory = Path(config.model.tokenizer or config.model.weights_language)
     path = directory if directory.suffix == ".json" else directory / "tokenizer.json"
     if path.is_file() or config.model.init != "random" or config.model.tokenizer:
-        chat = Chat.from_file(path, language.chat)
+        chat = Chat.from_file(path, language.chat, config.stage_spec.plain)
     else:
-        chat = Chat(byte_tokenizer(language.chat), language.chat, "the built-in byte tokenizer")
+        chat = Chat(byte_tokenizer(language.chat), language.chat, "the built-in byte tokenizer", config.stage_spec.plain)
     if chat.size > language.vocab:
         raise ValueError(f"{chat.origin} has {chat.size} tokens, but {language.name!r} embeds {language.vocab} only")
     return chat
@@ -72,12 +72,13 @@ def train_command(stage: str, arguments: Sequence[str] | None = None, compose: C
 
 
 def _train_options(stage: str, arguments: Sequence[str] | None) -> argparse.Namespace:
-    default = CONFIGS / f"{stage}.yaml"
+    default, small = CONFIGS / f"{stage}.yaml", CONFIGS / "demo" / f"{stage}.yaml"
     parser = argparse.ArgumentParser(
         description=f"Trains {stage} of GranViT. Without arguments: the paper's run ({default.relative_to(CONFIGS.parent)}). "
         f"The same command resumes an interrupted run.",
         epilog=f"Examples: msrun --worker_num 2 --local_worker_num 2 --join True scripts/{stage}.py train.steps=50;  "
-        f"torchrun --nproc_per_node 2 scripts/{stage}.py --framework torch --config configs/demo/{stage}.yaml",
+        f"torchrun --nproc_per_node 2 scripts/{stage}.py --framework torch"
+        + (f" --config {small.relative_to(CONFIGS.parent)}" if small.exists() else ""),
     )
     parser.add_argument("--config", default=default, help="YAML of the run (default: %(default)s)")
     parser.add_argument("--framework", choices=("mindspore", "torch"), default="mindspore", help="default: %(default)s")
@@ -256,6 +257,8 @@ def _predict(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise ValueError(f"{options.image}: {error}") from None
     chat = load_chat(config, language)
+    if chat.plain and (options.box or options.text):
+        raise ValueError(f"--run {run}: {config.stage} learned captions without questions; leave out --box and --text")
     answering = config.model_copy(update={"stage": "answer"})  # no masters, no moments, no teacher
     engine = load_engine_class(options.framework)(answering, vision, language, checkpoint.tensors("model"))
     prompts = prompt_batch(to_square(image_HW3, vision)[None], [text], chat, vision)

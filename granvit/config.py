@@ -12,8 +12,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from granvit.models import LanguageConfig, Strict, VisionConfig
-from granvit.stages import STAGES, Stage, Task
+from granvit.models import PARTS, LanguageConfig, Strict, VisionConfig
+from granvit.stages import STAGES, RegionTask, Stage, Task
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -26,7 +26,8 @@ class Bucket(Strict):
 
 
 class Source(Strict):
-    """One region store (see `granvit.data.store`) and the share of its region questions that an epoch asks."""
+    """One region store (`granvit.data.store`) or store of conversations (`granvit.data.conversations`), and the share of its
+    region questions or conversations that an epoch asks."""
 
     path: str
     rate: float = Field(1.0, ge=0, le=1)
@@ -60,7 +61,9 @@ class DataSection(Strict):
 
 
 class TrainSection(Strict):
-    """`global_batch` counts questions over all ranks; `micro_batch` counts rows of one forward pass on one rank."""
+    """`global_batch` counts questions over all ranks, a conversation as the `data.regions_per_row` that its row could hold;
+    `micro_batch` counts rows of one forward pass on one rank. `freeze` names parts that the stage would train and this run does
+    not (the encoder in sft: paper, Table 10)."""
 
     global_batch: int = Field(256, gt=0)
     micro_batch: int = Field(2, gt=0)
@@ -69,6 +72,7 @@ class TrainSection(Strict):
     log_every: int = Field(10, gt=0)
     checkpoint_every: int = Field(1000, gt=0)
     keep_checkpoints: int = Field(3, gt=0)
+    freeze: tuple[Literal["vision", "projector", "language"], ...] = ()
 
 
 class OptimizerSection(Strict):
@@ -113,7 +117,7 @@ class EvalSection(Strict):
     images: int = Field(256, gt=0)
     batch: int = Field(8, gt=0)
     max_new_tokens: int = Field(64, gt=0)
-    tasks: tuple[Task, ...] = ("bbox2caption", "caption2bbox")
+    tasks: tuple[RegionTask, ...] = ("bbox2caption", "caption2bbox")
 
 
 class RuntimeSection(Strict):
@@ -131,7 +135,7 @@ class RuntimeSection(Strict):
 class RunConfig(Strict):
     """One run."""
 
-    stage: Literal["stage1", "stage2", "pretrain_text", "pretrain_image", "guesser"]
+    stage: Literal["projector", "stage1", "stage2", "continued", "sft", "pretrain_text", "pretrain_image", "guesser"]
     output: str
     seed: int = 0
     model: ModelSection = ModelSection()
@@ -144,11 +148,12 @@ class RunConfig(Strict):
 
     @property
     def stage_spec(self) -> Stage:
-        """The stage, with `data.mix` in place of its own mix where the run states one. A `distill.weight` of 0 is the
-        paper's ablation without self-distillation (Table 3): no teacher is built."""
+        """The stage, with `data.mix` in place of its own mix where the run states one and without the parts of `train.freeze`. A
+        `distill.weight` of 0 is the paper's ablation without self-distillation (Table 3): no teacher is built."""
         stage = STAGES[self.stage]
         mix = stage.mix if self.data.mix is None else self.data.mix
-        return replace(stage, mix=mix, distill=stage.distill and self.distill.weight > 0)
+        trains = stage.trains.difference(self.train.freeze)
+        return replace(stage, trains=trains, mix=mix, distill=stage.distill and self.distill.weight > 0)
 
     @property
     def boxes_per_row(self) -> int:
@@ -171,6 +176,31 @@ class RunConfig(Strict):
         lengths = [b.length for b in self.data.buckets]
         if lengths != sorted(set(lengths)):
             raise ValueError(f"data.buckets must rise strictly in length, not {lengths}")
+        return self
+
+    @model_validator(mode="after")
+    def _freezes_what_the_stage_trains(self) -> "RunConfig":
+        trains = STAGES[self.stage].trains
+        foreign = [part for part in self.train.freeze if part not in trains]
+        if foreign:
+            named = ", ".join(part for part in PARTS if part in trains)
+            raise ValueError(f"train.freeze names {', '.join(foreign)}, which {self.stage} does not train; it trains {named}")
+        if not self.stage_spec.trains:
+            raise ValueError(f"train.freeze leaves {self.stage} nothing to train")
+        if self.stage_spec.distill and "vision" in self.train.freeze:
+            raise ValueError("train.freeze names vision, but self-distillation trains it; state distill.weight 0 as well")
+        return self
+
+    @model_validator(mode="after")
+    def _plain_asks_nothing(self) -> "RunConfig":
+        spec = self.stage_spec
+        asked = [task for task, share in spec.mix.items() if share > 0] + list(self.eval.tasks if self.eval.source else ())
+        about_regions = sorted({task for task in asked if task in ("bbox2caption", "caption2bbox")})
+        if spec.plain and about_regions:
+            raise ValueError(
+                f"{self.stage} shows an image and then its caption, without a question: data.mix and eval.tasks cannot name "
+                f"{', '.join(about_regions)}"
+            )
         return self
 
     def local_micro_batches(self, world: int) -> int:

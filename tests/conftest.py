@@ -1,5 +1,7 @@
 """Shared fixtures: a tiny encoder, a tiny chat, tiny images and stores."""
 import io
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from PIL import Image
 
 from granvit.config import vision_config
 from granvit.data.chat import Chat, byte_tokenizer
+from granvit.data.conversations import build_conversations
 from granvit.data.records import ImageRecord, Region
 from granvit.data.store import Store, write_store
 
@@ -54,3 +57,49 @@ def store(records, tmp_path_factory):
     path = tmp_path_factory.mktemp("stores") / "store"
     write_store(records, path, shard_bytes=20_000)  # several shards
     return Store(path)
+
+
+def spoken(name: str, *texts: str, image: str | None = None) -> dict:
+    """A conversation in LLaVA's JSON."""
+    turns = [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)]
+    return {"id": name, "conversations": turns} | ({"image": image} if image else {})
+
+
+def write_spoken(folder: Path, trees: list) -> tuple[Path, Path]:
+    """A JSON file of conversations, and the folder of their images."""
+    images = folder / "images"
+    images.mkdir()
+    for tree in trees:
+        if isinstance(tree, dict) and isinstance(tree.get("image"), str):
+            (images / tree["image"]).write_bytes(encoded_image(40, 20))
+    (folder / "conversations.json").write_text(json.dumps(trees))
+    return folder / "conversations.json", images
+
+
+@pytest.fixture(scope="session")
+def chats():
+    """Thirty conversations of one to three turns; one in three is without an image."""
+    made = []
+    for i in range(30):
+        name, rng = f"talk{i}", np.random.default_rng(i)
+        texts = [f"{name} {('asks', 'says')[n % 2]} {n}" + " word" * int(rng.integers(0, 6)) for n in range(2 * (i % 3) + 2)]
+        if i % 3:
+            texts[0] = f"<image>\n{texts[0]}"
+        made.append(spoken(name, *texts, image=f"{name}.png" if i % 3 else None))
+    return made
+
+
+@pytest.fixture(scope="session")
+def chat_store(chats, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chats")
+    build_conversations(*write_spoken(folder, chats), folder / "store")
+    return Store(folder / "store")
+
+
+@pytest.fixture(scope="session")
+def caption_store(tmp_path_factory):
+    """Twelve captions as BLIP-LAION-CC-SBU-558K has them."""
+    folder = tmp_path_factory.mktemp("captions")
+    trees = [spoken(f"c{i}", "Describe it.\n<image>", f"a picture of {i} cups", image=f"{i}.png") for i in range(12)]
+    build_conversations(*write_spoken(folder, trees), folder / "store")
+    return Store(folder / "store")

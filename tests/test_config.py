@@ -8,12 +8,13 @@ import pytest
 import yaml
 
 from granvit import cli
-from granvit.config import CONFIGS, dump_config, load_config, parse_config, resolve_models
+from granvit.config import CONFIGS, differences, dump_config, load_config, parse_config, resolve_models
 from granvit.data.chat import Chat, byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = sorted(p for p in CONFIGS.rglob("*.yaml") if "models" not in p.parts)
-PAPER = [CONFIGS / f"{name}.yaml" for name in ("stage1", "stage2", "stage1_packed", "stage2_packed")]
+SCRIPTS = ("projector", "stage1", "stage2", "continued", "sft")
+PAPER = [CONFIGS / f"{name}.yaml" for name in (*SCRIPTS, "stage1_packed", "stage2_packed")]
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: str(p.relative_to(CONFIGS)))
@@ -25,18 +26,21 @@ def test_every_configuration_loads_and_survives_a_round_trip(path):
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
 def test_the_papers_runs_are_the_papers(path):
-    """Section 5.1: AdamW, 1e-5, one epoch, 256 on 128 devices, lambda 1, alpha 0.9, SigLIP2-So400m/16-512, Qwen2.5-1.5B."""
+    """Section 5.1: AdamW, 1e-5, one epoch, 256 on 128 devices, lambda 1, alpha 0.9, SigLIP2-So400m/16-512, Qwen2.5-1.5B. The
+    projector's learning rate is LLaVA's."""
     config = load_config(path)
     vision, language = resolve_models(config)
     assert (vision.name, language.name) == ("siglip2-so400m-patch16-512", "qwen2.5-1.5b")
-    assert config.optimizer.lr == 1e-5 and config.train.epochs == 1 and config.train.steps is None
+    assert config.optimizer.lr == (1e-3 if config.stage == "projector" else 1e-5)
+    assert config.train.epochs == 1 and config.train.steps is None
     assert (config.runtime.compute, config.runtime.recompute) == ("bfloat16", True)
     assert config.local_micro_batches(128) == 1
     if config.stage == "stage1":
         assert (config.distill.weight, config.distill.alpha) == (1.0, 0.9)
     if not path.stem.endswith("packed"):
         assert (config.train.global_batch, config.data.regions_per_row) == (256, 1)
-    prefix = Chat(byte_tokenizer(language.chat), language.chat).prefix_length(vision.patches)
+    chat = Chat(byte_tokenizer(language.chat), language.chat, plain=config.stage_spec.plain)
+    prefix = chat.prefix_length(vision.patches)
     assert config.data.buckets[0].length > prefix
 
 
@@ -45,13 +49,46 @@ def test_each_stages_script_takes_its_own_configurations_and_refuses_the_others(
     """Weights and data are not there: the right script gets as far as saying so."""
     monkeypatch.chdir(tmp_path)
     stage = load_config(path).stage
-    for script in ("stage1", "stage2"):
+    for script in SCRIPTS:
         status = cli.train_command(script, ["--config", str(path), "--framework", "torch", f"output={tmp_path}/run"])
         said = capsys.readouterr().err
         assert status == 2
         assert ("but this script runs" in said) == (stage != script), said
         if stage == script:
             assert "no directory" in said or "no checkpoint in" in said, said
+
+
+def test_each_stage_trains_what_the_paper_trains():
+    """SPEC, section 1; Table 10 freezes the encoder in sft; A.8 puts continued pretraining between stage 2 and sft."""
+    trains = {name: set(load_config(CONFIGS / f"{name}.yaml").stage_spec.trains) for name in SCRIPTS}
+    everything = {"vision", "projector", "language"}
+    assert trains == {
+        "projector": {"projector"}, "stage1": {"vision", "projector"}, "stage2": {"projector", "language"},
+        "continued": everything, "sft": everything,
+    }  # fmt: skip
+    frozen = load_config(CONFIGS / "sft.yaml", ["train.freeze=[vision]"])
+    assert frozen.stage_spec.trains == {"projector", "language"}
+    assert differences(load_config(CONFIGS / "sft.yaml"), frozen) == ["train.freeze: [] -> ['vision']"]
+    assert [load_config(CONFIGS / f"{name}.yaml").model.init_from for name in SCRIPTS] == [
+        None, None, "runs/stage1", "runs/stage2", "runs/stage2",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "stage, override, message",
+    [
+        ("stage2", "train.freeze=[vision]", "names vision, which stage2 does not train; it trains projector, language"),
+        ("projector", "train.freeze=[projector]", "train.freeze leaves projector nothing to train"),
+        ("stage1", "train.freeze=[vision]", "self-distillation trains it; state distill.weight 0"),
+        ("sft", "train.freeze=[teacher]", r"train.freeze.0: Input should be 'vision', 'projector' or 'language'"),
+        ("projector", "data.mix={global: 1.0, bbox2caption: 0.1}", "without a question: .* cannot name bbox2caption"),
+        ("projector", "eval.source=data_store/held_out", "cannot name bbox2caption, caption2bbox"),
+        ("sft", "eval.tasks=[conversation]", "eval.tasks.0"),
+    ],
+)
+def test_what_a_stage_cannot_do_is_said(stage, override, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(CONFIGS / f"{stage}.yaml", [override])
 
 
 def script(name: str, *arguments: str) -> subprocess.CompletedProcess:

@@ -1,20 +1,20 @@
 """Fixed-shape arrays that a step consumes, and the shared-prefix packer that makes them.
 
-A row is a `Batch` of B = 1; `join` stacks rows. `Packer` builds them: prefix once, then every question as a segment of its own,
-whose last token (the end of the answer's turn) is a target but never an input, since nothing follows it.
+A row is a `Batch` of B = 1; `join` stacks rows. `Packer` builds them: prefix once, then every question (or a whole conversation)
+as a segment of its own, whose last token (the end of the answer's turn) is a target but never an input, since nothing follows it.
 
 Layout letters: B rows, K regions per row, N patches, S sequence, A supervised positions, R image side, r crop side.
 """
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 
 from granvit.config import Bucket
-from granvit.data.chat import Chat
+from granvit.data.chat import Chat, TurnIds
 from granvit.data.images import box_to_square, crop, decode, to_square
 from granvit.data.prompts import answer_text, question_text
-from granvit.data.records import ImageRecord
+from granvit.data.records import Conversation, ImageRecord
 from granvit.models import VisionConfig
 from granvit.stages import Task
 
@@ -25,7 +25,7 @@ class Batch:
 
     Segment 0 is the prefix (system turn, user header, image tokens), 1.. are questions with their answers, -1 is padding. A
     token may attend to a key iff the key is not later in the row and its segment is 0 or the token's own. Positions
-    restart after the prefix in every segment.
+    restart after the prefix in every segment. The turns of a conversation are one segment.
     """
 
     pixels_B3RR: np.ndarray  # uint8, RGB in the padded frame; normalised inside the graph
@@ -33,7 +33,7 @@ class Batch:
     token_ids_BS: np.ndarray  # int32; the id at an image position of an image row is replaced by an image feature
     positions_BS: np.ndarray  # int32
     segments_BS: np.ndarray  # int32
-    image_positions_BN: np.ndarray  # int32, where image token n stands in its row
+    image_positions_BN: np.ndarray  # int32, where image token n stands in its row; of a text row any places, each once
     answer_positions_BA: np.ndarray  # int32, the position whose output predicts the target (0 where the weight is 0)
     answer_targets_BA: np.ndarray  # int32
     answer_weights_BA: np.ndarray  # float32, 1 supervised, 0 not
@@ -104,7 +104,7 @@ class Packer:
                 raise ValueError("image is not of the size that its record states")
         except ValueError as error:
             return self.empty(bucket, ((record.id, str(error)),))
-        text, placed = self._lay_out(self._image_ids, [question.turn(record) for question in questions], bucket)
+        text, placed = self._lay_out(self._image_ids, self._segments(question.turn(record) for question in questions), bucket)
         skipped = tuple(
             (record.id if q.region is None else f"{record.id} region {q.region}", _too_long(q.task, bucket))
             for q, fits in zip(questions, placed, strict=True)
@@ -114,8 +114,7 @@ class Packer:
             return self.empty(bucket, skipped)
         regions = dict.fromkeys(q.region for q, fits in zip(questions, placed, strict=True) if fits and q.region is not None)
         return Batch(
-            pixels_B3RR=to_square(image_HW3, self.vision)[None],
-            image_weights_B=np.ones(1, np.float32),
+            **self._shown(image_HW3),
             **text,
             **self._distilled(record, image_HW3, list(regions)[: self.boxes]),
             record_ids=(record.id,),
@@ -129,7 +128,7 @@ class Packer:
         """
         if len(image_ids) != self.vision.patches:
             raise ValueError(f"text row {record_id}: {len(image_ids)} ids for {self.vision.patches} image positions")
-        text, placed = self._lay_out(image_ids, turns, bucket)
+        text, placed = self._lay_out(image_ids, self._segments(turns), bucket)
         skipped = ((record_id, _too_long("text", bucket)),) * (len(placed) - sum(placed))
         if not any(placed):
             return self.empty(bucket, skipped)
@@ -137,15 +136,36 @@ class Packer:
             **self._no_image(), **text, **self._no_boxes(), record_ids=(record_id,), questions=sum(placed), skipped=skipped
         )
 
+    def conversation_row(self, record: Conversation, bucket: Bucket) -> Batch:
+        """A conversation as one segment: every turn sees those before it.
+
+        Its turns from the first that does not fit in the bucket on are left out and named in `skipped`; a conversation that
+        cannot be used is a row of weight zero.
+        """
+        try:
+            image = self._shown(decode(record.image, self.max_pixels)) if record.image else self._no_image()
+            turns = self.chat.conversation_ids(record.turns, bool(record.image))
+        except ValueError as error:
+            return self.empty(bucket, ((record.id, str(error)),))
+        text, (kept,) = self._lay_out(self._image_ids if record.image else None, [turns], bucket)
+        skipped = tuple((f"{record.id} turn {turn}", _too_long("conversation", bucket)) for turn in range(kept, len(turns)))
+        if not kept:
+            return self.empty(bucket, skipped)
+        return Batch(**image, **text, **self._no_boxes(), record_ids=(record.id,), questions=kept, skipped=skipped)
+
     def empty(self, bucket: Bucket, skipped: tuple[tuple[str, str], ...] = ()) -> Batch:
         """A row of weight zero: a prefix, nothing supervised, nothing distilled, no division by zero in any attention row."""
         text, _ = self._lay_out(self._image_ids, [], bucket)
         return Batch(**self._no_image(), **text, **self._no_boxes(), record_ids=("",), questions=0, skipped=skipped)
 
-    def _lay_out(self, image_ids: Sequence[int], turns: Sequence[tuple[str, str]], bucket: Bucket) -> tuple[dict, list[bool]]:
-        """The text arrays of one row, and for each turn whether it found room."""
+    def _segments(self, turns: Iterable[tuple[str, str]]) -> list[TurnIds]:
+        """Each question with its answer as a segment of its own."""
+        return [[(self.chat.question_ids(question), self.chat.answer_ids(answer))] for question, answer in turns]
+
+    def _lay_out(self, image_ids: Sequence[int] | None, segments: Sequence[TurnIds], bucket: Bucket) -> tuple[dict, list[int]]:
+        """The text arrays of one row (`image_ids` None: no place for an image), and how many turns of each segment found room."""
         before, after = self.chat.prefix_before, self.chat.prefix_after
-        prefix = [*before, *image_ids, *after]
+        prefix = list(before) if image_ids is None else [*before, *image_ids, *after]
         if len(prefix) > bucket.length:
             raise ValueError(f"data.buckets: length {bucket.length} does not hold the prefix of {len(prefix)} tokens")
         token_ids_BS = np.full((1, bucket.length), self.chat.pad_token, np.int32)
@@ -156,27 +176,28 @@ class Packer:
         token_ids_BS[0, : len(prefix)] = prefix
         positions_BS[0, : len(prefix)] = np.arange(len(prefix))
         segments_BS[0, : len(prefix)] = 0
-        end, answered, placed = len(prefix), 0, []
-        for question, answer in turns:
-            question_ids, answer_ids = self.chat.question_ids(question), self.chat.answer_ids(answer)
-            ids = question_ids + answer_ids[:-1]
-            fits = end + len(ids) <= bucket.length and answered + len(answer_ids) <= bucket.answers
-            placed.append(fits)
-            if not fits:
-                continue
-            segment, supervised = slice(end, end + len(ids)), slice(answered, answered + len(answer_ids))
-            token_ids_BS[0, segment] = ids
-            positions_BS[0, segment] = len(prefix) + np.arange(len(ids))
-            segments_BS[0, segment] = sum(placed)
-            answers_BA[0, 0, supervised] = end + len(question_ids) - 1 + np.arange(len(answer_ids))
-            answers_BA[1, 0, supervised] = answer_ids
-            weights_BA[0, supervised] = 1
-            end, answered = segment.stop, supervised.stop
+        end, answered, number, placed = len(prefix), 0, 0, []
+        for turns in segments:
+            start, kept = end, 0
+            for question_ids, answer_ids in turns:
+                ids = question_ids + answer_ids[:-1]
+                if end + len(ids) > bucket.length or answered + len(answer_ids) > bucket.answers:
+                    break
+                turn, supervised = slice(end, end + len(ids)), slice(answered, answered + len(answer_ids))
+                token_ids_BS[0, turn] = ids
+                answers_BA[0, 0, supervised] = end + len(question_ids) - 1 + np.arange(len(answer_ids))
+                answers_BA[1, 0, supervised] = answer_ids
+                weights_BA[0, supervised] = 1
+                end, answered, kept = turn.stop, supervised.stop, kept + 1
+            number += kept > 0
+            positions_BS[0, start:end] = len(prefix) + np.arange(end - start)
+            segments_BS[0, start:end] = number
+            placed.append(kept)
         return {
             "token_ids_BS": token_ids_BS,
             "positions_BS": positions_BS,
             "segments_BS": segments_BS,
-            "image_positions_BN": len(before) + np.arange(len(image_ids), dtype=np.int32)[None],
+            "image_positions_BN": len(before) + np.arange(len(self._image_ids), dtype=np.int32)[None],
             "answer_positions_BA": answers_BA[0],
             "answer_targets_BA": answers_BA[1],
             "answer_weights_BA": weights_BA,
@@ -200,6 +221,9 @@ class Packer:
             "box_weights_BK": np.zeros((1, self.boxes), np.float32),
             "crops_BK3rr": np.zeros((1, self.boxes, 3, self.crop_size, self.crop_size), np.uint8),
         }
+
+    def _shown(self, image_HW3: np.ndarray) -> dict:
+        return {"pixels_B3RR": to_square(image_HW3, self.vision)[None], "image_weights_B": np.ones(1, np.float32)}
 
     def _no_image(self) -> dict:
         side = self.vision.image_size

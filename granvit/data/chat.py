@@ -1,15 +1,17 @@
 """Chat templates and what a row is supervised on, over the `tokenizers` library.
 
-A conversation is `{system turn}{user header}<image>\\n{Q}{end of turn}{assistant header}{A}{end of turn}`. Everything before
-`{Q}` is the same for every question about one image: the shared prefix. Supervised are the answer's tokens and its
-end-of-turn token, nothing else.
+A conversation is `{system turn}{user header}<image>\\n{Q}{end of turn}{assistant header}{A}{end of turn}`, and for every further
+turn `{user header}{Q}{end of turn}{assistant header}{A}{end of turn}`. Everything before the first `{Q}` is the same for every
+question about one image: the shared prefix. Supervised are the answers' tokens and their end-of-turn tokens, nothing else. The
+plain form, which the projector is trained on, is `<image>{A}{end of turn}` (LLaVA's "plain").
 
 Notable choices: the system message is LLaVA's, stated explicitly (Qwen2.5's own template would put another); control
 tokens come from this file's templates only, so a caption that spells one out is encoded as ordinary text.
 """
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import tokenizers
@@ -19,6 +21,8 @@ from granvit.data import prompts
 
 SYSTEM = "You are a helpful assistant."
 Piece = tuple[str, bool]  # text, and whether it is one control token
+Turns = Sequence[tuple[str, str]]  # questions with their answers
+TurnIds = list[tuple[list[int], list[int]]]  # for each turn: ids up to its answer, and its answer's
 
 
 def _turns(*pieces: str) -> tuple[Piece, ...]:
@@ -27,35 +31,42 @@ def _turns(*pieces: str) -> tuple[Piece, ...]:
 
 @dataclass(frozen=True)
 class Template:
-    """The fixed parts of a conversation; `end` closes a turn, `pad` fills what no token may attend to."""
+    """The fixed parts of a conversation: `next_turn` stands between an answer's end and the next question, `start` before any
+    text at all; `end` closes a turn, `pad` fills what no token may attend to."""
 
+    start: tuple[Piece, ...]
     before_image: tuple[Piece, ...]
     after_image: tuple[Piece, ...]
     after_question: tuple[Piece, ...]
+    next_turn: tuple[Piece, ...]
     end: str
     pad: str
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
-        used = self.before_image + self.after_image + self.after_question
+        used = self.before_image + self.after_image + self.after_question + self.next_turn
         return tuple(dict.fromkeys([text for text, control in used if control] + [self.end, self.pad]))
 
 
 TEMPLATES = {
     "qwen2.5": Template(
+        start=(),
         before_image=_turns("<|im_start|>", f"system\n{SYSTEM}", "<|im_end|>", "\n", "<|im_start|>", "user\n"),
         after_image=_turns("\n"),
         after_question=_turns("<|im_end|>", "\n", "<|im_start|>", "assistant\n"),
+        next_turn=_turns("\n", "<|im_start|>", "user\n"),
         end="<|im_end|>",
         pad="<|endoftext|>",
     ),
     "llama-3": Template(
+        start=_turns("<|begin_of_text|>"),
         before_image=_turns(
             *("<|begin_of_text|>", "<|start_header_id|>", "system", "<|end_header_id|>", f"\n\n{SYSTEM}", "<|eot_id|>"),
             *("<|start_header_id|>", "user", "<|end_header_id|>", "\n\n"),
         ),
         after_image=_turns("\n"),
         after_question=_turns("<|eot_id|>", "<|start_header_id|>", "assistant", "<|end_header_id|>", "\n\n"),
+        next_turn=_turns("<|start_header_id|>", "user", "<|end_header_id|>", "\n\n"),
         end="<|eot_id|>",
         pad="<|end_of_text|>",
     ),
@@ -66,14 +77,14 @@ class Chat:
     """Token ids of the shared prefix, of questions and of answers, for one tokenizer and one family of templates.
 
     `prefix_before` and `prefix_after` are the prefix's ids on either side of the image; `stop_token` ends an answer;
-    `pad_token` fills image slots and padding. `origin` names the tokenizer in error messages. Raises `ValueError`
-    where a control token of the family is not one id of the tokenizer.
+    `pad_token` fills image slots and padding. `origin` names the tokenizer in error messages. With `plain`, no question is
+    shown: the answer follows the image. Raises `ValueError` where a control token of the family is not one id of the tokenizer.
     """
 
-    def __init__(self, tokenizer: Tokenizer, family: str, origin: str = "tokenizer"):
+    def __init__(self, tokenizer: Tokenizer, family: str, origin: str = "tokenizer", plain: bool = False):
         if family not in TEMPLATES:
             raise ValueError(f"chat family {family!r} is unknown; known: {', '.join(TEMPLATES)}")
-        self.tokenizer, self.family, self.origin = tokenizer, family, origin
+        self.tokenizer, self.family, self.origin, self.plain = tokenizer, family, origin, plain
         self._template = TEMPLATES[family]
         tokenizer.no_padding()
         tokenizer.no_truncation()
@@ -89,14 +100,19 @@ class Chat:
             if index in self._text(token):
                 raise ValueError(f"{origin}: token {token!r} must be marked special, or a caption could inject it")
             self._control[token] = index
+        if plain:
+            self._template = replace(
+                self._template, before_image=self._template.start, after_image=(), after_question=(), next_turn=()
+            )
         self.stop_token = self._control[self._template.end]
         self.pad_token = self._control[self._template.pad]
         self.prefix_before = self._fixed(self._template.before_image)
         self.prefix_after = self._fixed(self._template.after_image)
         self._after_question = self._fixed(self._template.after_question)
+        self._next_turn = [self.stop_token, *self._fixed(self._template.next_turn)]
 
     @classmethod
-    def from_file(cls, path: str | Path, family: str) -> "Chat":
+    def from_file(cls, path: str | Path, family: str, plain: bool = False) -> "Chat":
         """Reads a `tokenizer.json`; `ValueError` where it is missing or not one."""
         path = Path(path)
         if not path.is_file():
@@ -105,10 +121,10 @@ class Chat:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"tokenizer {path}: not a tokenizer.json: {error}") from None
-        return cls(tokenizer, family, str(path))
+        return cls(tokenizer, family, str(path), plain)
 
     def __reduce__(self):
-        return Chat, (self.tokenizer, self.family, self.origin)
+        return Chat, (self.tokenizer, self.family, self.origin, self.plain)
 
     def _text(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -133,8 +149,8 @@ class Chat:
         return len(self.prefix_before) + image_tokens + len(self.prefix_after)
 
     def question_ids(self, text: str) -> list[int]:
-        """`{Q}{end of turn}{assistant header}`; the last token's output predicts the answer's first."""
-        return self._text(text) + self._after_question
+        """`{Q}{end of turn}{assistant header}` (plain: nothing); the last token's output predicts the answer's first."""
+        return [] if self.plain else self._text(text) + self._after_question
 
     def answer_ids(self, text: str) -> list[int]:
         """`{A}{end of turn}`: the supervised tokens."""
@@ -142,11 +158,56 @@ class Chat:
 
     def question_lengths(self, texts: Sequence[str]) -> list[int]:
         """`len(question_ids(text))` for each, encoded as a batch."""
-        return [n + len(self._after_question) for n in self._lengths(texts)]
+        return [0] * len(texts) if self.plain else [n + len(self._after_question) for n in self._lengths(texts)]
 
     def answer_lengths(self, texts: Sequence[str]) -> list[int]:
         """`len(answer_ids(text))` for each, encoded as a batch."""
         return [n + 1 for n in self._lengths(texts)]
+
+    def conversation_ids(self, turns: Turns, with_image: bool) -> TurnIds:
+        """For each turn the ids from the last answer's end of turn (the first turn: from the prefix) up to its answer, and
+        `answer_ids` of that.
+
+        Each piece is encoded by itself. `ValueError` with the reason where the tokenizer reads the whole text between two control
+        tokens otherwise, where an answer's ids do not decode to its text, or where the plain form cannot show the turns.
+        """
+        if self.plain and not with_image:
+            raise ValueError("a conversation without an image has no plain form")
+        if self.plain and len(turns) > 1:
+            raise ValueError("a conversation of several turns has no plain form")
+        template, ids = self._template, []
+        before = template.after_image if with_image else template.before_image
+        for number, (question, answer) in enumerate(turns):
+            answer_ids = self.answer_ids(answer)
+            if self.tokenizer.decode(answer_ids[:-1], skip_special_tokens=False) != self._normalised(answer):
+                raise ValueError("an answer's supervised tokens do not decode to its text")
+            spoken = [(template.after_question, answer)] + ([] if self.plain else [(before, question)])
+            if not all(self._reads_apart(pieces, text) for pieces, text in spoken):
+                raise ValueError("a turn's tokens change when they are read together with the template before them")
+            before = template.next_turn
+            ids.append((self._next_turn * (number > 0) + self.question_ids(question), answer_ids))
+        return ids
+
+    def conversation_lengths(self, conversations: Sequence[Turns]) -> list[tuple[int, int]]:
+        """For each, the tokens that follow the prefix (the last end of turn is a target only) and those supervised among them."""
+        questions = iter(self.question_lengths([question for turns in conversations for question, _ in turns]))
+        answers = iter(self.answer_lengths([answer for turns in conversations for _, answer in turns]))
+        lengths = []
+        for turns in conversations:
+            asked, supervised = sum(islice(questions, len(turns))), sum(islice(answers, len(turns)))
+            between = (len(turns) - 1) * (len(self._next_turn) - 1)  # the end of turn in it is counted with the answer
+            lengths.append((asked + supervised - 1 + between, supervised))
+        return lengths
+
+    def _reads_apart(self, pieces: tuple[Piece, ...], text: str) -> bool:
+        """Whether `text` after a template's last piece is encoded as the two are by themselves."""
+        if not pieces or pieces[-1][1]:
+            return True
+        return self._text(pieces[-1][0] + text) == self._text(pieces[-1][0]) + self._text(text)
+
+    def _normalised(self, text: str) -> str:
+        """What the tokenizer makes of a text before it encodes it (Qwen2.5's composes accents)."""
+        return self.tokenizer.normalizer.normalize_str(text) if self.tokenizer.normalizer else text
 
     def _lengths(self, texts: Sequence[str]) -> list[int]:
         return [len(e) for e in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]

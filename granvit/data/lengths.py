@@ -1,10 +1,11 @@
-"""Token lengths of every question and answer of a store, computed once from its text side.
+"""Token lengths of every question, answer and conversation of a store, computed once from its text side.
 
 They decide which row shape (bucket) a row needs before any image is read. Coordinates are not in the text side: they
 count with the longest text that three decimals can give, so a row always fits the bucket chosen for it.
 """
 import errno
 import fcntl
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -15,23 +16,29 @@ import numpy as np
 
 from granvit.data.chat import Chat
 from granvit.data.prompts import GLOBAL, answer_text, question_text
-from granvit.data.store import Store
+from granvit.data.store import CONVERSATIONS, Store
 from granvit.stages import TASKS, Task
 
 _CHUNK = 8192  # images encoded at a time
 _LONGEST = np.iinfo(np.uint16).max  # a longer text fits no bucket either
-Role = Literal["answer", "question"]
+Role = Literal["answer", "question", "conversation"]
+_COLUMNS = {"answer": 1, "question": 1, "conversation": 3}
 _log = logging.getLogger(__name__)
 
 
 def _encode(store: Store, chat: Chat, role: Role) -> Iterator[np.ndarray]:
-    """Lengths of all texts in order: as answers, or inside caption2bbox questions (0 for global captions, never asked so)."""
+    """Lengths of all texts in order: as answers, inside caption2bbox questions (0 for global captions, never asked so), or of
+    conversations: tokens after the prefix, supervised tokens among them, and 1 where there is an image."""
     for first in range(0, store.images, _CHUNK):
         last = min(first + _CHUNK, store.images)
         numbers = store.region_starts[first : last + 1] + np.arange(first, last + 1)
         texts = store.texts(int(numbers[0]), int(numbers[-1]))
         if role == "answer":
             lengths = np.array(chat.answer_lengths(texts))
+        elif role == "conversation":
+            trees = [json.loads(text) for text in texts]
+            with_image = np.array([tree["width"] > 0 for tree in trees])
+            lengths = np.column_stack([chat.conversation_lengths([tree["turns"] for tree in trees]), with_image])
         else:
             lengths = np.array(chat.question_lengths([question_text("caption2bbox", caption=text) for text in texts]))
             lengths[numbers[:-1] - numbers[0]] = 0
@@ -40,12 +47,13 @@ def _encode(store: Store, chat: Chat, role: Role) -> Iterator[np.ndarray]:
 
 def text_lengths(store: Store, chat: Chat, role: Role) -> np.ndarray:
     """uint16 `[images + regions]`, mapped: `len(answer_ids(text))` of each text of the store, or the length of the
-    caption2bbox question that holds it.
+    caption2bbox question that holds it. Role conversation: `[images, 3]`, tokens after the prefix, supervised ones, has an image.
 
     Computed once per store, tokenizer and template, and kept beside the store, or in `~/.cache/granvit` where the store
     is read-only; several processes may ask at once, one of them computes.
     """
-    count = store.images + store.regions
+    columns = _COLUMNS[role]
+    count = (store.images + store.regions) * columns
     name = f"lengths-{store.fingerprint}-{chat.fingerprint}-{role}.u2"
     for folder in (store.path / "lengths", Path.home() / ".cache" / "granvit"):
         path = folder / name
@@ -55,7 +63,7 @@ def text_lengths(store: Store, chat: Chat, role: Role) -> np.ndarray:
                 with open(path.with_suffix(".lock"), "wb") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX)
                     if not path.exists():
-                        _log.info("counting the tokens of %d texts of %s (%s), once", count, store.path, role)
+                        _log.info("counting the tokens of %d texts of %s (%s), once", count // columns, store.path, role)
                         partial = path.with_suffix(f".partial-{os.getpid()}")
                         with open(partial, "wb") as file:
                             for lengths in _encode(store, chat, role):
@@ -70,15 +78,23 @@ def text_lengths(store: Store, chat: Chat, role: Role) -> np.ndarray:
             continue
         if path.stat().st_size != 2 * count:
             raise ValueError(f"{path}: not {count} lengths; remove the file, it is made again")
-        return np.memmap(path, "<u2", "r")
+        lengths = np.memmap(path, "<u2", "r")
+        return lengths if columns == 1 else lengths.reshape(-1, columns)
     raise ValueError(f"store {store.path}: neither {store.path / 'lengths'} nor ~/.cache/granvit can be written")
 
 
 class TurnLengths:
-    """Upper bounds of a turn's length, vectorised over texts of one store."""
+    """Upper bounds of a turn's length (a conversation's is exact), vectorised over texts of one store.
 
-    def __init__(self, store: Store, chat: Chat, tasks: frozenset[Task]):
-        self._arguments = (store, chat, tasks)
+    `image_tokens` are those that a conversation without an image lacks in its prefix.
+    """
+
+    def __init__(self, store: Store, chat: Chat, tasks: frozenset[Task], image_tokens: int):
+        self._arguments = (store, chat, tasks, image_tokens)
+        self._without_image = chat.prefix_length(image_tokens) - len(chat.prefix_before)
+        if store.kind == CONVERSATIONS:
+            self._conversations = text_lengths(store, chat, "conversation")
+            return
         boxes = [(value / 1000,) * 4 for value in range(1001)]
         self._longest_box = max(chat.answer_lengths([answer_text("caption2bbox", box, "") for box in boxes]))
         box_question = max(chat.question_lengths([question_text("bbox2caption", box) for box in boxes]))
@@ -90,11 +106,16 @@ class TurnLengths:
         return TurnLengths, self._arguments
 
     def of(self, task: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For turns of `task` (indices of TASKS) about text number `text`: input tokens, and supervised tokens among them."""
+        """For turns of `task` (indices of TASKS) about text number `text`: input tokens after the prefix of an image row, and
+        supervised tokens among them."""
         tokens, answers = np.zeros(len(task), np.int64), np.zeros(len(task), np.int64)
         for index, name in enumerate(TASKS):
             mine = task == index
             if not mine.any():
+                continue
+            if name == "conversation":
+                tokens[mine], answers[mine], with_image = self._conversations[text[mine]].astype(np.int64).T
+                tokens[mine] -= np.where(with_image > 0, 0, self._without_image)
                 continue
             if name == "caption2bbox":
                 question, answers[mine] = self._questions[text[mine]].astype(np.int64), self._longest_box

@@ -2,9 +2,10 @@
 
 `Plan` is a pure function of the stores, the tokenizer, the seed and the step; it knows nothing of ranks.
 - An epoch asks a region question iff a counter-based hash of (seed, epoch, region, task) falls below the task's share times
-  the source's rate; a global question has no source rate.
+  the source's rate; so a conversation; a global question has no source rate.
 - The asked questions of one image, both tasks together and in an order drawn per epoch, are cut into chunks of
-  K = `data.regions_per_row`. The global question joins an image's first chunk; where K is 1 it is a row of its own.
+  K = `data.regions_per_row`. The global question joins an image's first chunk; where K is 1 it is a row of its own. So is a
+  conversation, always.
 - Rows follow a global shuffle that needs no memory. Within a window of 32 steps they are sorted by bucket and cut into global
   batches, whose order is drawn again: every step has one bucket, the same on all ranks.
 - An epoch's last batch is filled up with rows of weight zero, so nothing is lost.
@@ -29,8 +30,8 @@ from granvit.data.chat import Chat
 from granvit.data.images import decode, to_square
 from granvit.data.lengths import TurnLengths
 from granvit.data.prompts import Box
-from granvit.data.records import ImageRecord
-from granvit.data.store import MAX_PIXELS, Store
+from granvit.data.records import Conversation, ImageRecord
+from granvit.data.store import CONVERSATIONS, MAX_PIXELS, REGIONS, Store
 from granvit.models import VisionConfig
 from granvit.stages import TASKS, Task
 
@@ -59,6 +60,7 @@ def _finish(z: np.ndarray) -> np.ndarray:
         return z ^ (z >> np.uint64(31))
 
 
+WHOLE = ("global", "conversation")  # tasks about a whole record, not a region of it
 _ASK, _ORDER, _SHUFFLE, _BATCHES = range(4)  # what a hash is drawn for
 
 
@@ -139,14 +141,19 @@ class Plan:
             return np.ones(len(counters), bool)
         return (splitmix64(counters, self.seed, epoch, task, _ASK) >> np.uint64(11)) * 2.0**-53 < share
 
-    def _asked_global(self, epoch: int, source: int, images: np.ndarray) -> np.ndarray:
-        """bool: whether the epoch asks the global question about these images of one source."""
-        store = self.stores[source]
-        if self.mix.get("global", 0) <= 0:
+    def _whole_task(self, source: int) -> Task:
+        """What is asked about a whole record of a source."""
+        return "conversation" if self.stores[source].kind == CONVERSATIONS else "global"
+
+    def _asked_whole(self, epoch: int, source: int, images: np.ndarray) -> np.ndarray:
+        """bool: whether the epoch asks the global question, or the conversation, of these images of one source."""
+        store, task = self.stores[source], self._whole_task(source)
+        if self.mix.get(task, 0) <= 0:
             return np.zeros(len(images), bool)
         number = store.region_starts[images] + images
         present = store.text_ends[number + 1] > store.text_ends[number]
-        return present & self._asked(epoch, TASKS.index("global"), self._image_starts[source] + images, 1.0)
+        rate = self.rates[source] if task == "conversation" else 1.0
+        return present & self._asked(epoch, TASKS.index(task), self._image_starts[source] + images, rate)
 
     def _row_starts(self, epoch: int) -> np.ndarray:
         """int64 `[images + 1]`: the epoch's first row of each image, over all sources."""
@@ -169,10 +176,10 @@ class Plan:
             starts = store.region_starts[first : last + 1].astype(np.int64)
             counters = np.arange(starts[0], starts[-1]) + self._region_starts[source]
             for task, name in self._tasks:
-                if name != "global":
+                if name not in WHOLE:
                     running = np.concatenate([[0], np.cumsum(self._asked(epoch, task, counters, rate))])
                     asked[first:last] += np.diff(running[starts - starts[0]])
-            whole[first:last] = self._asked_global(epoch, source, np.arange(first, last))
+            whole[first:last] = self._asked_whole(epoch, source, np.arange(first, last))
             first = last
         return asked + whole if self.K == 1 else np.maximum(-(-asked // self.K), whole)
 
@@ -184,7 +191,7 @@ class Plan:
         return source, image - self._image_starts[source], rows - row_starts[image]
 
     def _questions(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All questions of some rows, sorted by row: index into `rows`, task, region in the image (-1: global, always last)."""
+        """All questions of some rows, sorted by row: index into `rows`, task, region in the image (-1: none, always last)."""
         sources, images, chunks = self._images(epoch, rows)
         found = []
         for source in np.unique(sources):
@@ -197,7 +204,7 @@ class Plan:
             counters = self._region_starts[source] + starts[at] + region
             candidates = []
             for task, name in self._tasks:
-                if name != "global":
+                if name not in WHOLE:
                     asked = self._asked(epoch, task, counters, self.rates[source])
                     order = splitmix64(counters[asked], self.seed, epoch, task, _ORDER)
                     candidates.append((at[asked], np.full(asked.sum(), task), region[asked], order))
@@ -210,8 +217,9 @@ class Plan:
                 place = np.arange(len(at)) - np.repeat(np.cumsum(asked) - asked, asked)
                 mine = place // self.K == chunk[at]
                 found.append((members[at[mine]], task[mine], region[mine]))
-            whole = self._asked_global(epoch, source, image) & (chunk == (asked if self.K == 1 else 0))
-            found.append((members[whole], np.full(whole.sum(), TASKS.index("global")), np.full(whole.sum(), -1)))
+            whole = self._asked_whole(epoch, source, image) & (chunk == (asked if self.K == 1 else 0))
+            task = TASKS.index(self._whole_task(source))
+            found.append((members[whole], np.full(whole.sum(), task), np.full(whole.sum(), -1)))
         row, task, region = map(np.concatenate, zip(*found, strict=True))
         sort = np.argsort(row, kind="stable")
         return row[sort], task[sort], region[sort]
@@ -277,6 +285,8 @@ class _Assembler:
             record = store.record(image)
         except ValueError as error:
             return self.packer.empty(bucket, ((f"{store.path} image {image}", str(error)),))
+        if isinstance(record, Conversation):
+            return self.packer.conversation_row(record, bucket)
         return self.compose(self.packer, record, questions, bucket)
 
 
@@ -305,9 +315,13 @@ class Loader:
             raise ValueError(f"data.buckets: answers must not fall as length rises: {answers}")
         stores = [Store(source.path) for source in config.data.sources]
         asked = frozenset(task for task, share in stage.mix.items() if share > 0)
+        for store in stores:
+            if asked and not asked.intersection(store.kind.tasks):
+                kind = store.kind.format
+                raise ValueError(f"data.sources: {store.path} is a {kind} store and holds none of the tasks mixed: {stage.mix}")
         self.plan = Plan(
             stores,
-            [TurnLengths(store, chat, asked) for store in stores],
+            [TurnLengths(store, chat, asked, vision.patches) for store in stores],
             [source.rate for source in config.data.sources],
             stage.mix,
             config.data.regions_per_row,
@@ -381,6 +395,8 @@ def held_out(
     Batch b goes to rank b mod `world`. The last batch is filled up by repeating its last question; its list is shorter than the
     arrays. `ValueError` names a record that cannot be read: a score over fewer questions would not be comparable.
     """
+    if store.kind != REGIONS:
+        raise ValueError(f"eval.source {store.path} is a {store.kind.format} store; held-out questions are about regions")
     chosen = np.unique(np.linspace(0, store.images - 1, min(images, store.images)).round().astype(int)).tolist()
     items: list[tuple[int, HeldOut]] = []
     for image in chosen:

@@ -1,6 +1,7 @@
 """The three questions of the paper, and coordinates as text (paper section 3, appendix figures; SPEC section 1)."""
 import math
 import re
+from collections.abc import Callable
 
 from granvit.stages import Task
 
@@ -35,6 +36,21 @@ def parse_box(text: str) -> Box | None:
     if not all(map(math.isfinite, (x1, y1, x2, y2))):
         return None
     return (x1, y1, x2, y2) if 0 <= x1 <= x2 <= 1 and 0 <= y1 <= y2 <= 1 else None
+
+
+def replace_boxes(text: str, convert: Callable[[Box, float], Box]) -> str:
+    """`text` with `format_box(convert(box, step))` in place of every bracket of four numbers in 0..1, one of them at least with a
+    decimal point; `step` is that of the last decimal written, at most 0.01.
+    """
+
+    def replaced(found: re.Match) -> str:
+        box = tuple(float(group) for group in found.groups())
+        decimals = max(len(group.partition(".")[2]) for group in found.groups())
+        if not decimals or not all(0 <= value <= 1 for value in box):
+            return found.group()
+        return format_box(convert(box, min(10.0**-decimals, 0.01)))
+
+    return _BRACKET.sub(replaced, text)
 
 
 def question_text(task: Task, box: Box | None = None, caption: str | None = None) -> str:

@@ -1,4 +1,4 @@
-"""ImageRecord and Region: the one schema of region data, validated at the door.
+"""ImageRecord and Region: the one schema of region data, validated at the door. Conversation: what a chat is stored as.
 
 Whatever comes from outside passes `make_record`. A bad region is dropped and its reason returned; a bad image raises. Reasons
 are fixed sentences, so that they can be counted.
@@ -35,6 +35,20 @@ class ImageRecord:
     regions: tuple[Region, ...]
 
 
+@dataclass(frozen=True)
+class Conversation:
+    """Questions with their answers, about one image or none (`image` empty, `width` and `height` 0).
+
+    Texts hold no image sign: the image stands before the first question.
+    """
+
+    id: str
+    width: int
+    height: int
+    image: bytes
+    turns: tuple[tuple[str, str], ...]
+
+
 def _caption(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError("caption is not text")
@@ -48,10 +62,19 @@ def _caption(value: Any) -> str:
 
 
 def image_box(values: Any, width: int, height: int, unit: BoxUnit, frame: BboxFrame) -> Box:
-    """Four numbers as a data set states them -> a box in the image frame.
+    """`written_box` of a box that pixels are taken from: one without area raises `ValueError` too."""
+    x1, y1, x2, y2 = written_box(values, width, height, unit, frame, 0.001)
+    if x2 <= x1 or y2 <= y1:
+        raise ValueError("box has zero area")
+    return x1, y1, x2, y2
+
+
+def written_box(values: Any, width: int, height: int, unit: BoxUnit, frame: BboxFrame, step: float) -> Box:
+    """Four numbers as a data set states them -> a box in the image frame, 0 <= x1 <= x2 <= 1.
 
     `unit` absolute counts pixels; `frame` padded_square measures from the corner of the centred square, not the image's.
-    Such boxes are often text of three decimals: one that crosses the image's edge by no more than that rounding is clipped to it.
+    Such boxes are often text: one that crosses the image's edge by no more than the rounding of numbers written in `step`s is
+    clipped to it.
     Raises `ValueError` with the reason for anything that is not a box of the image.
     """
     if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != 4:
@@ -70,13 +93,10 @@ def image_box(values: Any, width: int, height: int, unit: BoxUnit, frame: BboxFr
     slack_x = slack_y = 1e-6
     if frame == "padded_square":
         x1, y1, x2, y2 = box_from_square((x1, y1, x2, y2), width, height)
-        slack_x, slack_y = slack_x + 0.0005 * side / width, slack_y + 0.0005 * side / height
+        slack_x, slack_y = slack_x + step / 2 * side / width, slack_y + step / 2 * side / height
     if min(x1 + slack_x, y1 + slack_y) < 0 or x2 > 1 + slack_x or y2 > 1 + slack_y:
         raise ValueError("box lies outside the image")
-    x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, 1.0), min(y2, 1.0)
-    if x2 <= x1 or y2 <= y1:
-        raise ValueError("box has zero area")
-    return x1, y1, x2, y2
+    return min(max(x1, 0.0), 1.0), min(max(y1, 0.0), 1.0), min(max(x2, 0.0), 1.0), min(max(y2, 0.0), 1.0)
 
 
 def make_record(

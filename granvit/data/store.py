@@ -12,6 +12,9 @@ A store is a directory: `manifest.json` (format, version, counts, files with the
 image: uint32 length of a JSON header, the header, the encoded image) and the text side: `texts.bin` holds, image by image,
 the global caption (empty where there is none) and each region's caption in UTF-8; `text_ends.u8` where each text ends and
 `region_starts.i8` each image's first region (both start with 0). The text side is mapped: counts and lengths cost no image bytes.
+
+A store of conversations (`granvit.data.conversations` builds it) is the same with conversations for images, no regions, and a
+conversation's whole JSON header as its one text.
 """
 import argparse
 import hashlib
@@ -21,13 +24,13 @@ import shutil
 import struct
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import get_args
+from typing import TypeVar, get_args
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -35,12 +38,32 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from rich.progress import Progress
 
 from granvit.config import DataSection
-from granvit.data.records import BboxFrame, BoxUnit, ImageRecord, Region, image_box, make_record
+from granvit.data.records import BboxFrame, BoxUnit, Conversation, ImageRecord, Region, image_box, make_record
+from granvit.stages import REGION_TASKS, Task
 
-FORMAT, VERSION = "granvit-regions", 1
+VERSION = 1
 MAX_PIXELS = DataSection.model_fields["max_pixels"].default
-_BUILD = "build it with `python -m granvit.data.store JSONL IMAGES OUT`"
+_BUILD = (
+    "build it with `python -m granvit.data.store JSONL IMAGES OUT`, or `python -m granvit.data.conversations JSON IMAGES OUT` "
+    "where it is to hold conversations"
+)
 _NAMED = 10  # refused items named; the others are counted
+Record = ImageRecord | Conversation
+Input = TypeVar("Input")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a store holds: its name in the manifest, the tasks that can be asked, and what the manifest counts, records first."""
+
+    format: str
+    tasks: tuple[Task, ...]
+    counts: tuple[str, ...]
+
+
+REGIONS = Kind("granvit-regions", REGION_TASKS, ("images", "regions", "globals"))
+CONVERSATIONS = Kind("granvit-conversations", ("conversation",), ("conversations", "turns", "images"))
+KINDS = {kind.format: kind for kind in (REGIONS, CONVERSATIONS)}
 
 
 @dataclass
@@ -50,6 +73,8 @@ class Summary:
     images: int = 0
     regions: int = 0
     globals: int = 0
+    conversations: int = 0
+    turns: int = 0
     refused: Counter = field(default_factory=Counter)
     first_refused: list[str] = field(default_factory=list)
 
@@ -59,21 +84,28 @@ class Summary:
             self.first_refused.append(f"{what}: {reason}")
 
 
-def _encode(record: ImageRecord) -> bytes:
-    header = {
-        "id": record.id,
-        "width": record.width,
-        "height": record.height,
-        "global": record.global_caption,
-        "regions": [[*region.box, region.caption] for region in record.regions],
-    }
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    return struct.pack("<I", len(text)) + text + record.image
+def _header(record: Record) -> str:
+    """All of a record but its image, as JSON."""
+    tree = {"id": record.id, "width": record.width, "height": record.height}
+    if isinstance(record, Conversation):
+        tree["turns"] = record.turns
+    else:
+        tree["global"] = record.global_caption
+        tree["regions"] = [[*region.box, region.caption] for region in record.regions]
+    return json.dumps(tree, ensure_ascii=False, separators=(",", ":"))
 
 
-def _decode(data: bytes) -> ImageRecord:
+def _encode(header: str, image: bytes) -> bytes:
+    text = header.encode()
+    return struct.pack("<I", len(text)) + text + image
+
+
+def _decode(data: bytes) -> Record:
     (size,) = struct.unpack_from("<I", data)
     header = json.loads(data[4 : 4 + size])
+    if "turns" in header:
+        turns = tuple((question, answer) for question, answer in header["turns"])
+        return Conversation(header["id"], header["width"], header["height"], data[4 + size :], turns)
     regions = tuple(Region(tuple(box), caption) for *box, caption in header["regions"])
     return ImageRecord(header["id"], header["width"], header["height"], data[4 + size :], header["global"], regions)
 
@@ -81,8 +113,8 @@ def _decode(data: bytes) -> ImageRecord:
 class _Writer:
     """Writes a store into `folder`, which exists and is empty."""
 
-    def __init__(self, folder: Path, shard_bytes: int):
-        self.folder, self.shard_bytes = folder, shard_bytes
+    def __init__(self, folder: Path, kind: Kind, shard_bytes: int):
+        self.folder, self.kind, self.shard_bytes = folder, kind, shard_bytes
         self.shards: list[dict] = []
         self.summary = Summary()
         self._shard: ArrayRecordWriter | None = None
@@ -93,8 +125,9 @@ class _Writer:
         self._ends.write(struct.pack("<Q", 0))
         self._starts.write(struct.pack("<q", 0))
 
-    def add(self, record: ImageRecord) -> None:
-        data = _encode(record)
+    def add(self, record: Record) -> None:
+        header = _header(record)
+        data = _encode(header, record.image)
         if self._shard is None:
             name = f"shard-{len(self.shards):05d}.array_record"
             self._shard = ArrayRecordWriter(str(self.folder / name), "group_size:1,uncompressed")
@@ -103,12 +136,19 @@ class _Writer:
         self._shard.write(data)
         self.shards[-1]["images"] += 1
         self._filled += len(data)
-        for text in (record.global_caption or "", *(region.caption for region in record.regions)):
+        if isinstance(record, Conversation):
+            texts = [header]
+            self.summary.conversations += 1
+            self.summary.turns += len(record.turns)
+            self.summary.images += bool(record.image)
+        else:
+            texts = [record.global_caption or "", *(region.caption for region in record.regions)]
+            self.summary.images += 1
+            self.summary.regions += len(record.regions)
+            self.summary.globals += record.global_caption is not None
+        for text in texts:
             self._texts.write(text.encode())
             self._ends.write(struct.pack("<Q", self._texts.tell()))
-        self.summary.images += 1
-        self.summary.regions += len(record.regions)
-        self.summary.globals += record.global_caption is not None
         self._starts.write(struct.pack("<q", self.summary.regions))
         if self._filled >= self.shard_bytes:
             self._close_shard()
@@ -118,17 +158,15 @@ class _Writer:
             self._shard.close()
             self._shard = None
 
-    def finish(self, frame: BboxFrame) -> None:
+    def finish(self, frame: BboxFrame | None) -> None:
         self._close_shard()
         for file in (self._texts, self._ends, self._starts):
             file.close()
         names = [shard["file"] for shard in self.shards] + ["texts.bin", "text_ends.u8", "region_starts.i8"]
         manifest = {
-            "format": FORMAT,
+            "format": self.kind.format,
             "version": VERSION,
-            "images": self.summary.images,
-            "regions": self.summary.regions,
-            "globals": self.summary.globals,
+            **{count: getattr(self.summary, count) for count in self.kind.counts},
             "bbox_frame": frame,  # of the boxes as they came; the stored ones are relative to the image
             "refused": dict(self.summary.refused),
             "shards": self.shards,
@@ -140,11 +178,11 @@ class _Writer:
                 os.fsync(file.fileno())
 
 
-Item = tuple[ImageRecord | None, list[tuple[str, str]]]  # a record, and what was refused of it as (what, reason)
+Item = tuple[Record | None, list[tuple[str, str]]]  # a record, and what was refused of it as (what, reason)
 
 
-def _write(items: Iterable[Item], out: str | Path, frame: BboxFrame, shard_bytes: int) -> Summary:
-    """Writes beside and renames: `out` appears whole or not at all."""
+def write_items(items: Iterable[Item], out: str | Path, kind: Kind, frame: BboxFrame | None, shard_bytes: int) -> Summary:
+    """Writes beside and renames: `out` appears whole or not at all. `ValueError` where it exists already or nothing is left."""
     out = Path(out)
     if out.exists():
         raise ValueError(f"store {out} exists already; remove it or name another directory")
@@ -152,14 +190,15 @@ def _write(items: Iterable[Item], out: str | Path, frame: BboxFrame, shard_bytes
     shutil.rmtree(partial_out, ignore_errors=True)  # of a build that was killed
     partial_out.mkdir(parents=True)
     try:
-        writer = _Writer(partial_out, shard_bytes)
+        writer = _Writer(partial_out, kind, shard_bytes)
         for record, refused in items:
             for what, reason in refused:
                 writer.summary.refuse(what, reason)
             if record is not None:
                 writer.add(record)
-        if not writer.summary.images:
-            raise ValueError(f"store {out}: no usable image; refused: {dict(writer.summary.refused) or 'the input is empty'}")
+        if not writer.shards:
+            refused = dict(writer.summary.refused) or "the input is empty"
+            raise ValueError(f"store {out}: no usable {kind.counts[0][:-1]}; refused: {refused}")
         writer.finish(frame)
         os.rename(partial_out, out)
     except BaseException:
@@ -184,7 +223,25 @@ def write_store(records: Iterable[ImageRecord], out: str | Path, shard_bytes: in
                 raise ValueError(f"record {record.id!r}: global caption is empty (None means absent)")
             yield record, []
 
-    return _write(checked(), out, "image", shard_bytes)
+    return write_items(checked(), out, REGIONS, "image", shard_bytes)
+
+
+def read_in_threads(
+    read: Callable[[Input], Item], inputs: Iterator[Input], done: Callable[[list[Input]], None]
+) -> Iterator[Item]:
+    """`read` of every input, in order; `done` is told which are behind. A bounded number of images is held in memory."""
+    with ThreadPoolExecutor() as pool:
+        while chunk := list(islice(inputs, 64)):
+            yield from pool.map(read, chunk)
+            done(chunk)
+
+
+def read_image(path: Path) -> bytes:
+    """An image file's bytes; `ValueError` with a reason that can be counted."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"image file cannot be read ({type(error).__name__})") from None
 
 
 def _read_line(numbered: tuple[int, bytes], images: Path, unit: BoxUnit, frame: BboxFrame, max_pixels: int) -> Item:
@@ -198,10 +255,7 @@ def _read_line(numbered: tuple[int, bytes], images: Path, unit: BoxUnit, frame: 
         if not isinstance(tree, dict) or not isinstance(tree.get("image"), str):
             raise ValueError("line has no image path")
         name = str(tree.get("id", tree["image"]))
-        try:
-            data = (images / tree["image"]).read_bytes()
-        except OSError as error:
-            raise ValueError(f"image file cannot be read ({type(error).__name__})") from None
+        data = read_image(images / tree["image"])
         record, refused = make_record(
             name, data, tree.get("global"), tree.get("regions") or [], unit=unit, frame=frame, max_pixels=max_pixels
         )
@@ -234,20 +288,21 @@ def build_store(
     task = progress.add_task("images", total=jsonl.stat().st_size) if progress else None
 
     def items() -> Iterator[Item]:
-        with open(jsonl, "rb") as file, ThreadPoolExecutor() as pool:
-            lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-            while chunk := list(islice(lines, 64)):  # bounds the images held in memory
-                yield from pool.map(read, chunk)
-                if progress:
-                    progress.advance(task, sum(len(line) for _, line in chunk))
+        def done(chunk: list[tuple[int, bytes]]) -> None:
+            if progress:
+                progress.advance(task, sum(len(line) for _, line in chunk))
 
-    return _write(items(), out, frame, shard_bytes)
+        with open(jsonl, "rb") as file:
+            yield from read_in_threads(read, ((n, line) for n, line in enumerate(file, 1) if line.strip()), done)
+
+    return write_items(items(), out, REGIONS, frame, shard_bytes)
 
 
 class Store:
     """A store opened for reading; cheap to open and to send to another process.
 
-    `images`, `regions` and `globals` count; `region_starts` int64 `[images + 1]` and `text_ends` uint64
+    `images` counts records (images, or conversations with and without one), `regions` and `globals` what can be asked about
+    them beside; `kind` says which tasks there are. `region_starts` int64 `[images + 1]` and `text_ends` uint64
     `[images + regions + 1]` are mapped. The texts of image i are numbers `region_starts[i] + i` (its global caption) and the
     following (its regions). Raises `ValueError`, with the path and the remedy, for a directory that is missing, empty, of
     another format or version, or has a file that is missing or not of the size that the manifest states.
@@ -264,8 +319,9 @@ class Store:
             manifest = json.loads(data)
         except (OSError, ValueError) as error:
             raise ValueError(f"store {path}: no readable manifest.json, so this is no region store; {_BUILD} ({error})") from None
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise ValueError(f"store {path}: manifest.json is of another format than {FORMAT!r}; {_BUILD}")
+        if not isinstance(manifest, dict) or manifest.get("format") not in KINDS:
+            raise ValueError(f"store {path}: manifest.json is of another format than {', '.join(KINDS)}; {_BUILD}")
+        self.kind = KINDS[manifest["format"]]
         if manifest["version"] > VERSION:
             raise ValueError(f"store {path}: version {manifest['version']} is newer than {VERSION}; update granvit")
         for name, size in manifest["bytes"].items():
@@ -273,8 +329,9 @@ class Store:
             if found != size:
                 state = "is missing" if found is None else f"has {found} bytes instead of {size} (truncated?)"
                 raise ValueError(f"store {path}: {name} {state}; copy it again or rebuild the store")
-        self.images, self.regions, self.globals = manifest["images"], manifest["regions"], manifest["globals"]
-        self.bbox_frame: BboxFrame = manifest["bbox_frame"]
+        self.images = manifest[self.kind.counts[0]]
+        self.regions, self.globals = manifest.get("regions", 0), manifest.get("globals", 0)
+        self.bbox_frame: BboxFrame | None = manifest["bbox_frame"]
         self.region_starts = np.memmap(path / "region_starts.i8", "<i8", "r")
         self.text_ends = np.memmap(path / "text_ends.u8", "<u8", "r")
         if len(self.region_starts) != self.images + 1 or len(self.text_ends) != self.images + self.regions + 1:
@@ -285,8 +342,8 @@ class Store:
     def __reduce__(self):
         return Store, (self.path,)
 
-    def record(self, index: int) -> ImageRecord:
-        """Image `index`; `ValueError` with the reason where its bytes are damaged."""
+    def record(self, index: int) -> Record:
+        """Record `index`; `ValueError` with the reason where its bytes are damaged."""
         try:
             return _decode(self._shards[index])
         except (RuntimeError, ValueError, KeyError, TypeError, struct.error):  # RuntimeError: ArrayRecord's checksums
@@ -327,11 +384,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{a.out}: {summary.images} images, {summary.regions} regions, {summary.globals} global captions")
+    print_refused(summary)
+    return 0
+
+
+def print_refused(summary: Summary) -> None:
+    """What was refused, by reason, and the first by name."""
     for reason, count in summary.refused.most_common():
         print(f"  refused {count}: {reason}")
     for line in summary.first_refused:
         print(f"    {line}")
-    return 0
 
 
 if __name__ == "__main__":

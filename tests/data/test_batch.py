@@ -8,7 +8,7 @@ from granvit.config import Bucket
 from granvit.data.batch import Batch, Packer, Question, join, prompt_batch
 from granvit.data.images import box_to_square, crop, decode, to_square
 from granvit.data.prompts import answer_text, question_text
-from granvit.data.records import ImageRecord
+from granvit.data.records import Conversation, ImageRecord
 from tests.conftest import random_record
 
 BUCKET = Bucket(length=1200, answers=200)
@@ -72,6 +72,46 @@ def test_every_answer_sees_exactly_its_own_conversation(packer, chat, vision):
     assert batch.segments_BS.max() == 4 and batch.segments_BS.min() == -1
 
 
+TURNS = (("What is it?", "A cup."), ("Which colour?", "Red, mostly."), ("Since when?", "Always."))
+
+
+@pytest.mark.parametrize("with_image", [True, False], ids=["image", "text"])
+def test_every_turn_of_a_conversation_sees_all_before_it(packer, chat, vision, with_image):
+    """One segment: what a supervised place sees is the whole conversation up to there, and its target what follows."""
+    record = random_record("a", 0, 1)
+    image = record.image if with_image else b""
+    batch = packer.conversation_row(Conversation("talk", record.width, record.height, image, TURNS), BUCKET)
+    conversation = tokens_of(chat, BEFORE) + ([chat.pad_token] * vision.patches + tokens_of(chat, "\n")) * with_image
+    expected = []
+    for number, (question, answer) in enumerate(TURNS):
+        header = "\n<|im_start|>user\n" if number else ""
+        conversation += tokens_of(chat, f"{header}{question}<|im_end|>\n<|im_start|>assistant\n")
+        answer_ids = tokens_of(chat, f"{answer}<|im_end|>")
+        expected += range(len(conversation), len(conversation) + len(answer_ids))
+        conversation += answer_ids
+    for place, target in enumerate(expected):
+        assert batch.answer_weights_BA[0, place] == 1 and batch.answer_targets_BA[0, place] == conversation[target]
+        assert seen(batch, 0, batch.answer_positions_BA[0, place]) == (conversation[:target], list(range(target)))
+    assert batch.tokens == len(expected) and batch.questions == 3 and batch.skipped == () and batch.record_ids == ("talk",)
+    assert batch.image_weights_B.tolist() == [with_image]
+    assert len(set(batch.image_positions_BN[0].tolist())) == vision.patches  # each place once, of a text row too
+    if with_image:
+        np.testing.assert_array_equal(batch.pixels_B3RR[0], to_square(decode(image, 10**6), vision))
+
+
+def test_turns_beyond_the_bucket_are_left_out_and_named(packer):
+    whole = packer.conversation_row(Conversation("talk", 0, 0, b"", TURNS), BUCKET)
+    used, answers = int((whole.segments_BS >= 0).sum()), int(whole.tokens)
+    for bucket in (Bucket(length=used - 1, answers=answers), Bucket(length=used, answers=answers - 1)):
+        batch = packer.conversation_row(Conversation("talk", 0, 0, b"", TURNS), bucket)
+        ((what, why),) = batch.skipped
+        assert what == "talk turn 2" and "does not fit" in why and batch.questions == 2
+        assert batch.tokens == answers - len("Always.") - 1
+    none = packer.conversation_row(Conversation("talk", 0, 0, b"", TURNS), Bucket(length=BUCKET.length, answers=6))
+    assert none.record_ids == ("",) and none.tokens == 0
+    assert [what for what, _ in none.skipped] == ["talk turn 0", "talk turn 1", "talk turn 2"]
+
+
 def test_boxes_and_crops_are_those_of_the_rows_regions_once_each(packer, vision):
     record = random_record("a", 5, 2)
     asked = [Question("caption2bbox", 3), Question("bbox2caption", 3), Question("bbox2caption", 1), Question("global")]
@@ -95,15 +135,18 @@ def test_shapes_and_dtypes_never_depend_on_the_content(packer):
         packer.row(replace(record, image=b"broken"), [Question("global")], BUCKET),
         packer.text_row("t", range(16), [("what?", "that")], BUCKET),
         packer.empty(BUCKET),
+        packer.conversation_row(Conversation("c", record.width, record.height, record.image, TURNS), BUCKET),
+        packer.conversation_row(Conversation("d", 0, 0, b"", TURNS[:1]), BUCKET),
+        packer.conversation_row(Conversation("e", 8, 8, b"broken", TURNS[:1]), BUCKET),
     ]
     shapes = [{f.name: (getattr(row, f.name).shape, getattr(row, f.name).dtype) for f in fields(Batch) if f.type is np.ndarray} for row in rows]  # fmt: skip # noqa: E501
     assert all(shape == shapes[0] for shape in shapes)
     batch = join(rows)
-    assert batch.pixels_B3RR.shape == (5, 3, 32, 32) and batch.crops_BK3rr.shape == (5, 3, 3, 24, 24)
-    assert batch.record_ids == ("a", "a", "", "t", "") and batch.questions == 3
-    assert batch.skipped == (("a", "not an image file"),)
-    assert batch.image_weights_B.tolist() == [1, 1, 0, 0, 0]
-    for row in range(5):  # no place has nothing to attend to
+    assert batch.pixels_B3RR.shape == (8, 3, 32, 32) and batch.crops_BK3rr.shape == (8, 3, 3, 24, 24)
+    assert batch.record_ids == ("a", "a", "", "t", "", "c", "d", "") and batch.questions == 7
+    assert batch.skipped == (("a", "not an image file"), ("e", "not an image file"))
+    assert batch.image_weights_B.tolist() == [1, 1, 0, 0, 0, 1, 0, 0]
+    for row in range(8):  # no place has nothing to attend to
         assert batch.segments_BS[row, 0] == 0
 
 

@@ -19,7 +19,7 @@ from granvit.data.loader import Loader, held_out, splitmix64
 from granvit.data.prompts import format_box, question_text
 from granvit.data.records import ImageRecord
 from granvit.data.store import Store, write_store
-from granvit.stages import TASKS
+from granvit.stages import REGION_TASKS as TASKS
 from tests.conftest import random_record
 
 BUCKETS = [{"length": 600, "answers": 120}, {"length": 1100, "answers": 250}]
@@ -169,7 +169,7 @@ def test_a_row_always_fits_its_bucket_and_both_buckets_are_used(store, records, 
 def test_lengths_bound_the_packers_rows_closely(store, records, vision, chat):
     tokenizer = train_tokenizer(["Describe the content within the box word all of image"], 330, "qwen2.5")
     for speaker in (chat, Chat(tokenizer, "qwen2.5")):
-        lengths = TurnLengths(store, speaker, frozenset(TASKS))
+        lengths = TurnLengths(store, speaker, frozenset(TASKS), vision.patches)
         for image, record in enumerate(records[:10]):
             first = int(store.region_starts[image]) + image
             for number, region in enumerate(record.regions):

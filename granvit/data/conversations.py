@@ -1,0 +1,222 @@
+"""Conversations in LLaVA's JSON -> a store that trains `projector`, `continued` and `sft`.
+
+    python -m granvit.data.conversations conversations.json images/ OUT [--bbox-frame image|padded_square]
+
+The JSON is a list, which is read whole, or one conversation a line (BLIP-LAION-CC-SBU-558K, Open-LLaVA-NeXT 1M, LLaVA-OneVision):
+
+    {"id": "a", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
+                                                    {"from": "gpt", "value": "A red cup."}]}
+
+`image` may be absent or a list of one path, a turn may say `role` (user, assistant) and `content`; other keys are ignored. The
+image sign stands at the start or the end of the first question and is taken out, as is white space around a text.
+
+Boxes are text here, `[x1, y1, x2, y2]` in 0..1 with a decimal point, and every data set has its own frame for them: LLaVA-665K's
+are relative to the padded square, and are rewritten for the image. `--bbox-frame` may be left out where no text about an image
+holds one; otherwise the build ends and asks for it.
+
+A conversation that does not line up (turns out of order, an answer missing, an image sign too many, a box outside the
+image, several images, a video) is refused whole, counted by reason, the first ten by id.
+"""
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+from rich.progress import Progress
+
+from granvit.data.images import decode
+from granvit.data.prompts import Box, replace_boxes
+from granvit.data.records import BboxFrame, Conversation, written_box
+from granvit.data.store import CONVERSATIONS, MAX_PIXELS, Item, Summary, print_refused, read_image, read_in_threads, write_items
+
+IMAGE = "<image>"
+_SPEAKERS = {"human": 0, "user": 0, "gpt": 1, "assistant": 1}  # place in a turn
+
+
+class _FrameNotStated(Exception):
+    """Ends the build, unlike the `ValueError` of a conversation that is refused."""
+
+
+def build_conversations(
+    path: str | Path,
+    images: str | Path,
+    out: str | Path,
+    *,
+    frame: BboxFrame | None = None,
+    shard_bytes: int = 256 << 20,
+    max_pixels: int = MAX_PIXELS,
+    progress: Progress | None = None,
+) -> Summary:
+    """Builds a store from a JSON file and a folder of images (see the module's docstring).
+
+    Whatever is bad is left out and counted by reason; `ValueError` where nothing is left, an argument is no file or folder, a
+    JSON list is damaged, or a text holds a box and no `frame` is stated.
+    """
+    path, images = Path(path), Path(images)
+    if not path.is_file():
+        raise ValueError(f"conversations {path}: no such file")
+    if not images.is_dir():
+        raise ValueError(f"images {images}: no such directory")
+    read = partial(_read, images=images, frame=frame, max_pixels=max_pixels)
+    task = progress.add_task("conversations", total=None) if progress else None
+
+    def done(chunk: list) -> None:
+        if progress:
+            progress.advance(task, len(chunk))
+
+    try:
+        return write_items(read_in_threads(read, _entries(path), done), out, CONVERSATIONS, frame, shard_bytes)
+    except _FrameNotStated as found:
+        raise ValueError(
+            f"{path}: {found}; state what this data set's boxes are relative to: --bbox-frame image, or padded_square "
+            f"(LLaVA's own files)"
+        ) from None
+
+
+def _entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each conversation's place in the file, and its tree or its line."""
+    with open(path, "rb") as file:
+        if file.read(64).lstrip().startswith(b"["):
+            file.seek(0)
+            try:
+                trees = json.load(file)
+            except ValueError as error:
+                raise ValueError(f"conversations {path}: not valid JSON: {error}") from None
+            yield from ((f"entry {number}", tree) for number, tree in enumerate(trees, 1))
+        else:
+            file.seek(0)
+            yield from ((f"line {number}", line) for number, line in enumerate(file, 1) if line.strip())
+
+
+def _read(entry: tuple[str, Any], images: Path, frame: BboxFrame | None, max_pixels: int) -> Item:
+    name, tree = entry
+    try:
+        if isinstance(tree, bytes):
+            try:
+                tree = json.loads(tree)
+            except ValueError:  # also UnicodeDecodeError
+                raise ValueError("line is not valid JSON") from None
+        if not isinstance(tree, Mapping):
+            raise ValueError("entry is not a mapping with conversations")
+        name = str(tree.get("id", name)).encode(errors="replace").decode()
+        image = _image_path(tree)
+        turns = _turns(tree.get("conversations"), image is not None)
+        if image is None:
+            return Conversation(name, 0, 0, b"", turns), []
+        data = read_image(images / image)
+        height, width = decode(data, max_pixels).shape[:2]
+        turns = tuple((_in_image(q, width, height, frame), _in_image(a, width, height, frame)) for q, a in turns)
+    except ValueError as error:
+        return None, [(name, str(error))]
+    except _FrameNotStated as found:
+        raise _FrameNotStated(f"{name} holds {found}") from None
+    return Conversation(name, width, height, data, turns), []
+
+
+def _image_path(tree: Mapping) -> str | None:
+    """Where the conversation's image is; None where it has none."""
+    if tree.get("video"):
+        raise ValueError("conversation has a video")
+    image = tree.get("image")
+    if isinstance(image, list):
+        if len(image) > 1:
+            raise ValueError("conversation has more than one image")
+        image = image[0] if image else None
+    if image is not None and not isinstance(image, str):
+        raise ValueError("image is not a path")
+    return image or None
+
+
+def _turns(spoken: Any, with_image: bool) -> tuple[tuple[str, str], ...]:
+    """Questions and answers without the image sign; `ValueError` with the reason where they do not line up."""
+    if not isinstance(spoken, list) or not spoken:
+        raise ValueError("conversations is not a list of turns")
+    texts = []
+    for number, turn in enumerate(spoken):
+        if not isinstance(turn, Mapping):
+            raise ValueError("a turn is not a mapping")
+        speaker, text = (turn.get(key) for key in (("from", "value") if "from" in turn else ("role", "content")))
+        if speaker not in _SPEAKERS:
+            raise ValueError("a turn's speaker is neither human nor gpt")
+        if _SPEAKERS[speaker] != number % 2:
+            raise ValueError("turns do not alternate between human and gpt, the human first")
+        if not isinstance(text, str):
+            raise ValueError("a turn has no text")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("a turn's text is not valid Unicode") from None
+        texts.append(text.strip())
+    if len(texts) % 2:
+        raise ValueError("the last question has no answer")
+    if not all(texts[1::2]):
+        raise ValueError("an answer is empty")
+    _take_image_sign(texts, with_image)
+    if not all(texts[2::2]) or not (texts[0] or with_image):
+        raise ValueError("a question is empty")
+    return tuple(zip(texts[::2], texts[1::2], strict=True))
+
+
+def _take_image_sign(texts: list[str], with_image: bool) -> None:
+    """Takes the sign out of the first question: the chat template puts the image before it."""
+    signs = sum(text.count(IMAGE) for text in texts)
+    if not with_image:
+        if signs:
+            raise ValueError(f"{IMAGE} in a conversation without an image")
+        return
+    if signs != 1:
+        raise ValueError(f"more than one {IMAGE} for one image" if signs else f"no {IMAGE} for the image")
+    if IMAGE not in texts[0]:
+        raise ValueError(f"{IMAGE} outside the first question")
+    if not (texts[0].startswith(IMAGE) or texts[0].endswith(IMAGE)):
+        raise ValueError(f"{IMAGE} inside a sentence")
+    texts[0] = texts[0].replace(IMAGE, "").strip()
+
+
+def _in_image(text: str, width: int, height: int, frame: BboxFrame | None) -> str:
+    """The text with its boxes relative to the image."""
+
+    def convert(box: Box, step: float) -> Box:
+        if frame is None:
+            raise _FrameNotStated(f"a box, {list(box)}")
+        try:
+            return written_box(box, width, height, "relative", frame, step)
+        except ValueError as error:
+            raise ValueError(f"a text's {error}") from None
+
+    return text if frame == "image" else replace_boxes(text, convert)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m granvit.data.conversations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("json", metavar="JSON", help="conversations: a list, or one a line")
+    parser.add_argument("images", metavar="IMAGES", help="folder that the conversations' image paths are relative to")
+    parser.add_argument("out", metavar="OUT", help="directory to make")
+    parser.add_argument("--bbox-frame", choices=get_args(BboxFrame), help="what boxes in the texts are relative to")
+    parser.add_argument("--shard-size", type=int, default=256, metavar="MB", help="shards are closed at this size (default: 256)")
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="refuse larger images (default: %(default)s)")
+    a = parser.parse_args(arguments)
+    try:
+        with Progress(transient=True) as progress:
+            summary = build_conversations(
+                *(a.json, a.images, a.out),
+                frame=a.bbox_frame,
+                shard_bytes=a.shard_size << 20,
+                max_pixels=a.max_pixels,
+                progress=progress,
+            )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{a.out}: {summary.conversations} conversations, {summary.images} of them about an image, {summary.turns} turns")
+    print_refused(summary)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
