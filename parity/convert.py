@@ -168,8 +168,9 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _bytes(source: Source, plan: Plan) -> dict[str, int]:
-    sizes = {t: sum(n for _, n in source.tensors.entries[s]["spans"]) for t, s in plan.names.items()}
-    return sizes | {t: math.prod(plan.shapes[t]) * dtype.itemsize for t, (_, dtype) in plan.fillers.items()}
+    kinds = {t: source.tensors.dtypes[source.tensors.entries[s]["tag"]] for t, s in plan.names.items()}
+    kinds |= {t: dtype for t, (_, dtype) in plan.fillers.items()}
+    return {t: math.prod(plan.shapes[t]) * kind.itemsize for t, kind in kinds.items()}
 
 
 def _arrays(source: Source, plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
@@ -192,9 +193,9 @@ def _beside(destination: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write(source: Source, plan: Plan, target: Layout, destination: Path, verify: bool, report: Report,
-           progress: ProgressCallback) -> None:  # fmt: skip
-    """Writes beside the destination, re-reads, renames."""
+def write_plan(source: Source, plan: Plan, target: Layout, destination: Path, verify: bool, report: Report,
+               progress: ProgressCallback, accompany: Callable[[Path], None] = lambda folder: None) -> None:  # fmt: skip
+    """Writes beside the destination, re-reads, renames. `accompany` puts further files into the folder before that."""
     one_file = destination.suffix in (".ckpt", ".safetensors")
     as_ckpt = destination.suffix == ".ckpt" or (not one_file and target.name in IN_CKPT)
     sizes = _bytes(source, plan)
@@ -220,6 +221,7 @@ def _write(source: Source, plan: Plan, target: Layout, destination: Path, verify
             write_synced(inside / "config.json", json.dumps(plan.config, indent=2) + "\n")
         elif plan.config is not None:
             report.notes.append("one file holds no configuration: a directory as DST would have a config.json")
+        accompany(inside)
         if verify:
             written = CkptFile(inside / f"{stem}.ckpt") if as_ckpt else TensorSet(inside, stem)
             _verify(source, plan, written, digests, sizes, progress)
@@ -269,7 +271,7 @@ def convert(
     contents = read_contents(opened, layout, spelling)
     report = Report(source, destination, layout.name, target.name, left_out=contents.left_out, notes=contents.notes)
     plan = make_plan(opened, contents, target, report)
-    _write(opened, plan, target, destination, verify, report, progress)
+    write_plan(opened, plan, target, destination, verify, report, progress)
     report.seconds = time.perf_counter() - start
     report.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return report
