@@ -182,7 +182,7 @@ def export(
         plan, card, texts = _llava(work, tower, report)
     texts["preprocessor_config.json"] = _json(preprocessor_config(work.vision))
     exported = Exported(
-        title=f"{destination.name}: {'the vision encoder' if kind == 'encoder' else 'the whole'} of a GranViT",
+        title=f"{destination.name}: {'the vision encoder of a' if kind == 'encoder' else 'a'} GranViT",
         remarks=work.remarks,
         license=license_id,
         base_models=base_models,
@@ -251,7 +251,8 @@ def _encoder(
     start = _find_start(work, start_weights) if top == "start" else None
     if start is not None:
         _take_top(work, start, above)
-        work.record["top"]["weights"] = shown(start)
+        taken = [tower.layout.spellings[0].foreign(name) for name in above]
+        work.record["top"] |= {"weights": shown(start), "tensors": taken}
     plan = _plan(work, tower.layout, report)
     if work.pooling:
         work.add(work.pooling, {})

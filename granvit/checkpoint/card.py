@@ -40,12 +40,13 @@ def model_card(exported: Exported, runs: Sequence[PastRun], gone: str | None, sh
         f"# {exported.title}",
         exported.about,
         f"## Load it\n\n```python\n{exported.loading}\n```",
+        "## What to know",
         "\n".join(f"- {remark}" for remark in exported.remarks),
         "## Start weights, and how far they moved",
         _parts(exported, runs, gone, shapes),
         "## Training",
         *(_stage(number, run) for number, run in enumerate(runs, 1)),
-        "## Versions",
+        "## Versions that the checkpoint was written with",
         ", ".join(f"{name} {version}" for name, version in runs[-1].checkpoint.versions.items()) + ".",
     ]
     if exported.license is None:
