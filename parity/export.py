@@ -56,6 +56,7 @@ IMAGE_TOKEN = "<image>"
 RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>")  # Llama 3: tokens whose rows nothing uses
 RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 POOLING = re.compile(r"(?:vision_model\.)?(head\..*)")  # SigLIP's pooling head in a publisher's file
+QUESTIONS = {"global": GLOBAL, "bbox2caption": BBOX2CAPTION, "caption2bbox": CAPTION2BBOX}
 LOAD_ENCODER = """\
 # picture: a PIL image
 from transformers import AutoImageProcessor, AutoModel
@@ -424,8 +425,9 @@ def _llava(work: Work, tower: Tower, report: Report) -> tuple[Plan, dict[str, An
         }),
     }  # fmt: skip
     blank = "blocks and the closing norm above it, which nothing reads, are zeros and norms of one"
+    asked = [f"`{q}`" for task, q in QUESTIONS.items() if any(r.checkpoint.config.stage_spec.mix.get(task) for r in work.runs)]
     work.remarks += [
-        f"Ask one question about one picture, in the words of the training: `{GLOBAL}`, `{BBOX2CAPTION}` or `{CAPTION2BBOX}`. "
+        f"Ask one question about one picture, in the words of the training: {', '.join(asked)}. "
         f"Boxes are `[x1, y1, x2, y2]`, divided by the picture's own width and height, with three decimals.",
         f"The chat template is that of the training (`{chat.family}`), its system message `{SYSTEM}` included.",
         said,
@@ -434,8 +436,8 @@ def _llava(work: Work, tower: Tower, report: Report) -> tuple[Plan, dict[str, An
     ]
     about = (
         f"A GranViT run as `LlavaForConditionalGeneration`: an encoder built like `{tower.loader}` ({vision.image_size} x "
-        f"{vision.image_size} pixels, {vision.patches} tokens), a projector of two layers, and a decoder (`{language.name}`). It "
-        f"is asked what is inside a box of a picture, where in it something is, or what the whole shows."
+        f"{vision.image_size} pixels, {vision.patches} tokens), a projector of two layers, and a decoder (`{language.name}`). "
+        f"GranViT trains an encoder to see regions: the decoder says what is inside a box of a picture, and where something is."
     )
     return plan, {"about": about, "loading": LOAD_LLAVA, "parts": PARTS, "pipeline": "image-text-to-text"}, texts
 

@@ -2,6 +2,7 @@
 import json
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import yaml
@@ -49,6 +50,8 @@ def write_run(directory: Path, vision: VisionConfig = SIGLIP_TINY, language: Lan
     values = {n: initial_value(n, s, 0) + 0.2 * rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
     values |= {name: value for name, value in dict(start).items() if name in shapes}
     engine = ToyEngine(config, vision, language, values.items())
+    if config.runtime.compute == "bfloat16":
+        engine.weights |= {n: w.astype(ml_dtypes.bfloat16) for n, w in engine.weights.items() if n not in engine.trained}
     writer = CheckpointWriter(directory, config, vision, language)
     writer.write_start(engine)
     for name in engine.trained:
@@ -64,10 +67,11 @@ def photograph() -> Image.Image:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A SigLIP as its publisher ships it, and its tensors under our names."""
+    """A SigLIP as its publisher ships it, both towers, and the encoder's tensors under our names."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-    model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**sizes, image_size=32, patch_size=8))
+    towers = {"vision_config": sizes | {"image_size": 32, "patch_size": 8}, "text_config": sizes | {"vocab_size": 64}}
+    model = transformers.SiglipModel(transformers.SiglipConfig(**towers))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -136,8 +140,9 @@ def test_the_top_is_that_of_the_start_weights_and_they_must_be_those(tmp_path, p
     export(run, tmp_path / "out", "encoder", "start")
     assert_loads_whole(transformers.SiglipVisionModel, tmp_path / "out")
     theirs, written = TensorSet(directory), TensorSet(tmp_path / "out")
-    assert written.shapes == theirs.shapes  # the pooling head is there too
-    for name in theirs.shapes:
+    tower = {name: shape for name, shape in theirs.shapes.items() if name.startswith("vision_model.")}
+    assert written.shapes == tower  # the pooling head is there too
+    for name in tower:
         above = any(part in name for part in (".layers.2.", "post_layernorm", ".head."))
         expected = theirs.read(name) if above else moved[SIGLIP.canonical(name)]
         np.testing.assert_array_equal(written.read(name), expected, err_msg=name)
@@ -148,7 +153,7 @@ def test_the_top_is_that_of_the_start_weights_and_they_must_be_those(tmp_path, p
     assert "are those of the start weights, `siglip-tiny`" in card and "pooling head is that of the start weights" in card
 
     other = tmp_path / "other"
-    changed_model = transformers.SiglipVisionModel.from_pretrained(directory)
+    changed_model = transformers.SiglipModel.from_pretrained(directory)
     with torch.no_grad():
         changed_model.vision_model.embeddings.patch_embedding.bias[3].add_(1)
     changed_model.save_pretrained(other)
@@ -160,6 +165,16 @@ def test_the_top_is_that_of_the_start_weights_and_they_must_be_those(tmp_path, p
     assert "--start-weights DIR" in error and "model.init_from" in error
     assert main([str(argument) for argument in (*arguments, directory)]) == 0
     assert "could not be checked" in capsys.readouterr().out
+
+
+def test_start_weights_that_a_run_froze_in_bfloat16_are_known_again(tmp_path, published):
+    directory, values = published
+    model, runtime = {"init": "pretrained", "weights_vision": str(directory)}, {"compute": "bfloat16"}
+    run = write_run(tmp_path / "run", start=values, stage="stage2", model=model, runtime=runtime)
+    export(run, tmp_path / "out", "encoder", "start")
+    assert_loads_whole(transformers.AutoModel, tmp_path / "out")
+    found = TensorSet(tmp_path / "out").read("vision_model.embeddings.patch_embedding.weight")
+    np.testing.assert_array_equal(found, values["vision.embeddings.patch_embedding.weight"].astype(ml_dtypes.bfloat16))
 
 
 def llama3_tokenizer(path: Path) -> Path:
@@ -202,7 +217,11 @@ def test_llava_answers_as_the_run_does(tmp_path, photograph, vision, language, i
     image_id = found["processor"].tokenizer.convert_tokens_to_ids(image_token)
     np.put_along_axis(expected_ids, prompts.image_positions_BN, image_id, 1)
     np.testing.assert_array_equal(found["inputs"]["input_ids"], expected_ids)
+    prompt = found["processor"].apply_chat_template([found["turn"]], add_generation_prompt=True)
+    again = found["processor"](images=photograph, text=prompt, return_tensors="pt")  # no control token comes twice
+    np.testing.assert_array_equal(again["input_ids"], expected_ids)
     assert found["model"].config.image_token_id == image_id
+    assert found["model"].generation_config.suppress_tokens == ([image_id] if image_id >= language.vocab else None)
 
     with torch.no_grad():
         theirs = found["model"](**found["inputs"]).logits[..., : language.vocab]
