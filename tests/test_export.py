@@ -221,6 +221,7 @@ def test_llava_answers_as_the_run_does(tmp_path, photograph, vision, language, i
     again = found["processor"](images=photograph, text=prompt, return_tensors="pt")  # no control token comes twice
     np.testing.assert_array_equal(again["input_ids"], expected_ids)
     assert found["model"].config.image_token_id == image_id
+    assert found["model"].generation_config.eos_token_id == chat.stop_token
     assert found["model"].generation_config.suppress_tokens == ([image_id] if image_id >= language.vocab else None)
 
     with torch.no_grad():
