@@ -4,7 +4,7 @@
 
 SRC is a publisher's directory, a run's directory or one of its checkpoints (RUN/checkpoints/step_0001000), or one .safetensors or
 .ckpt file. DST must not exist: a name that ends in .safetensors or .ckpt becomes one file, any other a directory with a
-config.json beside the tensors. Tokenizers and preprocessing files are not copied.
+config.json beside the tensors. Tokenizers and preprocessing files are not copied: scripts/export_hf.py writes those too.
 
 layouts:
   default      this project's own names; any of its parts
