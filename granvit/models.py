@@ -127,6 +127,10 @@ class LanguageConfig(Strict):
             raise ValueError(f"language.head_dim {self.head_dim} must be even for rotary embeddings")
         return self
 
+    def is_built_like(self, other: "LanguageConfig") -> bool:
+        """Whether one's weights fit the other: all but name and chat template are the same."""
+        return self.model_copy(update={"name": other.name, "chat": other.chat}) == other
+
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -4,7 +4,7 @@
 
 SRC is a publisher's directory, a run's directory or one of its checkpoints (RUN/checkpoints/step_0001000), or one .safetensors or
 .ckpt file. DST must not exist: a name that ends in .safetensors or .ckpt becomes one file, any other a directory with a
-config.json beside the tensors. Tokenizers and preprocessing files are not copied.
+config.json beside the tensors. Tokenizers and preprocessing files are not copied: scripts/export_hf.py writes those too.
 
 layouts:
   default      this project's own names; any of its parts
@@ -179,8 +179,9 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _bytes(source: Source, plan: Plan) -> dict[str, int]:
-    sizes = {t: sum(n for s in parts for _, n in source.tensors.entries[s]["spans"]) for t, parts in plan.names.items()}
-    return sizes | {t: math.prod(plan.shapes[t]) * dtype.itemsize for t, (_, dtype) in plan.fillers.items()}
+    kinds = {t: source.tensors.dtypes[source.tensors.entries[parts[0]]["tag"]] for t, parts in plan.names.items()}
+    kinds |= {t: dtype for t, (_, dtype) in plan.fillers.items()}
+    return {t: math.prod(plan.shapes[t]) * kind.itemsize for t, kind in kinds.items()}
 
 
 def _arrays(source: Source, plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
@@ -203,9 +204,9 @@ def _beside(destination: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write(source: Source, plan: Plan, target: Layout, destination: Path, verify: bool, report: Report,
-           progress: ProgressCallback) -> None:  # fmt: skip
-    """Writes beside the destination, re-reads, renames."""
+def write_plan(source: Source, plan: Plan, target: Layout, destination: Path, verify: bool, report: Report,
+               progress: ProgressCallback, accompany: Callable[[Path], None] = lambda folder: None) -> None:  # fmt: skip
+    """Writes beside the destination, re-reads, renames. `accompany` puts further files into the folder before that."""
     one_file = destination.suffix in (".ckpt", ".safetensors")
     as_ckpt = destination.suffix == ".ckpt" or (not one_file and target.name in IN_CKPT)
     sizes = _bytes(source, plan)
@@ -231,6 +232,7 @@ def _write(source: Source, plan: Plan, target: Layout, destination: Path, verify
             write_synced(inside / "config.json", json.dumps(plan.config, indent=2) + "\n")
         elif plan.config is not None:
             report.notes.append("one file holds no configuration: a directory as DST would have a config.json")
+        accompany(inside)
         if verify:
             written = CkptFile(inside / f"{stem}.ckpt") if as_ckpt else TensorSet(inside, stem)
             _verify(source, plan, written, digests, sizes, progress)
@@ -278,7 +280,7 @@ def convert(
     opened, layout, contents = open_contents(source, from_)
     report = Report(source, destination, layout.name, target.name, left_out=contents.left_out, notes=contents.notes)
     plan = make_plan(opened, contents, target, report)
-    _write(opened, plan, target, destination, verify, report, progress)
+    write_plan(opened, plan, target, destination, verify, report, progress)
     report.seconds = time.perf_counter() - start
     report.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return report

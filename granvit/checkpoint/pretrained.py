@@ -77,7 +77,7 @@ def _from_run(config: RunConfig, vision: VisionConfig, language: LanguageConfig)
     checkpoint = newest_checkpoint(run)
     if checkpoint is None:
         raise ValueError(f"model.init_from {run}: no checkpoint in {run / 'checkpoints'}; run that stage first")
-    same = checkpoint.language.model_copy(update={"name": language.name, "chat": language.chat}) == language
+    same = checkpoint.language.is_built_like(language)
     parts = PARTS if same else ("vision",)
     unused = _above(vision)
     found = {n: shape for n, shape in checkpoint.shapes("model").items() if part_of(n) in parts and n not in unused}

@@ -75,6 +75,7 @@ class Checkpoint:
     language: LanguageConfig
     parts: dict[str, Part]
     counters: dict[str, int]
+    versions: dict[str, str]
 
     def tensors(self, group: Group) -> Iterator[tuple[str, np.ndarray]]:
         """A group's tensors, each checked against its checksum (`model`: frozen parts included, in canonical order)."""
@@ -159,6 +160,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         language=LanguageConfig(**state["language"]),
         parts={name: Part(**part) for name, part in state["parts"].items()},
         counters=state["counters"],
+        versions=state["versions"],
     )
 
 

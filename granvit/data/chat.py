@@ -9,6 +9,7 @@ Notable choices: the system message is LLaVA's, stated explicitly (Qwen2.5's own
 tokens come from this file's templates only, so a caption that spells one out is encoded as ordinary text.
 """
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -71,6 +72,29 @@ TEMPLATES = {
         pad="<|end_of_text|>",
     ),
 }
+
+# `Chat.jinja` fills in the fixed text. What ends a turn is written by the one that follows, as `Template` has it.
+JINJA = """\
+{{- <SYSTEM> -}}
+{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}
+{{- <TO_USER> -}}
+{%- elif message['role'] != 'assistant' -%}
+{{- raise_exception('turns are those of user and assistant; the system message is part of the template') -}}
+{%- endif -%}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for part in message['content'] if part['type'] == 'image' -%}{{- <IMAGE> -}}{%- endfor -%}
+{%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}
+{%- endif -%}
+{%- if message['role'] == 'user' and (add_generation_prompt or not loop.last) -%}
+{{- <TO_ASSISTANT> -}}
+{%- elif loop.last -%}
+{{- <END> -}}
+{%- endif -%}
+{%- endfor -%}
+"""
 
 
 class Chat:
@@ -143,6 +167,27 @@ class Chat:
         parts = (self.tokenizer.to_str(), self.family, repr(self._template), prompts.BBOX2CAPTION, prompts.CAPTION2BBOX)
         parts += (prompts.GLOBAL, tokenizers.__version__)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+    def jinja(self, image_token: str) -> str:
+        """The template as a `chat_template` of transformers: user and assistant turns, with `image_token` for each image.
+
+        The rendered text has, in a tokenizer that reads its control tokens, the ids of this class for a question that does not
+        begin with white space. Images come first in their turn; a turn after the first answer begins as the first one did.
+        """
+        template = self._template
+        text = lambda pieces: "".join(piece for piece, _ in pieces)  # noqa: E731
+        first_end = [piece for piece, _ in template.before_image].index(template.end)
+        written = {
+            "SYSTEM": text(template.before_image[:first_end]),
+            "TO_USER": text(template.before_image[first_end:]),
+            "IMAGE": image_token + text(template.after_image),
+            "TO_ASSISTANT": text(template.after_question),
+            "END": template.end,
+        }
+        source = JINJA
+        for name, value in written.items():
+            source = source.replace(f"<{name}>", json.dumps(value))
+        return source
 
     def prefix_length(self, image_tokens: int) -> int:
         """Tokens of the shared prefix with an image of `image_tokens` tokens."""

@@ -1,0 +1,141 @@
+"""The model card of an exported run: README.md with the front matter that the Hugging Face hub reads."""
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from granvit.checkpoint.history import PastRun
+from granvit.checkpoint.run import Part
+from granvit.config import RunConfig
+from granvit.models import PARTS, Shapes, part_of
+
+DIGITS = 16  # of a hash, as in the names of RUN/parts
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What the card says of the folder that it lies in. `title` heads it, `about` says what it is, `loading` is Python code,
+    `remarks` are sentences on use, on what was left out and on what was filled, `parts` are those that the folder holds."""
+
+    title: str
+    about: str
+    loading: str
+    remarks: Sequence[str]
+    parts: Sequence[str]
+    pipeline: str
+    license: str | None = None
+    base_models: Sequence[str] = ()
+
+
+def model_card(exported: Exported, runs: Sequence[PastRun], gone: str | None, shapes: Shapes) -> str:
+    """The card's text. `runs` and `gone` are what `granvit.checkpoint.history.history` found; `shapes` are the model's."""
+    front = {"library_name": "transformers", "pipeline_tag": exported.pipeline, "tags": ["granvit"]}
+    if exported.license is not None:
+        front["license"] = exported.license
+    if exported.base_models:
+        front["base_model"] = list(exported.base_models)
+    sections = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {exported.title}",
+        exported.about,
+        f"## Load it\n\n```python\n{exported.loading}\n```",
+        "## What to know",
+        "\n".join(f"- {remark}" for remark in exported.remarks),
+        "## Start weights, and how far they moved",
+        _parts(exported, runs, gone, shapes),
+        "## Training",
+        *(_stage(number, run) for number, run in enumerate(runs, 1)),
+        "## Versions that the checkpoint was written with",
+        ", ".join(f"{name} {version}" for name, version in runs[-1].checkpoint.versions.items()) + ".",
+    ]
+    if exported.license is None:
+        sections.append("No license is stated: that is for whoever publishes this, within the terms of the start weights.")
+    return "\n\n".join(sections) + "\n"
+
+
+def shown(path: str | Path) -> str:
+    """A path as a card may show it: relative as the configuration has it; of an absolute one, the last name."""
+    return Path(path).name if Path(path).is_absolute() else str(path)
+
+
+def _parts(exported: Exported, runs: Sequence[PastRun], gone: str | None, shapes: Shapes) -> str:
+    """A row per part of the model: where it came from, its hash then and now, and what each run did to it."""
+    names = [shown(run.directory) for run in runs]
+    header = ["part", "parameters", "start weights", "their hash", *(f"`{name}`" for name in names), "hash now"]
+    rows = [header, ["---"] * len(header)]
+    last = runs[-1].checkpoint
+    for part in PARTS:
+        here = [part == "vision" or run.checkpoint.language.is_built_like(last.language) for run in runs]
+        first = runs[here.index(True)].checkpoint
+        counted = sum(math.prod(shape) for name, shape in shapes.items() if part_of(name) == part)
+        rows.append([
+            part if part in exported.parts else f"{part} (not in this folder)",
+            f"{counted:,}",
+            _origin(part, first.config, gone if all(here) else None),
+            f"`{first.parts[part].start[:DIGITS]}`",
+            *(_moved(run.checkpoint.parts[part]) if same else "another" for run, same in zip(runs, here, strict=True)),
+            f"`{last.parts[part].hash[:DIGITS]}`",
+        ])  # fmt: skip
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return (
+        f"{table}\n\nMoved: the L2 distance from the weights at the start of that run. A hash is the first {DIGITS} digits of a "
+        f"sha256 over the tensors' names and sha256s, in the precision that the run stored the part in (float32 if trained)."
+    )
+
+
+def _moved(state: Part) -> str:
+    return f"moved {state.distance:.4g}" if state.trained else "frozen"
+
+
+def _origin(part: str, config: RunConfig, gone: str | None) -> str:
+    if gone is not None:
+        return f"`{shown(gone)}`, a run that was not at hand"
+    if config.model.init == "random" or part == "projector":
+        return f"random, seed {config.seed}"
+    return f"`{shown(config.model.weights_vision if part == 'vision' else config.model.weights_language)}`"
+
+
+def _stage(number: int, run: PastRun) -> str:
+    """One run: what it trained, on what, how, and what it measured."""
+    checkpoint, config = run.checkpoint, run.checkpoint.config
+    stage, rate, data = config.stage_spec, config.optimizer, config.data
+    trains = " and ".join(part for part in PARTS if part in stage.trains)
+    sources = ", ".join(f"`{shown(s.path)}`" + (f" ({s.rate:g} of its regions)" if s.rate != 1 else "") for s in data.sources)
+    mix = ", ".join(f"{task} {share:g}" for task, share in stage.mix.items())
+    decay = f", weight decay {rate.weight_decay:g}" if rate.weight_decay else ""
+    lines = [
+        f"### {number}. {stage.name} (`{shown(run.directory)}`)",
+        "",
+        f"- {checkpoint.step:,} steps of {config.train.global_batch} questions, {data.regions_per_row} region question(s) a row; "
+        f"trained: {trains}",
+        f"- data: {sources}; questions asked (share of those there are): {mix}",
+        f"- AdamW, learning rate {rate.lr:g} ({rate.schedule}, warm-up {rate.warmup:g} of the steps){decay}; "
+        f"{config.runtime.compute}, seed {config.seed}",
+    ]
+    if stage.distill:
+        lines.append(f"- self-distillation: weight {config.distill.weight:g}, EMA rate {config.distill.alpha:g}")
+    if checkpoint.counters.get("skipped"):
+        lines.append(f"- {checkpoint.counters['skipped']:,} records or questions could not be used")
+    if run.averaged:
+        losses = ", ".join(f"{name} {value:.4g}" for name, value in run.losses.items())
+        lines.append(f"- losses, mean of the last {run.averaged} steps: {losses}")
+    else:
+        lines.append("- losses: metrics.jsonl was not there")
+    if run.went_on:
+        lines.append("- the next run did not start from this run's newest checkpoint, which is what is described here")
+    lines += ["", *_evaluation(run)]
+    return "\n".join(lines)
+
+
+def _evaluation(run: PastRun) -> list[str]:
+    if not run.table:
+        return ["No evaluation was kept."]
+    source = run.checkpoint.config.eval.source
+    lines = [f"Held-out data{f' `{shown(source)}`' if source else ''}, after step {run.table_step:,}:", ""]
+    lines += ["| task | samples | scores |", "| --- | --- | --- |"]
+    for task, scores in run.table.items():
+        rest = ", ".join(f"{name} {value:.4g}" for name, value in scores.items() if name != "samples")
+        lines.append(f"| {task} | {scores['samples']:.0f} | {rest} |")
+    return lines

@@ -1,0 +1,92 @@
+"""What a checkpoint came from: the runs behind it, followed through `model.init_from`, and what each of them measured."""
+import json
+import re
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+from granvit.checkpoint.run import Checkpoint, newest_checkpoint
+from granvit.evaluate import Table, evaluation_file
+from granvit.models import PARTS, vision_shapes
+
+LAST_STEPS = 20  # of metrics.jsonl, over which losses are averaged
+LOSSES = ("loss", "loss_caption", "loss_distill")
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """One run of a history. `losses` are means over the last `averaged` steps up to the checkpoint (0: metrics.jsonl is not
+    there), `table` is the newest evaluation up to the checkpoint, made after `table_step`. `went_on` says that the next run
+    did not start from this checkpoint, the run's newest."""
+
+    checkpoint: Checkpoint
+    losses: dict[str, float]
+    averaged: int
+    table: Table
+    table_step: int
+    went_on: bool = False
+
+    @property
+    def directory(self) -> Path:
+        return self.checkpoint.path.parents[1]
+
+
+def history(checkpoint: Checkpoint) -> tuple[list[PastRun], str | None]:
+    """The runs that led to a checkpoint, the first one first, and the `init_from` whose run is not there (None: all are).
+
+    `ValueError` names a run that starts from itself, and damaged files.
+    """
+    runs = [_past(checkpoint)]
+    while (origin := runs[0].checkpoint.config.model.init_from) is not None:
+        child = runs[0].checkpoint
+        if Path(origin).resolve() in (run.directory.resolve() for run in runs):
+            raise ValueError(f"{child.path}: model.init_from {origin} leads back to a run that started from it")
+        parent = newest_checkpoint(origin)
+        if parent is None:
+            return runs, origin
+        runs.insert(0, _past(parent, went_on=not _hands_over(parent, child)))
+    return runs, None
+
+
+def stored_dtype(checkpoint: Checkpoint, part: str) -> str:
+    """The precision in which a run stored a part, and hashed it."""
+    compute = checkpoint.config.runtime.compute
+    return "float32" if checkpoint.parts[part].trained and compute != "float64" else compute
+
+
+def _hands_over(parent: Checkpoint, child: Checkpoint) -> bool:
+    """Whether every part that both hashed in the same precision, and built alike, is the same at the end and at the start."""
+    comparable = [part for part in PARTS if stored_dtype(parent, part) == stored_dtype(child, part)]
+    if vision_shapes(parent.vision) != vision_shapes(child.vision):
+        comparable = [part for part in comparable if part != "vision"]
+    if not parent.language.is_built_like(child.language):  # the child took the encoder alone
+        comparable = [part for part in comparable if part == "vision"]
+    return all(parent.parts[part].hash == child.parts[part].start for part in comparable)
+
+
+def _past(checkpoint: Checkpoint, went_on: bool = False) -> PastRun:
+    run = checkpoint.path.parents[1]
+    averaged: deque[dict] = deque(maxlen=LAST_STEPS)
+    if (run / "metrics.jsonl").exists():
+        with open(run / "metrics.jsonl") as file:
+            for line in file:
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    break  # the line that a killed run was writing
+                if record["step"] > checkpoint.step:
+                    break
+                averaged.append(record)
+    losses = {name: sum(record[name] for record in averaged) / len(averaged) for name in LOSSES if averaged}
+    names = [path.name for path in (run / "eval").glob("step_*.json")]
+    steps = [int(found[1]) for name in names if (found := re.fullmatch(r"step_(\d+)\.json", name))]
+    step = max((step for step in steps if step <= checkpoint.step), default=0)
+    table = _read_table(evaluation_file(run, step)) if step else {}
+    return PastRun(checkpoint, losses, len(averaged), table, step, went_on)
+
+
+def _read_table(path: Path) -> Table:
+    try:
+        return json.loads(path.read_text())["table"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not an evaluation ({error}); move it away to export without it") from None
