@@ -3,6 +3,8 @@
     python scripts/bench.py packing [--framework mindspore|torch]     regions/s of shared-prefix rows against separate rows
     python scripts/bench.py twins                                     a training step of one framework against the other
     python scripts/bench.py convert [--gigabytes 0.5]                 parity/convert.py against a plain copy of the same file
+    python scripts/bench.py encoders                                  every encoder row at full size against transformers
+    python scripts/bench.py load                                      memory while SigLIP2 and Qwen2.5-1.5B are loaded
 """
 import argparse
 import json
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+import bench_loading
 import ml_dtypes
 import numpy as np
 from rich.console import Console
@@ -227,7 +230,7 @@ def conversion(console: Console, gigabytes: float, repeats: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("packing", "twins", "convert"))
+    parser.add_argument("what", choices=("packing", "twins", "convert", "encoders", "load"))
     parser.add_argument("--framework", choices=("mindspore", "torch"), default="mindspore")
     parser.add_argument("--regions", type=int, default=6, help="questions per image (default 6; the paper's data has 6.2)")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps; the median is printed (default 5)")
@@ -238,6 +241,8 @@ def main() -> None:
         packing(console, args.framework, args.regions, args.repeats)
     elif args.what == "convert":
         conversion(console, args.gigabytes, args.repeats)
+    elif args.what in ("encoders", "load"):
+        getattr(bench_loading, args.what)(console)
     else:
         twins(console, args.regions, args.repeats)
 

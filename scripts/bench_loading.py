@@ -1,0 +1,162 @@
+"""What `scripts/bench.py encoders` and `load` measure: published files of full size, read by both packages. Linux only."""
+import importlib
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from granvit.checkpoint.layouts import Layout
+from granvit.checkpoint.layouts.qwen2 import QWEN2
+from granvit.checkpoint.layouts.siglip import SIGLIP
+from granvit.checkpoint.tensors import TensorWriter
+from granvit.config import language_config, vision_config
+from granvit.models import LanguageConfig, Shapes, VisionConfig, language_shapes, vision_shapes
+
+ROWS = (
+    "clip-vit-large-patch14-336", "siglip-so400m-patch14-384", "siglip2-so400m-patch16-512", "aimv2-huge-patch14-448",
+    "sailvit-huge-448", "internvit-300m-448",
+)  # fmt: skip
+HUB = {"sailvit-huge-448": "apple", "internvit-300m-448": "opengvlab"}  # the others as transformers names them
+PACKAGES = {"torch": "pt_granvit", "mindspore": "ms_granvit"}
+
+
+def _alone(function: Callable, *arguments: Any) -> Any:
+    """The function's result out of a process of its own, whose memory is its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _memory(what: str) -> int:
+    """VmRSS or VmHWM of this process in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024
+
+
+class Peak:
+    """Measures how far this process's memory rises above what it was: `with Peak() as peak: ...; peak.bytes`."""
+
+    def __enter__(self) -> "Peak":
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is in use now
+        self.before = _memory("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bytes = _memory("VmHWM") - self.before
+
+
+def _publish(row: str, folder: Path) -> float:
+    """Writes the row's files and one image's features at every level; returns transformers' seconds for them."""
+    import torch
+
+    from parity import encoders
+
+    vision = vision_config(row)
+    model = encoders.peer(vision)
+    encoders.publish(model, folder, HUB.get(row))
+    side = vision.image_size
+    pixels = np.random.default_rng(0).normal(size=(1, 3, side, side)).astype(np.float32)
+    start = time.perf_counter()
+    found = encoders.levels(model, vision, torch.from_numpy(pixels))
+    seconds = time.perf_counter() - start
+    np.savez(folder / "features.npz", pixels=pixels, **{level: tensor.numpy() for level, tensor in found.items()})
+    return seconds
+
+
+def _compare(framework: str, folder: Path) -> tuple[float, int, float, dict[str, float]]:
+    """Seconds and peak memory of loading, seconds of one image, and the largest error per level over the largest value."""
+    package = importlib.import_module(PACKAGES[framework])
+    start = time.perf_counter()
+    with Peak() as peak:
+        encoder = package.load_encoder(folder)
+    loading = time.perf_counter() - start
+    stored = np.load(folder / "features.npz")
+    errors, seconds = {}, 0.0
+    for level in stored.files[1:]:
+        start = time.perf_counter()
+        ours = _features(framework, encoder, stored["pixels"], level)
+        seconds = seconds or time.perf_counter() - start
+        errors[level] = float(np.abs(ours - stored[level]).max() / np.abs(stored[level]).max())
+    return loading, peak.bytes, seconds, errors
+
+
+def _features(framework: str, encoder, pixels: np.ndarray, level: str) -> np.ndarray:
+    if framework == "torch":
+        import torch
+
+        with torch.no_grad():
+            return encoder(torch.from_numpy(pixels), level=level).numpy()
+    import mindspore
+
+    return encoder(mindspore.Tensor(pixels), level=level).asnumpy()
+
+
+def encoders(console: Console) -> None:
+    """Every encoder row at full size with random weights, float32: both packages against transformers on one image."""
+    table = Table(title="encoders of full size, random weights, float32, one image: largest error over largest value")
+    for column in ("row", "framework", "penultimate", "last", "final", "load, s", "peak / size", "image, s", "transformers, s"):
+        table.add_column(column, justify="left" if column in ("row", "framework") else "right")
+    for row in ROWS:
+        with tempfile.TemporaryDirectory() as temporary:
+            theirs = _alone(_publish, row, Path(temporary))
+            size = 4 * sum(int(np.prod(shape)) for shape in vision_shapes(vision_config(row).whole).values())
+            for framework in PACKAGES:
+                loading, peak, seconds, errors = _alone(_compare, framework, Path(temporary))
+                shown = [f"{errors[level]:.1e}" if level in errors else "" for level in ("penultimate", "last", "final")]
+                cells = (row, framework, *shown, f"{loading:.1f}", f"{peak / 1e9:.2f} / {size / 1e9:.2f} GB", f"{seconds:.1f}",
+                         f"{theirs:.1f}")  # fmt: skip
+                console.print(f"[dim]{'  '.join(cells)}[/]", highlight=False)
+                table.add_row(*cells)
+    console.print(table)
+
+
+def _write(directory: Path, layout: Layout, config: VisionConfig | LanguageConfig, shapes: Shapes) -> None:
+    """Random weights in bfloat16 under the layout's names, as a publisher ships them."""
+    directory.mkdir()
+    named = {layout.spellings[0].foreign(name): shape for name, shape in shapes.items()}
+    rng, parts = np.random.default_rng(0), (config, None) if isinstance(config, VisionConfig) else (None, config)
+    with TensorWriter(directory, "model", named, metadata=dict(layout.metadata), checksums=False) as writer:
+        for name, shape in named.items():
+            writer.add(name, rng.integers(0, 1 << 14, shape, np.uint16).view(ml_dtypes.bfloat16))
+        writer.finish()
+    (directory / "config.json").write_text(json.dumps(layout.write_config(*parts)))
+
+
+def _load(framework: str, dtype: str, folder: Path) -> tuple[float, int, int]:
+    """Seconds, peak memory and the loaded size of encoder and decoder."""
+    package, arrays = (importlib.import_module(f"{PACKAGES[framework]}{name}") for name in ("", ".arrays"))
+    start = time.perf_counter()
+    with Peak() as peak:
+        encoder = package.load_encoder(folder / "vision", dtype=arrays.DTYPES[dtype])
+        decoder = package.load_decoder(folder / "language", dtype=arrays.DTYPES[dtype])
+    seconds = time.perf_counter() - start
+    size = sum(p.nbytes for module in (encoder, decoder) for p in _parameters(framework, module))
+    return seconds, peak.bytes, size
+
+
+def _parameters(framework: str, module) -> list:
+    return list(module.parameters() if framework == "torch" else module.get_parameters())
+
+
+def load(console: Console) -> None:
+    """SigLIP2-So400m and Qwen2.5-1.5B, random weights, bfloat16 in the files: memory while loading, above what was in use."""
+    vision, language = vision_config("siglip2-so400m-patch16-512"), language_config("qwen2.5-1.5b")
+    table = Table(title=f"loading {vision.name} and {language.name} out of bfloat16 files")
+    for column in ("framework", "into", "s", "size, GB", "peak memory, GB", "limit (size + 1 GB)"):
+        table.add_column(column, justify="left" if column in ("framework", "into") else "right")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        _write(folder / "vision", SIGLIP, vision, vision_shapes(vision.whole))
+        _write(folder / "language", QWEN2, language, language_shapes(language))
+        for framework, dtype in ((f, d) for f in PACKAGES for d in ("bfloat16", "float32")):
+            seconds, peak, size = _alone(_load, framework, dtype, folder)
+            table.add_row(framework, dtype, f"{seconds:.1f}", f"{size / 1e9:.2f}", f"{peak / 1e9:.2f}", f"{size / 1e9 + 1:.2f}")
+    console.print(table)
