@@ -50,7 +50,7 @@ class Losses(nn.Cell):
 
     def construct(self, pixels_B3RR, image_weights_B, token_ids_BS, positions_BS, segments_BS, image_positions_BN,
                   answer_positions_BA, answer_targets_BA, answer_weights_BA, tokens, boxes=None, boxes_BK4=None,
-                  box_weights_BK=None, crops_BK3rr=None):  # fmt: skip
+                  box_weights_BK=None, crops_BK3rr=None, grids_B2=None):  # fmt: skip
         """Loss, caption loss, distillation loss, variance of the teacher's features: each a sum over the global count."""
         logits, top = self.model(
             pixels_B3RR, image_weights_B, token_ids_BS, positions_BS, segments_BS, image_positions_BN, answer_positions_BA
@@ -59,7 +59,7 @@ class Losses(nn.Cell):
         if self.teacher is None:
             return caption, caption, ops.zeros_like(caption), ops.zeros_like(caption)
         target = teacher_features(self.teacher, crops_BK3rr, self.grid)
-        distill, variance = distill_sums(top, target, boxes_BK4, box_weights_BK, self.kind)
+        distill, variance = distill_sums(top, target, boxes_BK4, box_weights_BK, self.kind, grids_B2)
         distill = distill / boxes
         return caption + self.weight * distill, caption, distill, variance / boxes
 
@@ -155,6 +155,7 @@ class Engine:
         ]  # fmt: skip
         if self.teacher is not None:
             arrays += [np.float32(max(scalars.boxes, 1)), batch.boxes_BK4, batch.box_weights_BK, batch.crops_BK3rr]
+            arrays += [] if batch.grids_B2 is None else [batch.grids_B2]
         return [Tensor(array) for array in arrays]
 
     def all_sum(self, values: np.ndarray) -> np.ndarray:

@@ -14,8 +14,10 @@ from typing import Literal
 import numpy as np
 
 from granvit.data.chat import Chat
+from granvit.data.images import image_tokens
 from granvit.data.prompts import GLOBAL, answer_text, question_text
 from granvit.data.store import Store
+from granvit.models import VisionConfig
 from granvit.stages import TASKS, Task
 
 _CHUNK = 8192  # images encoded at a time
@@ -72,6 +74,24 @@ def text_lengths(store: Store, chat: Chat, role: Role) -> np.ndarray:
             raise ValueError(f"{path}: not {count} lengths; remove the file, it is made again")
         return np.memmap(path, "<u2", "r")
     raise ValueError(f"store {store.path}: neither {store.path / 'lengths'} nor ~/.cache/granvit can be written")
+
+
+class PrefixLengths:
+    """Tokens of each image's shared prefix: with tiling they depend on the image's size, which the store knows.
+
+    `ValueError` where it does not.
+    """
+
+    def __init__(self, store: Store, chat: Chat, vision: VisionConfig):
+        if vision.tiles and store.sizes is None:
+            raise ValueError(f"store {store.path}: was built before image sizes were kept, which vision.tiling needs; rebuild it")
+        self._store, self._text, self._vision = store, chat.prefix_length(0), vision
+
+    def of(self, images: np.ndarray) -> np.ndarray:
+        """int64, for images of these numbers in the store."""
+        if not self._vision.tiles:
+            return np.full(len(images), self._text + self._vision.image_tokens)
+        return self._text + image_tokens(*self._store.sizes[images].T, self._vision)
 
 
 class TurnLengths:
