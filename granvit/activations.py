@@ -38,7 +38,8 @@ def vision_activations(c: VisionConfig, images: int, image_size: int, prefix: st
 
 def projector_activations(vision: VisionConfig, language: LanguageConfig, rows: int) -> Shapes:
     """Shapes of the projector's activations."""
-    return {f"projector{name}": (rows, vision.patches, language.width) for name in (".linear_1", "", ".linear_2")}
+    tokens = (rows * vision.views, vision.view_tokens, language.width)
+    return {f"projector{name}": tokens for name in (".linear_1", "", ".linear_2")}
 
 
 def language_activations(c: LanguageConfig, rows: int, length: int, answers: int) -> Shapes:
@@ -68,7 +69,7 @@ def activation_shapes(vision: VisionConfig, language: LanguageConfig, rows: int,
     """
     tokens = (rows, length, language.width)
     found: Shapes = {"language.model.embed_tokens": tokens}
-    found |= vision_activations(vision, rows, vision.image_size)
+    found |= vision_activations(vision, rows * vision.views, vision.image_size)
     found |= projector_activations(vision, language, rows)
     found[INPUTS] = tokens
     found |= language_activations(language, rows, length, answers)

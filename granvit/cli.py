@@ -22,7 +22,7 @@ from granvit.config import CONFIGS, RunConfig, dump_config, load_config, resolve
 from granvit.cost import state_bytes
 from granvit.data.batch import Packer, prompt_batch
 from granvit.data.chat import Chat, byte_tokenizer
-from granvit.data.images import decode, to_square
+from granvit.data.images import decode, to_views
 from granvit.data.loader import Compose, Loader
 from granvit.data.prompts import Box, parse_box, question_text
 from granvit.evaluate import evaluate, evaluation_file
@@ -261,7 +261,8 @@ def _predict(options: argparse.Namespace) -> None:
         raise ValueError(f"--run {run}: {config.stage} learned captions without questions; leave out --box and --text")
     answering = config.model_copy(update={"stage": "answer"})  # no masters, no moments, no teacher
     engine = load_engine_class(options.framework)(answering, vision, language, checkpoint.tensors("model"))
-    prompts = prompt_batch(to_square(image_HW3, vision)[None], [text], chat, vision)
+    height, width = image_HW3.shape[:2]
+    prompts = prompt_batch(to_views(image_HW3, vision)[None], [text], chat, vision, sizes=[(width, height)])
     answer = chat.decode(engine.generate(prompts, config.eval.max_new_tokens, chat.stop_token)[0])
     print(answer)
     if options.draw:

@@ -47,6 +47,12 @@ class ModelSection(Strict):
     tokenizer: str | None = None  # default: weights_language
 
 
+class VisionSection(Strict):
+    """`tiling` is the largest number of tiles that an image is cut into beside its global view (paper A.5); 0: no tiling."""
+
+    tiling: int = Field(0, ge=0)
+
+
 class DataSection(Strict):
     """`mix` overrides the stage's shares of the tasks. `regions_per_row` 1 asks one question a row (the paper's
     literal reading); above 1 the row shares its prefix among that many region questions and the global one."""
@@ -139,6 +145,7 @@ class RunConfig(Strict):
     output: str
     seed: int = 0
     model: ModelSection = ModelSection()
+    vision: VisionSection = VisionSection()
     data: DataSection
     train: TrainSection = TrainSection()
     optimizer: OptimizerSection = OptimizerSection()
@@ -339,7 +346,7 @@ def language_config(name: str) -> LanguageConfig:
 
 
 def resolve_models(config: RunConfig) -> tuple[VisionConfig, LanguageConfig]:
-    """The run's encoder (built as high as `distill.features` needs) and decoder."""
+    """The run's encoder (built as high as `distill.features` needs, with the run's tiling) and decoder."""
     vision = vision_config(config.model.vision)
     crop, grid = config.crop_size(vision), config.distill.grid
     if crop % vision.patch_size:
@@ -349,4 +356,12 @@ def resolve_models(config: RunConfig) -> tuple[VisionConfig, LanguageConfig]:
         raise ValueError(f"distill.grid {grid} does not divide the teacher's grid of {own} x {own} (crops of {crop} pixels)")
     if config.stage_spec.distill and config.distill.features == "final":
         vision = VisionConfig(**{**vision.model_dump(), "top": "final"})
+    if config.vision.tiling:
+        if vision.grid % 2:
+            own = f"{vision.name!r}'s grid of {vision.grid} x {vision.grid}"
+            raise ValueError(f"vision.tiling joins 2 x 2 patches to one image token, which {own} does not allow")
+        if vision.seen < vision.image_size:
+            beyond = f"{vision.name!r}'s patches leave {vision.image_size - vision.seen} pixels out"
+            raise ValueError(f"vision.tiling puts tiles edge to edge, and {beyond} of each")
+        vision = vision.model_copy(update={"tiles": config.vision.tiling})
     return vision, language_config(config.model.language)

@@ -11,7 +11,7 @@ from granvit.models import LanguageConfig, VisionConfig, parameter_shapes, part_
 
 
 def vision_macs(c: VisionConfig, image_size: int | None = None) -> float:
-    """One image: `L [N (4 h^2 + k h m) + 2 N^2 h] + 3 p^2 h N`, k = 2, or 3 with a gated MLP."""
+    """One image, or with tiling one of its views: `L [N (4 h^2 + k h m) + 2 N^2 h] + 3 p^2 h N`, k = 2, or 3 with a gated MLP."""
     patches = ((image_size or c.image_size) // c.patch_size) ** 2
     tokens, h = patches + c.class_token, c.width
     block = tokens * (4 * h * h + (3 if c.gated_mlp else 2) * h * c.mlp) + 2 * tokens**2 * h

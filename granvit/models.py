@@ -25,6 +25,9 @@ class VisionConfig(Strict):
     the last block after the closing norm. `top` is the highest level computed (default: `level`), the one that distillation
     may compare instead. Blocks above `top` are not built: they would never be used. Where patches do not fill the image
     (SigLIP's 27 of 14 pixels in 384), what is left over at its right and lower edge is not looked at.
+
+    `tiles` above 0 is the paper's high resolution (A.5): a row's image is shown as one global view and up to so many tiles, each
+    of `image_size`, and 2 x 2 neighbouring patches are one image token. A run states it (`vision.tiling`), not a model's file.
     """
 
     name: str
@@ -50,6 +53,7 @@ class VisionConfig(Strict):
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     resize: Literal["bilinear", "bicubic"] = "bilinear"
+    tiles: int = 0
 
     @model_validator(mode="after")
     def _fits(self) -> "VisionConfig":
@@ -84,8 +88,28 @@ class VisionConfig(Strict):
 
     @property
     def patches(self) -> int:
-        """Patch tokens of one image (the class token is not among them)."""
+        """Patch tokens of one view: of the image, or of one of its tiles (the class token is not among them)."""
         return self.grid**2
+
+    @property
+    def views(self) -> int:
+        """Pictures of `image_size` that the encoder sees of one image."""
+        return self.tiles + 1
+
+    @property
+    def view_tokens(self) -> int:
+        """Image tokens of one view: its patches, or with tiling a quarter of them."""
+        return self.patches // 4 if self.tiles else self.patches
+
+    @property
+    def image_tokens(self) -> int:
+        """Image tokens that a row has room for (with tiling, an image of fewer tiles has fewer)."""
+        return self.views * self.view_tokens
+
+    @property
+    def token_width(self) -> int:
+        """Numbers that the projector is given for each image token."""
+        return 4 * self.width if self.tiles else self.width
 
     @property
     def head_dim(self) -> int:
@@ -177,7 +201,7 @@ def vision_shapes(c: VisionConfig, prefix: str = "vision") -> Shapes:
 
 def projector_shapes(vision: VisionConfig, language: LanguageConfig) -> Shapes:
     """The two-layer MLP between encoder and decoder (paper section 5.1; LLaVA's mlp2x_gelu)."""
-    return _linear("projector.linear_1", vision.width, language.width, True) | _linear(
+    return _linear("projector.linear_1", vision.token_width, language.width, True) | _linear(
         "projector.linear_2", language.width, language.width, True
     )
 

@@ -16,20 +16,14 @@ def dtype_here(stored: str) -> ms.Type:
 
 def to_tensor(array: np.ndarray, dtype: ms.Type) -> Tensor:
     """A numpy array as a tensor of `dtype`."""
-    return ops.cast(Tensor(np.ascontiguousarray(array, np.float32)), dtype)
+    tensor = Tensor(np.ascontiguousarray(array))
+    return tensor if tensor.dtype == dtype else ops.cast(tensor, dtype)
 
 
 def to_numpy(parameter: Parameter) -> np.ndarray:
     """The reverse of `to_tensor`, bit for bit: a copy on the host."""
-    if parameter.dtype == ms.bfloat16:
-        return ops.cast(parameter, ms.float32).asnumpy().astype(ml_dtypes.bfloat16)
-    return parameter.asnumpy().copy()
-
-
-def store_as(parameters: Iterable[Parameter], dtype: ms.Type) -> None:
-    """Gives parameters that have no values yet another dtype."""
-    for parameter in parameters:
-        parameter.set_dtype(dtype)
+    array = parameter.asnumpy()
+    return (array.view(ml_dtypes.bfloat16) if parameter.dtype == ms.bfloat16 else array).copy()
 
 
 def fill(cell: nn.Cell, tensors: Iterable[tuple[str, np.ndarray]], prefix: str = "") -> None:

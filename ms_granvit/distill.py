@@ -2,7 +2,7 @@
 
 Departures where the paper is silent (SPEC, "Self-distillation"): the teacher moves once per optimizer step, in float32;
 the loss is the mean over elements, then over the valid boxes of the global batch.
-Layout letters: B rows, K boxes per row, N patches, C width, g cells along a side of the ROI grid, r crop side.
+Layout letters: B rows, T views per row, K boxes per row, N patches, C width, g cells along a side of the ROI grid, r crop side.
 """
 import mindspore as ms
 from mindspore import Tensor, nn, ops
@@ -25,15 +25,25 @@ def teacher_features(teacher: nn.Cell, crops_BK3rr: Tensor, grid: int) -> Tensor
     return ops.mean(top.reshape(B * K, grid, cell, grid, cell, -1), (2, 4)).reshape(B, K, grid, grid, -1)
 
 
+def student_features(student_BNC: Tensor, boxes_BK4: Tensor, grid: int, grids_B2: Tensor | None) -> Tensor:
+    """The student's features under each box, `[B, K, grid, grid, C]`.
+
+    With `grids_B2` the features are those of all views, `[B T, N, C]`; the map is what the tiles make up, without view 0.
+    """
+    B, N, C = student_BNC.shape
+    if grids_B2 is None:
+        return roi_ops.roi_align(student_BNC.reshape(B, side(N), side(N), C), boxes_BK4, grid)
+    features_BTHWC = student_BNC.reshape(grids_B2.shape[0], -1, side(N), side(N), C)
+    return roi_ops.roi_align_tiled(features_BTHWC[:, 1:], grids_B2, boxes_BK4, grid)
+
+
 def distill_sums(student_BNC: Tensor, teacher_BKggC: Tensor, boxes_BK4: Tensor, weights_BK: Tensor,
-                 loss: str) -> tuple[Tensor, Tensor]:  # fmt: skip
+                 loss: str, grids_B2: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Summed distillation loss over the valid boxes, and the summed variance of the teacher's features (for the log), float32.
 
     `mse`: mean over a box's elements of the squared difference. `cosine`: mean over its cells of 1 - cosine.
     """
-    B, N, C = student_BNC.shape
-    features_BHWC = student_BNC.reshape(B, side(N), side(N), C)
-    student = ops.cast(roi_ops.roi_align(features_BHWC, boxes_BK4, teacher_BKggC.shape[2]), ms.float32)
+    student = ops.cast(student_features(student_BNC, boxes_BK4, teacher_BKggC.shape[2], grids_B2), ms.float32)
     teacher = ops.cast(teacher_BKggC, ms.float32)
     if loss == "mse":
         per_box = ops.mean(ops.square(teacher - student), (2, 3, 4))

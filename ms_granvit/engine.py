@@ -18,6 +18,7 @@ from ms_granvit import distributed
 from ms_granvit.arrays import DTYPES, fill, to_numpy, to_tensor
 from ms_granvit.distill import EMA, distill_sums, teacher_features
 from ms_granvit.generate import Decode, Prefill, greedy
+from ms_granvit.layers import stored_as
 from ms_granvit.model import GranViT
 from ms_granvit.objective import caption_sum
 from ms_granvit.ops import attention as attention_ops
@@ -35,7 +36,7 @@ class Losses(nn.Cell):
 
     def construct(self, pixels_B3RR, image_weights_B, token_ids_BS, positions_BS, segments_BS, image_positions_BN,
                   answer_positions_BA, answer_targets_BA, answer_weights_BA, tokens, boxes=None, boxes_BK4=None,
-                  box_weights_BK=None, crops_BK3rr=None):  # fmt: skip
+                  box_weights_BK=None, crops_BK3rr=None, grids_B2=None):  # fmt: skip
         """Loss, caption loss, distillation loss, variance of the teacher's features: each a sum over the global count."""
         logits, top = self.model(
             pixels_B3RR, image_weights_B, token_ids_BS, positions_BS, segments_BS, image_positions_BN, answer_positions_BA
@@ -44,7 +45,7 @@ class Losses(nn.Cell):
         if self.teacher is None:
             return caption, caption, ops.zeros_like(caption), ops.zeros_like(caption)
         target = teacher_features(self.teacher, crops_BK3rr, self.grid)
-        distill, variance = distill_sums(top, target, boxes_BK4, box_weights_BK, self.kind)
+        distill, variance = distill_sums(top, target, boxes_BK4, box_weights_BK, self.kind, grids_B2)
         distill = distill / boxes
         return caption + self.weight * distill, caption, distill, variance / boxes
 
@@ -81,7 +82,8 @@ class Engine:
         self.implementations = {"attention": attention, "roi_align": "separable"}
         dtype = DTYPES[runtime.compute]
 
-        self.model = GranViT(vision, language, dtype, attention, runtime.recompute, stage.blind)
+        with stored_as(dtype):
+            self.model = GranViT(vision, language, dtype, attention, runtime.recompute, stage.blind)
         for parameter in self.model.get_parameters():
             parameter.requires_grad = part_of(parameter.name) in stage.trains
             parameter.set_dtype(ms.float32 if parameter.requires_grad else dtype)
@@ -143,6 +145,7 @@ class Engine:
         ]  # fmt: skip
         if self.teacher is not None:
             arrays += [np.float32(max(scalars.boxes, 1)), batch.boxes_BK4, batch.box_weights_BK, batch.crops_BK3rr]
+            arrays += [] if batch.grids_B2 is None else [batch.grids_B2]
         return [Tensor(array) for array in arrays]
 
     def all_sum(self, values: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
 from granvit.engine import LOSSES, Capture, Feed, Scalars
 from granvit.models import LanguageConfig, Shapes, VisionConfig
-from ms_granvit import language, layers
+from ms_granvit import language, layers, projector
 from ms_granvit.arrays import DTYPES, to_numpy, to_tensor
 from ms_granvit.engine import Engine
 from ms_granvit.generate import greedy
@@ -113,6 +113,20 @@ class RoiAlign(nn.Cell):
         return roi_ops.roi_align(features_BHWC, boxes_BK4, self.grid)
 
 
+class RoiAlignTiled(nn.Cell):
+    def __init__(self, grid: int):
+        super().__init__()
+        self.grid = grid
+
+    def construct(self, tiles_BTHWC: Tensor, grids_B2: Tensor, boxes_BK4: Tensor) -> Tensor:
+        return roi_ops.roi_align_tiled(tiles_BTHWC, grids_B2, boxes_BK4, self.grid)
+
+
+class PixelShuffle(nn.Cell):
+    def construct(self, features_BNC: Tensor) -> Tensor:
+        return projector.pixel_shuffle(features_BNC)
+
+
 class Pixels(nn.Cell):
     def __init__(self, vision: VisionConfig, dtype: ms.Type):
         super().__init__()
@@ -164,6 +178,8 @@ def _operator(name: str, config: RunConfig, device: str, arrays: Sequence[np.nda
         return cell
     makers = {
         "roi_align": RoiAlign,
+        "roi_align_tiled": RoiAlignTiled,
+        "pixel_shuffle": PixelShuffle,
         "attention": lambda: Attention(attention_ops.choose(config.runtime.attention, device)),
         "attention_all": lambda: Attention(attention_ops.choose(config.runtime.attention, device)),
         "rope": lambda theta: Rope(arrays[0].shape[-1], theta, dtype),

@@ -11,9 +11,9 @@ from mindspore import Tensor, nn, ops
 
 from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
 from granvit.models import LanguageConfig, language_shapes
-from ms_granvit.arrays import dtype_here, fill, store_as, to_numpy
+from ms_granvit.arrays import dtype_here, fill, to_numpy
 from ms_granvit.distributed import choose_device
-from ms_granvit.layers import Embedding, Linear, Module, RMSNorm, activate, linear
+from ms_granvit.layers import Embedding, Linear, Module, RMSNorm, activate, linear, stored_as
 from ms_granvit.ops import attention as attention_ops
 
 
@@ -135,8 +135,8 @@ class CausalDecoder(Module):
         encoder."""
         opened = open_pretrained(directory, "language")
         dtype = dtype or dtype_here(opened.dtype)
-        decoder = cls(opened.language, dtype, attention_ops.choose("auto", choose_device("auto")))
-        store_as(decoder.get_parameters(), dtype)
+        with stored_as(dtype):
+            decoder = cls(opened.language, dtype, attention_ops.choose("auto", choose_device("auto")))
         fill(decoder, opened.tensors, "language.")
         return decoder
 

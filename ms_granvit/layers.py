@@ -1,14 +1,31 @@
 """Building blocks with the canonical parameter names. Weights are cast to the activations' dtype where they are used, so a
 float32 master serves a bfloat16 forward pass; norms compute in float32."""
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
+_stored_as = ms.float32
+
+
+@contextmanager
+def stored_as(dtype: ms.Type) -> Iterator[None]:
+    """Parameters made meanwhile are of this dtype: MindSpore holds their memory from the start."""
+    global _stored_as
+    before, _stored_as = _stored_as, dtype
+    try:
+        yield
+    finally:
+        _stored_as = before
+
 
 def parameter(*shape: int) -> Parameter:
-    """A float32 parameter that is filled later (`Engine.load`); its name is the attribute that holds it."""
-    return Parameter(initializer("zeros", shape, ms.float32))
+    """A parameter that is filled later (`ms_granvit.arrays.fill`), float32 but for `stored_as`; its name is the attribute that
+    holds it."""
+    return Parameter(initializer("zeros", shape, _stored_as))
 
 
 class Module(nn.Cell):

@@ -1,6 +1,7 @@
 """GranViT: encoder, projector, decoder (paper Fig. 3).
 
-Layout letters: B rows, N patches, S sequence, A supervised positions, C width, V vocabulary.
+With tiling the pixels are `[B, T, 3, R, R]`, T views of each row's image, which the encoder sees as B T images.
+Layout letters: B rows, T views, N patches or image tokens, S sequence, A supervised positions, C width, V vocabulary.
 """
 from pathlib import Path
 from typing import Self
@@ -10,10 +11,10 @@ from mindspore import Tensor, ops
 
 from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
 from granvit.models import PARTS, LanguageConfig, VisionConfig, parameter_shapes
-from ms_granvit.arrays import dtype_here, fill, store_as, to_numpy
+from ms_granvit.arrays import dtype_here, fill, to_numpy
 from ms_granvit.distributed import choose_device
 from ms_granvit.language import CausalDecoder
-from ms_granvit.layers import Module
+from ms_granvit.layers import Module, stored_as
 from ms_granvit.ops import attention as attention_ops
 from ms_granvit.projector import Projector
 from ms_granvit.vision import VisionEncoder
@@ -51,8 +52,8 @@ class GranViT(Module):
         one; float32 on CPU), warnings and errors as for the encoder."""
         opened = open_pretrained(directory, *PARTS)
         dtype = dtype or dtype_here(opened.dtype)
-        model = cls(opened.vision, opened.language, dtype, attention_ops.choose("auto", choose_device("auto")))
-        store_as(model.get_parameters(), dtype)
+        with stored_as(dtype):
+            model = cls(opened.vision, opened.language, dtype, attention_ops.choose("auto", choose_device("auto")))
         fill(model, opened.tensors)
         return model
 
@@ -64,23 +65,29 @@ class GranViT(Module):
 
     def inputs(self, pixels_B3RR: Tensor, image_weights_B: Tensor, token_ids_BS: Tensor,
                image_positions_BN: Tensor) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Input embeddings `[B, S, C]` with image tokens in their places, and the encoder's features at its top level."""
+        """Input embeddings `[B, S, C]` with image tokens in their places, and the encoder's features at its top level.
+
+        A token at position -1 is nowhere: it adds nothing, to position 0.
+        """
         embeddings = self.language.embed(token_ids_BS)
         B, S, C = embeddings.shape
-        at = ops.expand_dims(row_offsets(image_positions_BN, S), -1)
-        shown = ops.cast(ops.broadcast_to(image_weights_B.reshape(B, 1), image_positions_BN.shape), self.language.dtype)
+        at = ops.expand_dims(row_offsets(ops.maximum(image_positions_BN, 0), S), -1)
+        present = ops.cast(image_positions_BN >= 0, image_weights_B.dtype)
+        shown = ops.cast(image_weights_B.reshape(B, 1) * present, self.language.dtype)
         kept = 1 - ops.scatter_nd(at, shown.reshape(-1), (B * S,)).reshape(B, S, 1)
         if self.blind:
             return self.emit(embeddings * kept), None
-        features, top = self.vision.encode(pixels_B3RR)
-        tokens = self.projector(features) * ops.expand_dims(shown, -1)
+        R = pixels_B3RR.shape[-1]
+        features, top = self.vision.encode(pixels_B3RR.reshape(-1, 3, R, R))
+        tokens = self.projector(features).reshape(B, -1, C) * ops.expand_dims(shown, -1)
         merged = embeddings * kept + ops.scatter_nd(at, tokens.reshape(-1, C), (B * S, C)).reshape(B, S, C)
         return self.emit(merged), top
 
     def construct(self, pixels_B3RR: Tensor, image_weights_B: Tensor, token_ids_BS: Tensor, positions_BS: Tensor,
                   segments_BS: Tensor, image_positions_BN: Tensor,
                   answer_positions_BA: Tensor) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Logits `[B, A, V]` at the supervised positions only, and the encoder's top features `[B, N, C]`."""
+        """Logits `[B, A, V]` at the supervised positions only, and the encoder's top features: `[B, N, C]`, with tiling those
+        of every view, `[B T, N, C]`."""
         inputs, top = self.inputs(pixels_B3RR, image_weights_B, token_ids_BS, image_positions_BN)
         hidden = self.language(inputs, positions_BS, segments_BS)
         return self.language.head(take(hidden, answer_positions_BA)), top

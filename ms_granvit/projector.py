@@ -5,13 +5,28 @@ from granvit.models import LanguageConfig, VisionConfig
 from ms_granvit.layers import Linear, Module, activate
 
 
+def pixel_shuffle(features_BNC: Tensor) -> Tensor:
+    """2 x 2 neighbouring patches of a square grid as one, `[B, N/4, 4C]` (paper A.5): the upper two's features, then the lower
+    two's, each from left to right, which is InternVL's order."""
+    B, N, C = features_BNC.shape
+    half = int(N**0.5 + 0.5) // 2
+    cells = features_BNC.reshape(B, half, 2, half, 2, C).transpose(0, 1, 3, 2, 4, 5)
+    return cells.reshape(B, half * half, 4 * C)
+
+
 class Projector(Module):
-    """Patch features `[B, N, C_vision]` -> image tokens `[B, N, C_language]`: Linear, exact GELU, Linear."""
+    """Patch features `[B, N, C_vision]` -> image tokens `[B, N, C_language]`: Linear, exact GELU, Linear.
+
+    With tiling, image tokens `[B, N/4, C_language]` of `pixel_shuffle`d features.
+    """
 
     def __init__(self, vision: VisionConfig, language: LanguageConfig):
         super().__init__()
-        self.linear_1 = Linear(vision.width, language.width, True)
+        self.shuffle = vision.tiles > 0
+        self.linear_1 = Linear(vision.token_width, language.width, True)
         self.linear_2 = Linear(language.width, language.width, True)
 
     def construct(self, features_BNC: Tensor) -> Tensor:
+        if self.shuffle:
+            features_BNC = pixel_shuffle(features_BNC)
         return self.linear_2(self.emit(activate("gelu", self.linear_1(features_BNC))))

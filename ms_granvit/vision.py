@@ -11,9 +11,9 @@ from mindspore import Tensor, nn, ops
 from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
 from granvit.interpolate import position_matrix
 from granvit.models import Level, VisionConfig, vision_shapes
-from ms_granvit.arrays import dtype_here, fill, store_as, to_numpy
+from ms_granvit.arrays import dtype_here, fill, to_numpy
 from ms_granvit.distributed import choose_device
-from ms_granvit.layers import Embedding, Linear, Module, activate, linear, norm, parameter
+from ms_granvit.layers import Embedding, Linear, Module, activate, linear, norm, parameter, stored_as
 from ms_granvit.ops import attention as attention_ops
 
 
@@ -165,8 +165,8 @@ class VisionEncoder(Module):
         opened = open_pretrained(directory, "vision")
         dtype = dtype or dtype_here(opened.dtype)
         attention = attention_ops.choose("auto", choose_device("auto"))
-        encoder = cls(opened.vision, dtype, resolution, attention)
-        store_as(encoder.get_parameters(), dtype)
+        with stored_as(dtype):
+            encoder = cls(opened.vision, dtype, resolution, attention)
         fill(encoder, opened.tensors, "vision.")
         return encoder
 

@@ -60,3 +60,7 @@ def cases(fixture: Fixture) -> Iterator[Case]:
 
     pixels = np.resize(np.arange(256, dtype=np.uint8), (1, 3, vision.image_size, vision.image_size))
     yield Case("pixels", "pixels", [pixels], 0, pixels.shape, {"vision": vision})
+
+    tiles, grids = normal(2, 4, 3, 3, 8), np.array([[2, 2], [1, 3]], np.int32)  # the second image has one tile less
+    yield Case("roi_align over tiles", "roi_align_tiled", [tiles, grids, boxes], 1, (2, 3, 3, 3, 8), {"grid": 3})
+    yield Case("pixel shuffle", "pixel_shuffle", [normal(2, 16, 8)], 1, (2, 4, 32))

@@ -2,7 +2,7 @@
 
 Departures where the paper is silent (SPEC, "Self-distillation"): the teacher moves once per optimizer step, in float32;
 the loss is the mean over elements, then over the valid boxes of the global batch.
-Layout letters: B rows, K boxes per row, N patches, C width, g cells along a side of the ROI grid, r crop side.
+Layout letters: B rows, T views per row, K boxes per row, N patches, C width, g cells along a side of the ROI grid, r crop side.
 """
 import torch
 from torch import Tensor
@@ -22,14 +22,25 @@ def teacher_features(teacher: VisionEncoder, crops_BK3rr: Tensor, grid: int) -> 
         return top.reshape(B, K, grid, cell, grid, cell, -1).mean((3, 5))
 
 
+def student_features(student_BNC: Tensor, boxes_BK4: Tensor, grid: int, grids_B2: Tensor | None) -> Tensor:
+    """The student's features under each box, `[B, K, grid, grid, C]`.
+
+    With `grids_B2` the features are those of all views, `[B T, N, C]`; the map is what the tiles make up, without view 0.
+    """
+    side = round(student_BNC.shape[1] ** 0.5)
+    features_BHWC = student_BNC.unflatten(1, (side, side))
+    if grids_B2 is None:
+        return roi_ops.roi_align(features_BHWC, boxes_BK4, grid)
+    return roi_ops.roi_align_tiled(features_BHWC.unflatten(0, (len(grids_B2), -1))[:, 1:], grids_B2, boxes_BK4, grid)
+
+
 def distill_sums(student_BNC: Tensor, teacher_BKggC: Tensor, boxes_BK4: Tensor, weights_BK: Tensor,
-                 loss: str) -> tuple[Tensor, Tensor]:  # fmt: skip
+                 loss: str, grids_B2: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Summed distillation loss over the valid boxes, and the summed variance of the teacher's features (for the log), float32.
 
     `mse`: mean over a box's elements of the squared difference. `cosine`: mean over its cells of 1 - cosine.
     """
-    side = round(student_BNC.shape[1] ** 0.5)
-    student = wide(roi_ops.roi_align(student_BNC.unflatten(1, (side, side)), boxes_BK4, teacher_BKggC.shape[2]))
+    student = wide(student_features(student_BNC, boxes_BK4, teacher_BKggC.shape[2], grids_B2))
     teacher = wide(teacher_BKggC)
     if loss == "mse":
         per_box = (teacher - student).square().mean((2, 3, 4))

@@ -89,7 +89,8 @@ class Engine:
         own_grid = self.config.crop_size(self.vision) // self.vision.patch_size
         target = teacher_features(self.teacher, self._put(batch.crops_BK3rr), self.config.distill.grid or own_grid)
         boxes, weights = self._put(batch.boxes_BK4), self._put(batch.box_weights_BK)
-        sums = distill_sums(top, target, boxes, weights, self.config.distill.loss)
+        grids = () if batch.grids_B2 is None else (self._ids(batch.grids_B2),)
+        sums = distill_sums(top, target, boxes, weights, self.config.distill.loss, *grids)
         distill, variance = (total / max(scalars.boxes, 1) for total in sums)
         return caption + self.config.distill.weight * distill, caption, distill, variance
 

@@ -12,7 +12,7 @@ from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
 from granvit.engine import LOSSES, Capture, Feed, Scalars
 from granvit.models import LanguageConfig, Shapes, VisionConfig
-from pt_granvit import language, layers
+from pt_granvit import language, layers, projector
 from pt_granvit.arrays import DTYPES, to_numpy
 from pt_granvit.engine import Engine
 from pt_granvit.generate import greedy
@@ -91,6 +91,8 @@ def _operator(name: str, config: RunConfig, device: str, options: dict[str, Any]
     dtype = DTYPES[config.runtime.compute]
     functions = {
         "roi_align": roi_ops.roi_align,
+        "roi_align_tiled": roi_ops.roi_align_tiled,
+        "pixel_shuffle": projector.pixel_shuffle,
         "attention": partial(_attention, implementation=implementation),
         "attention_all": lambda q, k, v: attention_ops.attention(q, k, v, None, implementation),
         "rope": _rope,

@@ -1,6 +1,7 @@
 """GranViT: encoder, projector, decoder (paper Fig. 3).
 
-Layout letters: B rows, N patches, S sequence, A supervised positions, C width, V vocabulary.
+With tiling the pixels are `[B, T, 3, R, R]`, T views of each row's image, which the encoder sees as B T images.
+Layout letters: B rows, T views, N patches or image tokens, S sequence, A supervised positions, C width, V vocabulary.
 """
 from pathlib import Path
 from typing import Self
@@ -50,22 +51,27 @@ class GranViT(Module):
 
     def inputs(self, pixels_B3RR: Tensor, image_weights_B: Tensor, token_ids_BS: Tensor,
                image_positions_BN: Tensor) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Input embeddings `[B, S, C]` with image tokens in their places, and the encoder's features at its top level."""
+        """Input embeddings `[B, S, C]` with image tokens in their places, and the encoder's features at its top level.
+
+        A token at position -1 is nowhere: it adds nothing, to position 0.
+        """
         embeddings = self.language.embed(token_ids_BS)
-        at = image_positions_BN[..., None].expand(-1, -1, embeddings.shape[-1])
+        B, S, C = embeddings.shape
+        at = image_positions_BN.clamp(min=0)
+        shown = (image_weights_B[:, None] * (image_positions_BN >= 0)).to(embeddings.dtype)
+        kept = 1 - shown.new_zeros(B, S).scatter_add(1, at, shown)[..., None]
         if self.blind:
-            tokens, top = embeddings.new_zeros(at.shape), None
-        else:
-            features, top = self.vision.encode(pixels_B3RR)
-            tokens = self.projector(features)
-        shown = image_weights_B[:, None, None] > 0
-        tokens = torch.where(shown, tokens, embeddings.gather(1, at))
-        return self.emit(embeddings.scatter(1, at, tokens)), top
+            return self.emit(embeddings * kept), None
+        features, top = self.vision.encode(pixels_B3RR.flatten(0, -4))
+        tokens = self.projector(features).reshape(B, -1, C) * shown[..., None]
+        placed = torch.zeros_like(embeddings).scatter_add(1, at[..., None].expand(-1, -1, C), tokens)
+        return self.emit(embeddings * kept + placed), top
 
     def forward(self, pixels_B3RR: Tensor, image_weights_B: Tensor, token_ids_BS: Tensor, positions_BS: Tensor,
                 segments_BS: Tensor, image_positions_BN: Tensor,
                 answer_positions_BA: Tensor) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Logits `[B, A, V]` at the supervised positions only, and the encoder's top features `[B, N, C]`."""
+        """Logits `[B, A, V]` at the supervised positions only, and the encoder's top features: `[B, N, C]`, with tiling those
+        of every view, `[B T, N, C]`."""
         inputs, top = self.inputs(pixels_B3RR, image_weights_B, token_ids_BS, image_positions_BN)
         hidden = self.language(inputs, positions_BS, segments_BS)
         at = answer_positions_BA[..., None].expand(-1, -1, hidden.shape[-1])

@@ -1,7 +1,12 @@
-"""Decoding, padding, resizing and cropping (Pillow does the pixels), and the geometry that carries boxes along.
+"""Decoding, padding, resizing, cropping and tiling (Pillow does the pixels), and the geometry that carries boxes along.
 
 Boxes are xyxy. In the image frame they are divided by the original width and height; in the padded frame by the side of
-the centred square that `to_square` pads the image to. Pixels are uint8 RGB, `[H, W, 3]` as decoded, `[3, R, R]` for a model.
+the centred square that `to_square` pads the image to; in the canvas frame by the sides of the canvas that an image is fitted into
+to be cut into tiles. Pixels are uint8 RGB, `[H, W, 3]` as decoded, `[3, R, R]` for a model, R = `vision.image_size`.
+
+High resolution (paper A.5, where `vision.tiles` is above 0): the encoder sees the padded square as a global view, then the tiles
+of a canvas of `rows` x `columns` tiles, row by row. The paper says neither how the grid is chosen nor in which order the
+tokens are read: `tile_grids` and `token_places` say what is done here.
 
 EXIF orientation is applied: an image, its width, height and boxes are those that a viewer shows. Transparency is dropped
 (the colour under it stays), and of an animation the first frame counts.
@@ -10,6 +15,7 @@ import io
 import math
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image, ImageOps
 
 from granvit.data.prompts import Box
@@ -66,10 +72,110 @@ def to_square(image_HW3: np.ndarray, vision: VisionConfig) -> np.ndarray:
     """Pads to a centred square with the encoder's mean colour and resizes: uint8 `[3, R, R]`, R = `vision.image_size`."""
     height, width = image_HW3.shape[:2]
     side, pad_x, pad_y = padding(width, height)
-    square = Image.new("RGB", (side, side), tuple(int(255 * mean) for mean in vision.mean))  # int: LLaVA's rounding
+    square = _blank(side, side, vision)
     square.paste(Image.fromarray(image_HW3), (pad_x, pad_y))
     resized = square.resize((vision.image_size, vision.image_size), _RESAMPLE[vision.resize])
     return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+
+
+def _blank(width: int, height: int, vision: VisionConfig) -> Image.Image:
+    return Image.new("RGB", (width, height), tuple(int(255 * mean) for mean in vision.mean))  # int: LLaVA's rounding
+
+
+def tile_grids(widths: ArrayLike, heights: ArrayLike, vision: VisionConfig) -> np.ndarray:
+    """Rows and columns of tiles for images of these sizes, int64 `[..., 2]`; their product is at most `vision.tiles`.
+
+    The image is fitted into the canvas without a change of its aspect. The grid chosen is the one in which it keeps most of its
+    own pixels (one that is enlarged keeps them all and gains none), and of several that keep as many the one of fewest
+    tiles, which has least padding; there is only one. So an image no larger than a tile is one tile. This is LLaVA-NeXT's
+    `select_best_resolution`, over all grids and in exact integers.
+    """
+    grids = [(rows, columns) for rows in range(1, vision.tiles + 1) for columns in range(1, vision.tiles // rows + 1)]
+    grids_P2 = np.array(sorted(grids, key=math.prod))
+    width, height = np.asarray(widths, np.int64)[..., None], np.asarray(heights, np.int64)[..., None]
+    rows, columns = grids_P2.T * vision.image_size
+    # The share of its side that an image keeps is min(1, columns / width, rows / height): here times width x height.
+    kept = np.minimum(width * height, np.minimum(columns * height, rows * width))
+    return grids_P2[kept.argmax(-1)]
+
+
+def image_tokens(widths: ArrayLike, heights: ArrayLike, vision: VisionConfig) -> np.ndarray:
+    """How many image tokens images of these sizes have, int64 `[...]`: those of the views that they are shown as."""
+    if not vision.tiles:
+        return np.full(np.shape(widths), vision.image_tokens)
+    return (1 + tile_grids(widths, heights, vision).prod(-1)) * vision.view_tokens
+
+
+def token_places(width: int, height: int, vision: VisionConfig) -> np.ndarray:
+    """Where each image token stands among those of its image, int32 `[image_tokens]`; -1 for those of tiles that it has not.
+
+    Tokens are counted view by view, row by row in each. In the sequence the global view's come first, then those of the tiles as
+    the one map that they make up, row by row over its whole width.
+    """
+    if not vision.tiles:
+        return np.arange(vision.image_tokens, dtype=np.int32)
+    rows, columns = tile_grids(width, height, vision).tolist()
+    first, side = vision.view_tokens, vision.grid // 2
+    places = np.full((vision.views, side, side), -1, np.int32)
+    places[0] = np.arange(first).reshape(side, side)
+    whole = first + np.arange(rows * columns * first).reshape(rows, side, columns, side)
+    places[1 : 1 + rows * columns] = whole.transpose(0, 2, 1, 3).reshape(-1, side, side)
+    return places.ravel()
+
+
+def _canvas(width: int, height: int, vision: VisionConfig) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Sides of the canvas, of the image fitted into it, and the pixels added left and above."""
+    rows, columns = (tile_grids(width, height, vision) * vision.image_size).tolist()
+    if columns * height <= rows * width:
+        fitted = columns, max(round(height * columns / width), 1)
+    else:
+        fitted = max(round(width * rows / height), 1), rows
+    return (columns, rows), fitted, ((columns - fitted[0]) // 2, (rows - fitted[1]) // 2)
+
+
+def box_to_canvas(box: Box, width: int, height: int, vision: VisionConfig) -> Box:
+    """Image frame -> canvas frame: x' = (x * fitted width + pad_x) / canvas width."""
+    side, fitted, pad = _canvas(width, height, vision)
+    return tuple((box[i] * fitted[i % 2] + pad[i % 2]) / side[i % 2] for i in range(4))
+
+
+def box_from_canvas(box: Box, width: int, height: int, vision: VisionConfig) -> Box:
+    """Canvas frame -> image frame, the inverse of `box_to_canvas`; outside 0..1 where the box lies on the padding."""
+    side, fitted, pad = _canvas(width, height, vision)
+    return tuple((box[i] * side[i % 2] - pad[i % 2]) / fitted[i % 2] for i in range(4))
+
+
+def to_canvas(image_HW3: np.ndarray, vision: VisionConfig) -> np.ndarray:
+    """The image fitted into its canvas, centred, padded with the encoder's mean colour: uint8 `[rows * R, columns * R, 3]`."""
+    side, fitted, pad = _canvas(image_HW3.shape[1], image_HW3.shape[0], vision)
+    canvas = _blank(*side, vision)
+    canvas.paste(Image.fromarray(image_HW3).resize(fitted, _RESAMPLE[vision.resize]), pad)
+    return np.asarray(canvas)
+
+
+def to_views(image_HW3: np.ndarray, vision: VisionConfig) -> np.ndarray:
+    """What the encoder sees of an image: `to_square`, uint8 `[3, R, R]`; with tiling uint8 `[T, 3, R, R]`, the same as view 0,
+    then the tiles of the canvas row by row, then black for the tiles that this image has not."""
+    square = to_square(image_HW3, vision)
+    if not vision.tiles:
+        return square
+    side = vision.image_size
+    views = np.zeros((vision.views, *square.shape), np.uint8)
+    views[0] = square
+    canvas = to_canvas(image_HW3, vision)
+    tiles = canvas.reshape(canvas.shape[0] // side, side, -1, side, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, side, side)
+    views[1 : 1 + len(tiles)] = tiles
+    return views
+
+
+def box_to_features(box: Box, width: int, height: int, vision: VisionConfig) -> Box:
+    """Image frame -> frame of the feature map that regions are read from: the padded square as far as its patches reach, with
+    tiling the canvas. A box may end beyond the last patch (at 1.016 for SigLIP's 27 of 14 pixels in 384): ROIAlign clamps."""
+    if vision.tiles:
+        return box_to_canvas(box, width, height, vision)
+    beyond = vision.image_size / vision.seen
+    x1, y1, x2, y2 = box_to_square(box, width, height)
+    return x1 * beyond, y1 * beyond, x2 * beyond, y2 * beyond
 
 
 def crop(image_HW3: np.ndarray, box: Box, scale: float, size: int, resize: str) -> np.ndarray:

@@ -15,20 +15,22 @@ from typing import Literal
 import numpy as np
 
 from granvit.data.chat import Chat
+from granvit.data.images import image_tokens
 from granvit.data.prompts import GLOBAL, answer_text, question_text
 from granvit.data.store import CONVERSATIONS, Store
+from granvit.models import VisionConfig
 from granvit.stages import TASKS, Task
 
 _CHUNK = 8192  # images encoded at a time
 _LONGEST = np.iinfo(np.uint16).max  # a longer text fits no bucket either
 Role = Literal["answer", "question", "conversation"]
-_COLUMNS = {"answer": 1, "question": 1, "conversation": 3}
+_COLUMNS = {"answer": 1, "question": 1, "conversation": 2}
 _log = logging.getLogger(__name__)
 
 
 def _encode(store: Store, chat: Chat, role: Role) -> Iterator[np.ndarray]:
     """Lengths of all texts in order: as answers, inside caption2bbox questions (0 for global captions, never asked so), or of
-    conversations: tokens after the prefix, supervised tokens among them, and 1 where there is an image."""
+    conversations: tokens after the prefix, and supervised tokens among them."""
     for first in range(0, store.images, _CHUNK):
         last = min(first + _CHUNK, store.images)
         numbers = store.region_starts[first : last + 1] + np.arange(first, last + 1)
@@ -36,9 +38,7 @@ def _encode(store: Store, chat: Chat, role: Role) -> Iterator[np.ndarray]:
         if role == "answer":
             lengths = np.array(chat.answer_lengths(texts))
         elif role == "conversation":
-            trees = [json.loads(text) for text in texts]
-            with_image = np.array([tree["width"] > 0 for tree in trees])
-            lengths = np.column_stack([chat.conversation_lengths([tree["turns"] for tree in trees]), with_image])
+            lengths = np.array(chat.conversation_lengths([json.loads(text)["turns"] for text in texts]))
         else:
             lengths = np.array(chat.question_lengths([question_text("caption2bbox", caption=text) for text in texts]))
             lengths[numbers[:-1] - numbers[0]] = 0
@@ -47,7 +47,7 @@ def _encode(store: Store, chat: Chat, role: Role) -> Iterator[np.ndarray]:
 
 def text_lengths(store: Store, chat: Chat, role: Role) -> np.ndarray:
     """uint16 `[images + regions]`, mapped: `len(answer_ids(text))` of each text of the store, or the length of the
-    caption2bbox question that holds it. Role conversation: `[images, 3]`, tokens after the prefix, supervised ones, has an image.
+    caption2bbox question that holds it. Role conversation: `[images, 2]`, tokens after the prefix and supervised ones.
 
     Computed once per store, tokenizer and template, and kept beside the store, or in `~/.cache/granvit` where the store
     is read-only; several processes may ask at once, one of them computes.
@@ -83,15 +83,32 @@ def text_lengths(store: Store, chat: Chat, role: Role) -> np.ndarray:
     raise ValueError(f"store {store.path}: neither {store.path / 'lengths'} nor ~/.cache/granvit can be written")
 
 
-class TurnLengths:
-    """Upper bounds of a turn's length (a conversation's is exact), vectorised over texts of one store.
+class PrefixLengths:
+    """Tokens of each record's shared prefix. With tiling they depend on the image's size, which the store knows; a conversation
+    without an image has nothing in its place.
 
-    `image_tokens` are those that a conversation without an image lacks in its prefix.
+    `ValueError` where the store does not know the sizes.
     """
 
-    def __init__(self, store: Store, chat: Chat, tasks: frozenset[Task], image_tokens: int):
-        self._arguments = (store, chat, tasks, image_tokens)
-        self._without_image = chat.prefix_length(image_tokens) - len(chat.prefix_before)
+    def __init__(self, store: Store, chat: Chat, vision: VisionConfig):
+        if vision.tiles and store.sizes is None:
+            raise ValueError(f"store {store.path}: was built before image sizes were kept, which vision.tiling needs; rebuild it")
+        self._store, self._chat, self._vision = store, chat, vision
+
+    def of(self, images: np.ndarray) -> np.ndarray:
+        """int64, for images of these numbers in the store."""
+        if self._store.sizes is None:
+            return np.full(len(images), self._chat.prefix_length(self._vision.image_tokens))
+        widths, heights = self._store.sizes[images].T
+        with_image = self._chat.prefix_length(0) + image_tokens(np.maximum(widths, 1), np.maximum(heights, 1), self._vision)
+        return np.where(widths > 0, with_image, len(self._chat.prefix_before))
+
+
+class TurnLengths:
+    """Upper bounds of a turn's length (a conversation's is exact), vectorised over texts of one store."""
+
+    def __init__(self, store: Store, chat: Chat, tasks: frozenset[Task]):
+        self._arguments = (store, chat, tasks)
         if store.kind == CONVERSATIONS:
             self._conversations = text_lengths(store, chat, "conversation")
             return
@@ -106,16 +123,15 @@ class TurnLengths:
         return TurnLengths, self._arguments
 
     def of(self, task: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For turns of `task` (indices of TASKS) about text number `text`: input tokens after the prefix of an image row, and
-        supervised tokens among them."""
+        """For turns of `task` (indices of TASKS) about text number `text`: input tokens after the prefix, and supervised tokens
+        among them."""
         tokens, answers = np.zeros(len(task), np.int64), np.zeros(len(task), np.int64)
         for index, name in enumerate(TASKS):
             mine = task == index
             if not mine.any():
                 continue
             if name == "conversation":
-                tokens[mine], answers[mine], with_image = self._conversations[text[mine]].astype(np.int64).T
-                tokens[mine] -= np.where(with_image > 0, 0, self._without_image)
+                tokens[mine], answers[mine] = self._conversations[text[mine]].astype(np.int64).T
                 continue
             if name == "caption2bbox":
                 question, answers[mine] = self._questions[text[mine]].astype(np.int64), self._longest_box

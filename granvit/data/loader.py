@@ -25,10 +25,10 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 from granvit.config import Bucket, RunConfig
-from granvit.data.batch import Batch, Packer, PromptBatch, Question, join, prompt_batch
+from granvit.data.batch import Batch, Packer, PromptBatch, Question, join, picture, prompt_batch
 from granvit.data.chat import Chat
-from granvit.data.images import decode, to_square
-from granvit.data.lengths import TurnLengths
+from granvit.data.images import image_tokens, to_views
+from granvit.data.lengths import PrefixLengths, TurnLengths
 from granvit.data.prompts import Box
 from granvit.data.records import Conversation, ImageRecord
 from granvit.data.store import CONVERSATIONS, MAX_PIXELS, REGIONS, Store
@@ -80,12 +80,12 @@ class Plan:
         regions_per_row: int,
         rows_per_step: int,
         buckets: Sequence[Bucket],
-        prefix: int,
+        prefixes: Sequence[PrefixLengths],
         seed: int,
     ):
-        self._arguments = (stores, lengths, rates, mix, regions_per_row, rows_per_step, buckets, prefix, seed)
-        self.stores, self.lengths, self.rates, self.mix = stores, lengths, rates, mix
-        self.K, self.rows_per_step, self.buckets, self.prefix, self.seed = regions_per_row, rows_per_step, buckets, prefix, seed
+        self._arguments = (stores, lengths, rates, mix, regions_per_row, rows_per_step, buckets, prefixes, seed)
+        self.stores, self.lengths, self.prefixes, self.rates, self.mix = stores, lengths, prefixes, rates, mix
+        self.K, self.rows_per_step, self.buckets, self.seed = regions_per_row, rows_per_step, buckets, seed
         self._image_starts = np.cumsum([0] + [store.images for store in stores])
         self._region_starts = np.cumsum([0] + [store.regions for store in stores])
         self._tasks = [(index, task) for index, task in enumerate(TASKS) if mix.get(task, 0) > 0]
@@ -228,8 +228,10 @@ class Plan:
         """Index of the smallest bucket that holds each row; the largest where none does (what is too long is counted there)."""
         sources, images, _ = self._images(epoch, rows)
         row, task, region = self._questions(epoch, rows)
-        tokens, answers = np.full(len(rows), self.prefix, np.int64), np.zeros(len(rows), np.int64)
+        tokens, answers = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
         for source in np.unique(sources):
+            own = sources == source
+            tokens[own] = self.prefixes[source].of(images[own])
             mine = sources[row] == source
             image = images[row[mine]]
             text = self.stores[source].region_starts[image] + image + 1 + region[mine]  # region -1: the global caption
@@ -304,12 +306,13 @@ class Loader:
         wrong = {task: share for task, share in stage.mix.items() if not 0 <= share <= 1}
         if wrong:
             raise ValueError(f"data.mix states shares between 0 and 1, not {wrong}")
-        prefix = chat.prefix_length(vision.patches)
-        if config.data.buckets[0].length <= prefix:
-            raise ValueError(
-                f"data.buckets: the shortest, {config.data.buckets[0].length} tokens, leaves no room after the prefix of "
-                f"{prefix} ({vision.patches} of them the image's)"
-            )
+        for which, bucket, tokens in (("shortest", 0, int(image_tokens(1, 1, vision))), ("longest", -1, vision.image_tokens)):
+            length, prefix = config.data.buckets[bucket].length, chat.prefix_length(tokens)
+            if length <= prefix:
+                raise ValueError(
+                    f"data.buckets: the {which}, {length} tokens, leaves no room after the prefix of {prefix} ({tokens} of them "
+                    f"the image's)"
+                )
         answers = [bucket.answers for bucket in config.data.buckets]
         if answers != sorted(answers):
             raise ValueError(f"data.buckets: answers must not fall as length rises: {answers}")
@@ -321,13 +324,13 @@ class Loader:
                 raise ValueError(f"data.sources: {store.path} is a {kind} store and holds none of the tasks mixed: {stage.mix}")
         self.plan = Plan(
             stores,
-            [TurnLengths(store, chat, asked, vision.patches) for store in stores],
+            [TurnLengths(store, chat, asked) for store in stores],
             [source.rate for source in config.data.sources],
             stage.mix,
             config.data.regions_per_row,
             config.train.global_batch // config.data.regions_per_row,
             config.data.buckets,
-            prefix,
+            [PrefixLengths(store, chat, vision) for store in stores],
             config.seed,
         )
         self.steps = config.train.steps or self.plan.steps(config.train.epochs)
@@ -399,8 +402,10 @@ def held_out(
         raise ValueError(f"eval.source {store.path} is a {store.kind.format} store; held-out questions are about regions")
     chosen = np.unique(np.linspace(0, store.images - 1, min(images, store.images)).round().astype(int)).tolist()
     items: list[tuple[int, HeldOut]] = []
+    sizes: dict[int, tuple[int, int]] = {}
     for image in chosen:
         record = _held_out_record(store, image)
+        sizes[image] = record.width, record.height
         for task in tasks:
             if task == "global":
                 asked = [Question(task)] if record.global_caption is not None else []
@@ -411,7 +416,9 @@ def held_out(
                 items.append((image, (record.id, task, *question.turn(record), box)))
     if not items:
         raise ValueError(f"store {store.path}: no question of the tasks {list(tasks)} to evaluate")
-    length = chat.prefix_length(vision.patches) + max(chat.question_lengths([item[2] for _, item in items]))
+    lengths = chat.question_lengths([item[2] for _, item in items])
+    tokens = {image: int(image_tokens(*size, vision)) for image, size in sizes.items()}
+    length = max(chat.prefix_length(tokens[image]) + question for (image, _), question in zip(items, lengths, strict=True))
     for first in range(rank * batch, len(items), world * batch):
         part = items[first : first + batch]
         rows = part + [part[-1]] * (batch - len(part))
@@ -419,11 +426,12 @@ def held_out(
         for image, (record_id, *_) in part:
             if image not in pixels:
                 try:
-                    pixels[image] = to_square(decode(_held_out_record(store, image).image, max_pixels), vision)
+                    pixels[image] = to_views(picture(_held_out_record(store, image), max_pixels), vision)
                 except ValueError as error:
                     raise ValueError(f"store {store.path}: held-out record {record_id}: {error}") from None
         pixels_B3RR = np.stack([pixels[image] for image, _ in rows])
-        yield prompt_batch(pixels_B3RR, [item[2] for _, item in rows], chat, vision, length), [item for _, item in part]
+        shown, asked = [sizes[image] for image, _ in rows], [item[2] for _, item in rows]
+        yield prompt_batch(pixels_B3RR, asked, chat, vision, length, shown), [item for _, item in part]
 
 
 def _held_out_record(store: Store, image: int) -> ImageRecord:

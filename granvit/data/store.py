@@ -11,7 +11,8 @@ One line an image; `id` (default: the image's path), `global` and `regions` may 
 A store is a directory: `manifest.json` (format, version, counts, files with their sizes), `shard-*.array_record` (one record an
 image: uint32 length of a JSON header, the header, the encoded image) and the text side: `texts.bin` holds, image by image,
 the global caption (empty where there is none) and each region's caption in UTF-8; `text_ends.u8` where each text ends and
-`region_starts.i8` each image's first region (both start with 0). The text side is mapped: counts and lengths cost no image bytes.
+`region_starts.i8` each image's first region (both start with 0). `sizes.u4` has each image's width and height. All of these are
+mapped: counts, lengths and tilings cost no image bytes.
 
 A store of conversations (`granvit.data.conversations` builds it) is the same with conversations for images, no regions, and a
 conversation's whole JSON header as its one text.
@@ -122,6 +123,7 @@ class _Writer:
         self._texts = open(folder / "texts.bin", "wb")  # noqa: SIM115
         self._ends = open(folder / "text_ends.u8", "wb")  # noqa: SIM115
         self._starts = open(folder / "region_starts.i8", "wb")  # noqa: SIM115
+        self._sizes = open(folder / "sizes.u4", "wb")  # noqa: SIM115
         self._ends.write(struct.pack("<Q", 0))
         self._starts.write(struct.pack("<q", 0))
 
@@ -150,6 +152,7 @@ class _Writer:
             self._texts.write(text.encode())
             self._ends.write(struct.pack("<Q", self._texts.tell()))
         self._starts.write(struct.pack("<q", self.summary.regions))
+        self._sizes.write(struct.pack("<II", record.width, record.height))
         if self._filled >= self.shard_bytes:
             self._close_shard()
 
@@ -160,9 +163,9 @@ class _Writer:
 
     def finish(self, frame: BboxFrame | None) -> None:
         self._close_shard()
-        for file in (self._texts, self._ends, self._starts):
+        for file in (self._texts, self._ends, self._starts, self._sizes):
             file.close()
-        names = [shard["file"] for shard in self.shards] + ["texts.bin", "text_ends.u8", "region_starts.i8"]
+        names = [shard["file"] for shard in self.shards] + ["texts.bin", "text_ends.u8", "region_starts.i8", "sizes.u4"]
         manifest = {
             "format": self.kind.format,
             "version": VERSION,
@@ -304,7 +307,8 @@ class Store:
     `images` counts records (images, or conversations with and without one), `regions` and `globals` what can be asked about
     them beside; `kind` says which tasks there are. `region_starts` int64 `[images + 1]` and `text_ends` uint64
     `[images + regions + 1]` are mapped. The texts of image i are numbers `region_starts[i] + i` (its global caption) and the
-    following (its regions). Raises `ValueError`, with the path and the remedy, for a directory that is missing, empty, of
+    following (its regions). `sizes` uint32 `[images, 2]`, mapped too, are widths and heights; None in a store that was built
+    before they were kept. Raises `ValueError`, with the path and the remedy, for a directory that is missing, empty, of
     another format or version, or has a file that is missing or not of the size that the manifest states.
     """
 
@@ -336,6 +340,11 @@ class Store:
         self.text_ends = np.memmap(path / "text_ends.u8", "<u8", "r")
         if len(self.region_starts) != self.images + 1 or len(self.text_ends) != self.images + self.regions + 1:
             raise ValueError(f"store {path}: the text side does not match the manifest's counts; rebuild the store")
+        self.sizes = None
+        if "sizes.u4" in manifest["bytes"]:
+            self.sizes = np.memmap(path / "sizes.u4", "<u4", "r").reshape(-1, 2)
+            if len(self.sizes) != self.images:
+                raise ValueError(f"store {path}: sizes.u4 does not match the manifest's counts; rebuild the store")
         self.fingerprint = hashlib.sha256(data).hexdigest()[:16]
         self._shards = ArrayRecordDataSource([f"{path / s['file']}[0:{s['images']}]" for s in manifest["shards"]])
 

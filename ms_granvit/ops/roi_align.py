@@ -1,7 +1,8 @@
 """ROIAlign as two matrix products.
 
 With a fixed 2x2 grid of samples per bin and average pooling, bilinear sampling separates: `out[k] = My[k] . F . Mx[k]^T`.
-Layout letters: B images, K boxes per image, H x W feature cells, C width, g output cells along a side.
+Layout letters: B images, T tiles per image, K boxes per image, H x W feature cells, C width, g output cells along a side, p = 2 g
+samples along it.
 """
 import mindspore as ms
 from mindspore import Tensor, ops
@@ -15,12 +16,29 @@ def sampling_matrix(low_BK: Tensor, high_BK: Tensor, grid: int, cells: int) -> T
     Half-pixel aligned (torchvision's `aligned=True`): coordinate c lies at c * cells - 0.5; samples are clamped to the
     centres of the border cells.
     """
-    B, K = low_BK.shape
+    return average_weights(ops.clamp(sample_points(low_BK, high_BK, grid, cells), 0.0, cells - 1.0), cells)
+
+
+def tile_matrix(low_BK: Tensor, high_BK: Tensor, grid: int, cells: int, tiles_BT: Tensor, tile_BT: Tensor) -> Tensor:
+    """The columns `[B, T, K, grid, cells]` that fall into tile number `tile_BT` of the `sampling_matrix` of an axis of `tiles_BT`
+    tiles of `cells` cells; a tile beyond the last has none."""
+    B, T = tile_BT.shape
+    whole = ops.cast(tiles_BT * cells, ms.float32).reshape(B, T, 1, 1)
+    at = sample_points(ops.expand_dims(low_BK, 1), ops.expand_dims(high_BK, 1), grid, whole)
+    at = ops.minimum(ops.maximum(at, 0.0), whole - 1)
+    return average_weights(at - ops.cast(tile_BT * cells, ms.float32).reshape(B, T, 1, 1), cells)
+
+
+def sample_points(low: Tensor, high: Tensor, grid: int, cells: int | Tensor) -> Tensor:
+    """Where the samples of `grid` bins lie, in cells, `[..., p]`."""
     ticks = (ops.cast(ops.arange(grid * SAMPLES), ms.float32) + 0.5) / (grid * SAMPLES)
-    at = (ops.expand_dims(low_BK, -1) + ops.expand_dims(high_BK - low_BK, -1) * ticks) * cells - 0.5
-    at = ops.expand_dims(ops.clamp(at, 0.0, cells - 1.0), -1)
-    weights = ops.relu(1 - ops.abs(at - ops.cast(ops.arange(cells), ms.float32)))
-    return ops.mean(weights.reshape(B, K, grid, SAMPLES, cells), 3)
+    return (ops.expand_dims(low, -1) + ops.expand_dims(high - low, -1) * ticks) * cells - 0.5
+
+
+def average_weights(at: Tensor, cells: int) -> Tensor:
+    """Bilinear weights of samples at `at` `[..., p]`, averaged over each bin, `[..., p / 2, cells]`."""
+    weights = ops.relu(1 - ops.abs(ops.expand_dims(at, -1) - ops.cast(ops.arange(cells), ms.float32)))
+    return ops.mean(weights.reshape(*at.shape[:-1], at.shape[-1] // SAMPLES, SAMPLES, cells), -2)
 
 
 def roi_align(features_BHWC: Tensor, boxes_BK4: Tensor, grid: int) -> Tensor:
@@ -28,10 +46,32 @@ def roi_align(features_BHWC: Tensor, boxes_BK4: Tensor, grid: int) -> Tensor:
 
     The row product runs as `[K g, H] x [H, W C]`, once per image, so the map is never gathered per box.
     """
-    B, H, W, C = features_BHWC.shape
+    H, W = features_BHWC.shape[1:3]
+    rows = sampling_matrix(boxes_BK4[..., 1], boxes_BK4[..., 3], grid, H)
+    return sample(features_BHWC, rows, sampling_matrix(boxes_BK4[..., 0], boxes_BK4[..., 2], grid, W))
+
+
+def roi_align_tiled(tiles_BTHWC: Tensor, grids_B2: Tensor, boxes_BK4: Tensor, grid: int) -> Tensor:
+    """`roi_align` of the maps that tiles make up, `[B, K, grid, grid, C]`, without putting one together.
+
+    Row b's map is `rows` x `columns` tiles, `grids_B2[b]`, given row by row; what `tiles_BTHWC` holds beyond them has no part.
+    `out = My . F . Mx^T` is a sum over the map's cells: each tile gives its own cells' share.
+    """
+    B, T, H, W, C = tiles_BTHWC.shape
     K = boxes_BK4.shape[1]
-    rows = ops.cast(sampling_matrix(boxes_BK4[..., 1], boxes_BK4[..., 3], grid, H), features_BHWC.dtype)
-    columns = ops.cast(sampling_matrix(boxes_BK4[..., 0], boxes_BK4[..., 2], grid, W), features_BHWC.dtype)
-    banded = ops.BatchMatMul()(rows.reshape(B, K * grid, H), features_BHWC.reshape(B, H, W * C))
-    columns = ops.broadcast_to(ops.expand_dims(columns, 2), (B, K, grid, grid, W))
-    return ops.BatchMatMul()(columns, banded.reshape(B, K, grid, W, C))
+    rows_BT, columns_BT = ops.broadcast_to(grids_B2[:, :1], (B, T)), ops.broadcast_to(grids_B2[:, 1:], (B, T))
+    number = ops.broadcast_to(ops.expand_dims(ops.cast(ops.arange(T), grids_B2.dtype), 0), (B, T))
+    rows = tile_matrix(boxes_BK4[..., 1], boxes_BK4[..., 3], grid, H, rows_BT, ops.floor_divide(number, columns_BT))
+    columns = tile_matrix(boxes_BK4[..., 0], boxes_BK4[..., 2], grid, W, columns_BT, ops.floor_mod(number, columns_BT))
+    features, rows = tiles_BTHWC.reshape(B * T, H, W, C), rows.reshape(B * T, K, grid, H)
+    return ops.sum(sample(features, rows, columns.reshape(B * T, K, grid, W)).reshape(B, T, K, grid, grid, C), 1)
+
+
+def sample(features_BHWC: Tensor, rows_BKgH: Tensor, columns_BKgW: Tensor) -> Tensor:
+    """`rows . features . columns^T` for each box, `[B, K, g, g, C]`, in the features' dtype."""
+    B, H, W, C = features_BHWC.shape
+    K, g = rows_BKgH.shape[1:3]
+    rows, columns = ops.cast(rows_BKgH, features_BHWC.dtype), ops.cast(columns_BKgW, features_BHWC.dtype)
+    banded = ops.BatchMatMul()(rows.reshape(B, K * g, H), features_BHWC.reshape(B, H, W * C))
+    columns = ops.broadcast_to(ops.expand_dims(columns, 2), (B, K, g, g, W))
+    return ops.BatchMatMul()(columns, banded.reshape(B, K, g, W, C))

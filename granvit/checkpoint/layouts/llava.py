@@ -53,6 +53,8 @@ def _read_config(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _write_config(vision: VisionConfig, language: LanguageConfig) -> dict[str, Any]:
+    if vision.tiles:
+        raise ValueError("the model was trained with vision.tiling, and this LLaVA shows an image as one view")
     tower = "clip_vision_model" if vision.class_token else "siglip_vision_model"
     layers = {level: layer for layer, level in LEVELS[tower].items()}
     text = (QWEN2 if language.qkv_bias else LLAMA).write_config(None, language)
