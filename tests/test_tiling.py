@@ -179,7 +179,7 @@ def test_image_tokens_are_those_of_their_place_in_the_whole_image(batch):
         for row, (rows, columns) in enumerate(batch.grids_B2.tolist()):
             first = int(batch.image_positions_BN[row, 0])
             for view in range(1 + rows * columns):
-                features = model.vision(put(batch.pixels_B3RR[row, view : view + 1]))[0].reshape(4, 4, -1)
+                features = model.vision.encode(put(batch.pixels_B3RR[row, view : view + 1]))[0].reshape(4, 4, -1)
                 down, across = divmod(view - 1, columns)
                 for i, j in np.ndindex(2, 2):
                     four = features[2 * i : 2 * i + 2, 2 * j : 2 * j + 2].reshape(1, -1)

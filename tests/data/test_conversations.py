@@ -10,7 +10,7 @@ from granvit.config import RunConfig, parse_config
 from granvit.data.batch import Batch
 from granvit.data.chat import Chat, byte_tokenizer
 from granvit.data.conversations import build_conversations, main
-from granvit.data.lengths import TurnLengths
+from granvit.data.lengths import PrefixLengths, TurnLengths
 from granvit.data.loader import Loader, held_out
 from granvit.data.store import Store
 from granvit.stages import TASKS
@@ -186,14 +186,14 @@ def test_an_epoch_shows_every_conversation_once_in_fixed_shapes(chat_store, chat
 
 
 def test_lengths_are_those_of_the_packed_rows(chat_store, vision, chat):
-    lengths = TurnLengths(chat_store, chat, frozenset(TASKS), vision.patches)
+    lengths = TurnLengths(chat_store, chat, frozenset(TASKS))
     loader = Loader(run("sft", chat_store), vision, chat, 0, 1)
-    prefix = chat.prefix_length(vision.patches)
+    prefixes = PrefixLengths(chat_store, chat, vision).of(np.arange(chat_store.images))
     packer, bucket = loader._assemble.packer, loader.plan.buckets[-1]
     tokens, answers = lengths.of(np.full(chat_store.images, TASKS.index("conversation")), np.arange(chat_store.images))
     for image in range(chat_store.images):
         row = packer.conversation_row(chat_store.record(image), bucket)
-        assert (row.segments_BS >= 0).sum() == prefix + tokens[image]
+        assert (row.segments_BS >= 0).sum() == prefixes[image] + tokens[image]
         assert row.tokens == answers[image]
 
 

@@ -166,10 +166,10 @@ def test_a_row_always_fits_its_bucket_and_both_buckets_are_used(store, records, 
     assert set(seen) == {600, 1100} and asked == sum(all_questions(records, dict.fromkeys(TASKS, 1)).values())
 
 
-def test_lengths_bound_the_packers_rows_closely(store, records, vision, chat):
+def test_lengths_bound_the_packers_rows_closely(store, records, chat):
     tokenizer = train_tokenizer(["Describe the content within the box word all of image"], 330, "qwen2.5")
     for speaker in (chat, Chat(tokenizer, "qwen2.5")):
-        lengths = TurnLengths(store, speaker, frozenset(TASKS), vision.patches)
+        lengths = TurnLengths(store, speaker, frozenset(TASKS))
         for image, record in enumerate(records[:10]):
             first = int(store.region_starts[image]) + image
             for number, region in enumerate(record.regions):
