@@ -135,7 +135,7 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
     if checkpoint is not None:
         check_same_run(checkpoint, config, vision, language)
     start = start_weights(config, vision, language) if checkpoint is None else checkpoint.tensors("model")
-    _check_memory(config, vision, language, Engine.memory(config.runtime.device))
+    check_memory(config, vision, language, Engine.memory(config.runtime.device))
 
     # 3. Data and model.
     chat = load_chat(config, language)
@@ -196,7 +196,7 @@ def _put_aside(run: Path) -> None:
         log.info(f"--fresh: the earlier run is now in {aside}")
 
 
-def _check_memory(config: RunConfig, vision: VisionConfig, language: LanguageConfig, memory: int) -> None:
+def check_memory(config: RunConfig, vision: VisionConfig, language: LanguageConfig, memory: int) -> None:
     """`ValueError` where a device's `memory` (bytes) does not even hold weights and optimizer."""
     stage, compute = config.stage_spec, {"float64": 8, "float32": 4}.get(config.runtime.compute, 2)
     needed = state_bytes(vision, language, stage.trains, stage.distill, compute)

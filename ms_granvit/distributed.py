@@ -9,7 +9,7 @@ from mindspore import Tensor, communication, nn, ops
 
 from granvit.cost import host_memory
 
-ASCEND_910B = 64 << 30
+ASCEND_910B = 64 * 10**9  # bytes
 ROW = 1024  # numbers that one product sums
 CHUNK = 1 << 26  # elements that one all-reduce joins (256 MiB of float32)
 

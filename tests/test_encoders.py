@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402 (these need tor
 import ms_granvit  # noqa: E402
 import pt_granvit  # noqa: E402
 from parity import encoders  # noqa: E402
+from parity.convert import convert  # noqa: E402
 
 ROWS = (
     "clip-vit-large-patch14-336", "siglip-so400m-patch14-384", "siglip2-so400m-patch16-512", "aimv2-huge-patch14-448",
@@ -125,6 +126,35 @@ def test_an_encoder_comes_back_from_its_own_directory_in_either_package(package,
     for other in (pt_granvit, ms_granvit):
         found = features(other.load_encoder(tmp_path / "saved"), pixels)
         np.testing.assert_allclose(found, features(encoder, pixels), rtol=1e-4, atol=2e-5)
+
+
+CONVERTED = {"aimv2-huge-patch14-448": ("aimv2", "aimv2"), "sailvit-huge-448": ("aimv2-apple", "aimv2"),
+             "internvit-300m-448": ("internvit-hub", "internvit")}  # row -> its own layout, transformers' layout
+
+
+@pytest.mark.parametrize("row", CONVERTED)
+def test_a_conversion_there_and_back_keeps_every_byte(row, tmp_path):
+    encoders.publish(encoders.peer(tiny(row)).bfloat16(), tmp_path / "published", HUB.get(row))
+    convert(tmp_path / "published", tmp_path / "default", "default")
+    convert(tmp_path / "default", tmp_path / "back", CONVERTED[row][0])
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("published", "back"))
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+    trees = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("published", "back")]
+    assert trees[0].items() <= trees[1].items()
+
+
+@pytest.mark.parametrize("row", ["sailvit-huge-448", "internvit-300m-448"])
+def test_transformers_loads_what_a_hub_layout_is_converted_to(row, tmp_path):
+    vision = tiny(row)
+    model = encoders.peer(vision)
+    encoders.publish(model, tmp_path / "published", HUB[row])
+    convert(tmp_path / "published", tmp_path / "converted", CONVERTED[row][1])
+    loaded, said = type(model).from_pretrained(tmp_path / "converted", output_loading_info=True)
+    assert not said["missing_keys"] and not said["unexpected_keys"]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
 def edit(directory, change) -> None:

@@ -5,9 +5,13 @@ import numpy as np
 import pytest
 
 from granvit.checkpoint.pretrained import start_weights
-from granvit.init import initial_value
+from granvit.checkpoint.run import CheckpointWriter
+from granvit.cli import check_memory
+from granvit.config import language_config, vision_config
+from granvit.init import initial_value, initial_values
 from granvit.models import LanguageConfig, VisionConfig, parameter_shapes
 from tests.helpers import run_config
+from tests.toy import ToyEngine
 
 torch = pytest.importorskip("torch")
 from safetensors.torch import load_file, save_file  # noqa: E402 (these need torch)
@@ -166,3 +170,29 @@ def test_a_truncated_file_is_named(published):
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(ValueError, match=r"vision/model\.safetensors.*truncated"):
         start_weights(configuration(published), VISION, QWEN)
+
+
+def test_a_run_with_another_decoder_gives_its_encoder_alone_and_says_so(tmp_path, caplog):
+    config = run_config(output=str(tmp_path / "run"))
+    engine = ToyEngine(config, VISION, QWEN, initial_values(parameter_shapes(VISION, QWEN), 5).items())
+    writer = CheckpointWriter(tmp_path / "run", config, VISION, QWEN)
+    writer.write_start(engine)
+    writer.save(engine, 1, {"questions": 0, "skipped": 0})
+    next_run = run_config(model={"init": "random", "init_from": str(tmp_path / "run")})
+    with caplog.at_level("INFO", logger="granvit"):
+        found = dict(start_weights(next_run, VISION, LLAMA))
+    assert {n: a.shape for n, a in found.items()} == parameter_shapes(VISION, LLAMA)
+    for name, array in found.items():
+        seed = 5 if name.startswith("vision") else 0
+        np.testing.assert_array_equal(array, initial_value(name, array.shape, seed), err_msg=name)
+    assert "its decoder is 'q', this run's 'l': the encoder is kept, the projector is new, the decoder is random" in caplog.text
+    with pytest.raises(ValueError, match=r"of another architecture: vision\..* is missing"):
+        start_weights(next_run, VISION.model_copy(update={"layers": 4}), LLAMA)
+
+
+def test_a_model_that_no_device_here_holds_is_refused_with_the_sum():
+    config = run_config(stage="stage2", model={"language": "qwen2.5-7b"}, runtime={"compute": "bfloat16"})
+    encoder, decoder = vision_config("siglip2-so400m-patch16-512"), language_config("qwen2.5-7b")
+    with pytest.raises(ValueError, match=r"needs about 123 GB a device .* this device has 64 GB"):
+        check_memory(config, encoder, decoder, 64 * 10**9)
+    check_memory(config, encoder, language_config("qwen2.5-1.5b"), 64 * 10**9)
