@@ -284,18 +284,19 @@ def test_both_stages_train_evaluate_and_answer(framework, tmp_path):
     pytest.importorskip(framework)
     write_store(RECORDS, tmp_path / "store")
     for stage in ("stage1", "stage2"):
+        scored = stage == "stage2" and framework == "torch"  # MindSpore's generation is compiled once, for the answer below
         config = run_config(
             stage=stage,
             output=str(tmp_path / stage),
             model={"init_from": str(tmp_path / "stage1") if stage == "stage2" else None},
             data={"sources": [{"path": str(tmp_path / "store")}], "buckets": [{"length": 640, "answers": 120}]},
             train={"global_batch": 4, "micro_batch": 2, "steps": 2, "log_every": 1},
-            eval={"source": str(tmp_path / "store") if stage == "stage2" else None, "images": 3, "batch": 2, "max_new_tokens": 4},
+            eval={"source": str(tmp_path / "store") if scored else None, "images": 3, "batch": 2, "max_new_tokens": 4},
             **TILES,
         )
         (tmp_path / f"{stage}.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
         said = run_script(f"{stage}.py", "--framework", framework, "--config", str(tmp_path / f"{stage}.yaml"))
-        assert "is complete" in said and ("held-out caption2bbox" in said) == (stage == "stage2"), said
+        assert "is complete" in said and ("held-out caption2bbox" in said) == scored, said
         assert framework == "torch" or "'micro_batch': 1," in said, said
     (tmp_path / "picture.png").write_bytes(encoded_image(77, 33))
     said = run_script("predict.py", "--framework", framework, "--run", str(tmp_path / "stage2"), "--text", "a cup",
