@@ -120,7 +120,7 @@ def make_plan(source: Source, contents: Contents, target: Layout, report: Report
     except ValueError as error:
         raise ValueError(f"{source.path}: cannot be written as {target.name!r}: {error}") from None
     came_from = contents.published if (contents.published or {}).get("layout") == target.name else None
-    spelling = target.spellings[came_from["spelling"] if came_from else 0]
+    spelling = target.spellings[came_from["spelling"]] if came_from else target.spelling_for(contents.names)
     plan, parts = Plan({}, {}, {}, None), {}
     for canonical, foreign in contents.names.items():
         if part_of(canonical) not in target.parts:

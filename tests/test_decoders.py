@@ -17,10 +17,10 @@ PACKAGES = pytest.mark.parametrize("package", [pt_granvit, ms_granvit], ids=["to
 
 
 def peer(family: str):
-    """Qwen2 as 1.5B and 3B have it (tied head), or Llama-3 (a head of its own); no norm at 1, no bias at 0."""
+    """Qwen2 as 1.5B and 3B have it (tied head), as 7B has it (a head of its own), or Llama-3; no norm at 1, no bias at 0."""
     torch.manual_seed(0)
-    if family == "qwen2":
-        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES, tie_word_embeddings=True))
+    if family.startswith("qwen2"):
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES, tie_word_embeddings=family == "qwen2"))
     else:
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=False))
     with torch.no_grad():
@@ -42,8 +42,9 @@ def logits(decoder, ids_BS: np.ndarray) -> np.ndarray:
 
 
 @PACKAGES
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
-@pytest.mark.parametrize("rope", ["rope_theta", "rope_parameters"])  # as transformers 4 and 5 write it
+@pytest.mark.parametrize(  # transformers 4 writes rope_theta, 5 rope_parameters
+    "family, rope", [("qwen2", "rope_theta"), ("qwen2-7b", "rope_parameters"), ("llama", "rope_parameters")]
+)
 def test_logits_are_those_of_transformers(family, rope, package, tmp_path):
     model = peer(family)
     model.save_pretrained(tmp_path, max_shard_size="8KB")

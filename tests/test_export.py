@@ -29,6 +29,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 skimage_data = pytest.importorskip("skimage.data")
 
+import pt_granvit  # noqa: E402
 from pt_granvit.engine import Engine  # noqa: E402 (these need torch)
 from pt_granvit.generate import greedy  # noqa: E402
 from pt_granvit.vision import VisionEncoder  # noqa: E402
@@ -206,6 +207,7 @@ def llama3_tokenizer(path: Path) -> Path:
         pytest.param(changed(SIGLIP_TINY, level="final"), changed(QWEN, vocab=259), "<image>", id="siglip-qwen2-tied-new-row"),
         pytest.param(CLIP_TINY, changed(LLAMA, vocab=261), "<image>", id="clip-llama-untied-new-row"),
         pytest.param(CLIP_TINY, LLAMA, "<|reserved_special_token_3|>", id="clip-llama-untied-reserved"),
+        pytest.param(AIMV2_TINY, QWEN, "<image>", id="aimv2-qwen2-tied-spare-row"),
     ],
 )
 def test_llava_answers_as_the_run_does(tmp_path, photograph, vision, language, image_token):
@@ -354,11 +356,29 @@ def test_what_cannot_be_exported_is_refused(tmp_path, capsys):
         internvit = write_run(tmp_path / name, changed(INTERNVIT_TINY, **above))
         error = refused(capsys, internvit, out, "--as", "encoder", "--top", "start")
         assert "hands out the last alone" in error and remedy in error
+        assert "which InternViT's in transformers does not hand out" in refused(capsys, internvit, out, "--as", "llava")
     odd = write_run(tmp_path / "odd", changed(SIGLIP_TINY, norm="rms"))
     assert "is built like no vision model known here" in refused(capsys, odd, out, "--as", "encoder", "--top", "blank")
     export(run, tmp_path / "done", "encoder", "blank")
     assert "not a run's directory" in refused(capsys, tmp_path / "done", out, "--as", "llava")
     assert not out.exists() and not list(tmp_path.glob(".tmp-*"))
+
+
+def test_a_model_is_the_same_from_a_run_from_its_own_directory_and_from_an_export(tmp_path):
+    run = write_run(tmp_path / "run", CLIP_TINY, LLAMA)
+    expected = dict(newest_checkpoint(run).tensors("model"))
+    export(run, tmp_path / "exported", "llava")
+    pt_granvit.GranViT.from_pretrained(run).save_pretrained(tmp_path / "saved")
+    for name in ("run", "saved", "exported"):
+        found = {n: p.detach().numpy() for n, p in pt_granvit.GranViT.from_pretrained(tmp_path / name).named_parameters()}
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            np.testing.assert_array_equal(found[key], value, err_msg=key)
+    ms_granvit = pytest.importorskip("ms_granvit")
+    model = ms_granvit.GranViT.from_pretrained(tmp_path / "saved")
+    for parameter in model.get_parameters():
+        np.testing.assert_array_equal(parameter.asnumpy(), expected.pop(parameter.name), err_msg=parameter.name)
+    assert not expected
 
 
 def test_help_has_examples(capsys):

@@ -5,7 +5,7 @@ for anything, and what follows an `@` for a part of the tensor (see `granvit.che
 error that names it: nothing is skipped in silence.
 """
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -94,6 +94,11 @@ class Layout:
     def parts(self) -> frozenset[str]:
         """The parts of the model that this layout holds."""
         return frozenset(part_of(canonical) for _, canonical in self.spellings[0].rows)
+
+    def spelling_for(self, canonicals: Collection[str]) -> Spelling:
+        """The first spelling that has a name for all of these that belong here; the first of all where none has."""
+        own = [name for name in canonicals if part_of(name) in self.parts]
+        return next((s for s in self.spellings if all(s.foreign(name) for name in own)), self.spellings[0])
 
     def canonical(self, foreign: str) -> str | None:
         """The canonical name, or None for a name that is left out; `ValueError` for one that no row maps."""

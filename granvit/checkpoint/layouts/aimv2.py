@@ -22,12 +22,13 @@ STRUCTURE = {
 }  # fmt: skip
 
 
-def _read_config(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def read_config(tree: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `VisionConfig` from the encoder's config, in either layout."""
     stated = DEFAULTS | tree
     one_of({"silu": ""}, stated.get("hidden_act", "silu"), "hidden_act")
     for key in ("qkv_bias", "mlp_bias", "use_bias", "is_native"):
         one_of({False: ""}, stated.get(key, False), key)
-    return {"vision": {ours: stated[theirs] for ours, theirs in FIELDS.items()} | STRUCTURE}
+    return {ours: stated[theirs] for ours, theirs in FIELDS.items()} | STRUCTURE
 
 
 def _sizes(vision: VisionConfig) -> dict[str, Any]:
@@ -35,9 +36,14 @@ def _sizes(vision: VisionConfig) -> dict[str, Any]:
     return {theirs: getattr(vision, ours) for ours, theirs in FIELDS.items()} | {"num_channels": 3, "qkv_bias": False}
 
 
-def _write_config(vision: VisionConfig, language: LanguageConfig | None) -> dict[str, Any]:
-    named = {"architectures": ["Aimv2VisionModel"], "model_type": "aimv2_vision_model", "use_head": False, "is_native": False}
+def write_config(vision: VisionConfig) -> dict[str, Any]:
+    """The encoder's config in transformers' words; `ValueError` for an encoder that is not built like AIMv2's."""
+    named = {"model_type": "aimv2_vision_model", "use_head": False, "is_native": False}
     return named | _sizes(vision) | {"mlp_bias": False, "hidden_act": "silu"}
+
+
+def _write_config(vision: VisionConfig, language: LanguageConfig | None) -> dict[str, Any]:
+    return {"architectures": ["Aimv2VisionModel"]} | write_config(vision)
 
 
 def _write_apple_config(vision: VisionConfig, language: LanguageConfig | None) -> dict[str, Any]:
@@ -54,22 +60,22 @@ APPLE_BLOCK = {
     "mlp.fc1.weight": "mlp.gate_proj.weight", "mlp.fc2.weight": "mlp.fc2.weight", "mlp.fc3.weight": "mlp.fc1.weight",
 }  # fmt: skip
 
+TOWER = Spelling(
+    rows=(
+        ("embeddings.patch_embed.{p}", "vision.embeddings.patch_embedding.{p}"),
+        ("embeddings.rms_norm.weight", "vision.embeddings.patch_norm.weight"),
+        ("embeddings.position_embedding.weight", "vision.embeddings.position_embedding.weight"),
+        *((f"encoder.layers.{{i}}.{m}.weight", f"vision.encoder.layers.{{i}}.{o}.weight") for m, o in BLOCK.items()),
+        ("rms_norm.weight", "vision.post_layernorm.weight"),
+    ),
+    left_out=(("head.{*}", "the pooling head: the projector reads patch tokens"),),
+)
+
 AIMV2 = Layout(
     name="aimv2",
     model_types=("aimv2_vision_model",),
-    spellings=(
-        Spelling(
-            rows=(
-                ("embeddings.patch_embed.{p}", "vision.embeddings.patch_embedding.{p}"),
-                ("embeddings.rms_norm.weight", "vision.embeddings.patch_norm.weight"),
-                ("embeddings.position_embedding.weight", "vision.embeddings.position_embedding.weight"),
-                *((f"encoder.layers.{{i}}.{m}.weight", f"vision.encoder.layers.{{i}}.{o}.weight") for m, o in BLOCK.items()),
-                ("rms_norm.weight", "vision.post_layernorm.weight"),
-            ),
-            left_out=(("head.{*}", "the pooling head: the projector reads patch tokens"),),
-        ),
-    ),
-    read_config=_read_config,
+    spellings=(TOWER,),
+    read_config=lambda tree: {"vision": read_config(tree)},
     write_config=_write_config,
     metadata=(("format", "pt"),),
     pixels=OPENAI_PIXELS,
@@ -88,7 +94,7 @@ AIMV2_APPLE = Layout(
             ),
         ),
     ),
-    read_config=_read_config,
+    read_config=lambda tree: {"vision": read_config(tree)},
     write_config=_write_apple_config,
     metadata=(("format", "pt"),),
     pixels=OPENAI_PIXELS,

@@ -1,11 +1,12 @@
-"""LLaVA as transformers writes it (`LlavaForConditionalGeneration`): SigLIP or CLIP, the projector, Qwen2 or Llama.
+"""LLaVA as transformers writes it (`LlavaForConditionalGeneration`): SigLIP, CLIP or AIMv2, the projector, Qwen2 or Llama.
 
 Published files, and those that transformers 4 writes, spell the parts `vision_tower`, `multi_modal_projector` and
-`language_model`; the second spelling is that of the modules in memory since transformers 4.52.
+`language_model`; the other spellings are those of the modules in memory since transformers 4.52. transformers 4.57 takes no
+InternViT here: it asks the tower for hidden states, which `InternVLVisionModel` does not hand out.
 """
 from typing import Any
 
-from granvit.checkpoint.layouts import Layout, Spelling, clip, one_of, qwen2, siglip
+from granvit.checkpoint.layouts import Layout, Spelling, aimv2, clip, one_of, qwen2, siglip
 from granvit.checkpoint.layouts.llama import LLAMA
 from granvit.checkpoint.layouts.qwen2 import QWEN2
 from granvit.models import LanguageConfig, VisionConfig
@@ -16,12 +17,15 @@ TEXT_DEFAULTS = {
     "qwen2": {"hidden_size": 4096, "intermediate_size": 22016, "vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1e4},
 }
 TEXT_LAYOUTS = {"llama": LLAMA, "qwen2": QWEN2}
-TOWERS = {"siglip_vision_model": siglip, "clip_vision_model": clip}
-PIXELS = {"siglip_vision_model": siglip.SIGLIP.pixels, "clip_vision_model": clip.CLIP.pixels}
-# `vision_feature_layer`. In transformers 4.57 SigLIP's last hidden state is behind the closing norm, CLIP's before it.
+TOWERS = {"siglip_vision_model": siglip, "clip_vision_model": clip, "aimv2_vision_model": aimv2}
+PIXELS = {
+    "siglip_vision_model": siglip.SIGLIP.pixels, "clip_vision_model": clip.CLIP.pixels, "aimv2_vision_model": aimv2.AIMV2.pixels,
+}  # fmt: skip
+# `vision_feature_layer`. In transformers 4.57 the last hidden state is behind the closing norm, but CLIP's is before it.
 LEVELS = {
     "siglip_vision_model": {-2: "penultimate", -1: "final"},
     "clip_vision_model": {-2: "penultimate", -1: "last"},
+    "aimv2_vision_model": {-2: "penultimate", -1: "final"},
 }
 PROJECTOR = Spelling(
     tuple((f"multi_modal_projector.linear_{n}.{{p}}", f"projector.linear_{n}.{{p}}") for n in (1, 2)),
@@ -55,7 +59,9 @@ def _read_config(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _write_config(vision: VisionConfig, language: LanguageConfig) -> dict[str, Any]:
     if vision.tiles:
         raise ValueError("the model was trained with vision.tiling, and this LLaVA shows an image as one view")
-    tower = "clip_vision_model" if vision.class_token else "siglip_vision_model"
+    if vision.layer_scale:
+        raise ValueError("LLaVA asks the vision tower for its hidden states, which InternViT's in transformers does not hand out")
+    tower = "aimv2_vision_model" if vision.gated_mlp else "clip_vision_model" if vision.class_token else "siglip_vision_model"
     layers = {level: layer for layer, level in LEVELS[tower].items()}
     text = (QWEN2 if language.qkv_bias else LLAMA).write_config(None, language)
     return {
@@ -72,17 +78,22 @@ def _write_config(vision: VisionConfig, language: LanguageConfig) -> dict[str, A
     }
 
 
+def _spellings(tower: Spelling, inside: str) -> tuple[Spelling, Spelling]:
+    """A tower's, whose names begin with `inside` within it, on disk and in memory."""
+    return (
+        tower.prefixed(f"vision_tower.{inside}")
+        + PROJECTOR
+        + qwen2.spelling("language_model.model.", "language_model.lm_head."),
+        tower.prefixed(f"model.vision_tower.{inside}")
+        + PROJECTOR.prefixed("model.")
+        + qwen2.spelling("model.language_model.", "lm_head."),
+    )
+
+
 LLAVA = Layout(
     name="llava",
     model_types=("llava",),
-    spellings=(
-        clip.TOWER.prefixed("vision_tower.vision_model.")
-        + PROJECTOR
-        + qwen2.spelling("language_model.model.", "language_model.lm_head."),
-        clip.TOWER.prefixed("model.vision_tower.vision_model.")
-        + PROJECTOR.prefixed("model.")
-        + qwen2.spelling("model.language_model.", "lm_head."),
-    ),
+    spellings=_spellings(clip.TOWER, "vision_model.") + _spellings(aimv2.TOWER, ""),
     read_config=_read_config,
     write_config=_write_config,
     metadata=(("format", "pt"),),
