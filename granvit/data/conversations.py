@@ -30,7 +30,17 @@ from rich.progress import Progress
 from granvit.data.images import decode
 from granvit.data.prompts import Box, replace_boxes
 from granvit.data.records import BboxFrame, Conversation, written_box
-from granvit.data.store import CONVERSATIONS, MAX_PIXELS, Item, Summary, print_refused, read_image, read_in_threads, write_items
+from granvit.data.store import (
+    CONVERSATIONS,
+    MAX_PIXELS,
+    Item,
+    Summary,
+    add_build_arguments,
+    print_refused,
+    read_image,
+    read_in_threads,
+    write_items,
+)
 
 IMAGE = "<image>"
 _SPEAKERS = {"human": 0, "user": 0, "gpt": 1, "assistant": 1}  # place in a turn
@@ -195,11 +205,8 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m granvit.data.conversations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("json", metavar="JSON", help="conversations: a list, or one a line")
-    parser.add_argument("images", metavar="IMAGES", help="folder that the conversations' image paths are relative to")
-    parser.add_argument("out", metavar="OUT", help="directory to make")
+    add_build_arguments(parser)
     parser.add_argument("--bbox-frame", choices=get_args(BboxFrame), help="what boxes in the texts are relative to")
-    parser.add_argument("--shard-size", type=int, default=256, metavar="MB", help="shards are closed at this size (default: 256)")
-    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="refuse larger images (default: %(default)s)")
     a = parser.parse_args(arguments)
     try:
         with Progress(transient=True) as progress:

@@ -372,12 +372,9 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m granvit.data.store", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("jsonl", metavar="JSONL", help="annotations, one image a line")
-    parser.add_argument("images", metavar="IMAGES", help="folder that the lines' image paths are relative to")
-    parser.add_argument("out", metavar="OUT", help="directory to make")
+    add_build_arguments(parser)
     parser.add_argument("--bbox-frame", choices=get_args(BboxFrame), default="image", help="what boxes are relative to")
     parser.add_argument("--boxes", choices=get_args(BoxUnit), default="relative", help="0..1, or pixels (default: relative)")
-    parser.add_argument("--shard-size", type=int, default=256, metavar="MB", help="shards are closed at this size (default: 256)")
-    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="refuse larger images (default: %(default)s)")
     a = parser.parse_args(arguments)
     try:
         with Progress(transient=True) as progress:
@@ -395,6 +392,14 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{a.out}: {summary.images} images, {summary.regions} regions, {summary.globals} global captions")
     print_refused(summary)
     return 0
+
+
+def add_build_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command that builds a store takes behind its annotations."""
+    parser.add_argument("images", metavar="IMAGES", help="folder that the annotations' image paths are relative to")
+    parser.add_argument("out", metavar="OUT", help="directory to make")
+    parser.add_argument("--shard-size", type=int, default=256, metavar="MB", help="shards are closed at this size (default: 256)")
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="refuse larger images (default: %(default)s)")
 
 
 def print_refused(summary: Summary) -> None:
