@@ -140,13 +140,13 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
     # 3. Data and model.
     chat = load_chat(config, language)
     loader = Loader(config, vision, chat, launch.rank, launch.world, compose)
-    engine = Engine(config, vision, language, start)
+    writer = _checkpoint_writer(run, config, vision, language, checkpoint) if launch.rank == 0 else None
+    engine = Engine(config, vision, language, writer.record_start(start) if writer is not None and checkpoint is None else start)
     guard[0].take_signals()
     if (engine.rank, engine.world) != (launch.rank, launch.world):
         raise RuntimeError(f"rank {engine.rank} of {engine.world} in the framework, {launch.rank} of {launch.world} by launcher")
     if launch.rank:
         to_file(run, launch.rank)  # only now is it certain that rank 0 holds the directory
-    writer = _checkpoint_writer(run, config, engine, vision, language, checkpoint) if launch.rank == 0 else None
     _log_start(config, engine, options.framework, chat, loader, writer)
 
     # 4. Train.
@@ -164,13 +164,11 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
         lock.release()
 
 
-def _checkpoint_writer(run: Path, config: RunConfig, engine, vision, language, checkpoint: Checkpoint | None) -> CheckpointWriter:
-    """Rank 0's writer, with the run's configuration and start weights on disk."""
+def _checkpoint_writer(run: Path, config: RunConfig, vision, language, checkpoint: Checkpoint | None) -> CheckpointWriter:
+    """Rank 0's writer, with the run's configuration on disk."""
     start = {} if checkpoint is None else {name: part.start for name, part in checkpoint.parts.items()}
     writer = CheckpointWriter(run, config, vision, language, start)
     (run / "config.yaml").write_text(dump_config(config))
-    if checkpoint is None:
-        writer.write_start(engine)
     return writer
 
 

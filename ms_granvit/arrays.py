@@ -4,9 +4,10 @@ from collections.abc import Iterable
 import mindspore as ms
 import ml_dtypes
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn
 
 DTYPES = {"float32": ms.float32, "bfloat16": ms.bfloat16, "float16": ms.float16}
+ON_HOST = {dtype: np.dtype(name) for name, dtype in DTYPES.items()}
 
 
 def dtype_here(stored: str) -> ms.Type:
@@ -15,9 +16,8 @@ def dtype_here(stored: str) -> ms.Type:
 
 
 def to_tensor(array: np.ndarray, dtype: ms.Type) -> Tensor:
-    """A numpy array as a tensor of `dtype`."""
-    tensor = Tensor(np.ascontiguousarray(array))
-    return tensor if tensor.dtype == dtype else ops.cast(tensor, dtype)
+    """A numpy array as a tensor of `dtype`, rounded on the host: to the same bits whatever the device."""
+    return Tensor(np.ascontiguousarray(array, ON_HOST[dtype]))
 
 
 def to_numpy(parameter: Parameter) -> np.ndarray:

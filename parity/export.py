@@ -32,7 +32,7 @@ from tokenizers import Tokenizer
 
 from granvit.checkpoint.card import Exported, model_card, shown
 from granvit.checkpoint.contents import EMBEDDING, HEAD, RESAMPLE, detect, open_contents, read_contents
-from granvit.checkpoint.history import PastRun, history, stored_dtype
+from granvit.checkpoint.history import PastRun, history
 from granvit.checkpoint.layouts import Layout
 from granvit.checkpoint.layouts.aimv2 import AIMV2
 from granvit.checkpoint.layouts.clip import CLIP
@@ -41,7 +41,7 @@ from granvit.checkpoint.layouts.llava import LEVELS, LLAVA
 from granvit.checkpoint.layouts.siglip import SIGLIP
 from granvit.checkpoint.run import Checkpoint, open_checkpoint
 from granvit.checkpoint.source import Source, open_source
-from granvit.checkpoint.tensors import DTYPES, StoredTensors, set_digest, shape_differences, tensor_digest, write_synced
+from granvit.checkpoint.tensors import StoredTensors, set_digest, shape_differences, write_synced
 from granvit.cli import load_chat
 from granvit.data.chat import SYSTEM, TEMPLATES, Chat
 from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, GLOBAL
@@ -332,9 +332,7 @@ def _take_top(work: Work, path: Path, above: Shapes) -> None:
         raise ValueError(f"{path} does not hold a whole {work.vision.name}: " + "; ".join(wrong))
     if work.gone is None:
         first = work.runs[0].checkpoint
-        dtype = next(dtype for dtype in DTYPES.values() if dtype.name == stored_dtype(first, "vision"))
-        as_stored = lambda name: start.tensors.read(contents.names[name]).astype(dtype)  # noqa: E731
-        digest = set_digest({name: tensor_digest(as_stored(name)) for name in vision_shapes(first.vision)})
+        digest = set_digest({name: start.tensors.digest(contents.names[name]) for name in vision_shapes(first.vision)})
         if digest != first.parts["vision"].start:
             raise ValueError(
                 f"{path}: not the weights that {first.path} started from (hash {digest[:16]}, there "

@@ -59,9 +59,9 @@ def _resume(fixture: Fixture, source: str, target: str, run: Path) -> Iterator[R
     """After a step in `source` its checkpoint is loaded into `target`, weights, teacher and moments."""
     config = fixture.config("stage1")
     batches = fixture.step_batches(1)
-    engine = load_engine_class(source)(config, fixture.vision, fixture.language, fixture.weights.items())
-    writer = CheckpointWriter(run, config, fixture.vision, fixture.language, {})
-    writer.write_start(engine)
+    writer = CheckpointWriter(run, config, fixture.vision, fixture.language)
+    start = writer.record_start(fixture.weights.items())
+    engine = load_engine_class(source)(config, fixture.vision, fixture.language, start)
     engine.step(batches, fixture.scalars(1, batches))
     writer.save(engine, 1, {"questions": 0, "skipped": 0})
     checkpoint = newest_checkpoint(run)

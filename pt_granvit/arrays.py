@@ -33,8 +33,10 @@ def store_as(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def fill(module: nn.Module, tensors: Iterable[tuple[str, np.ndarray | Tensor]], prefix: str = "") -> None:
-    """Gives every parameter its value, by its name behind `prefix`, in the dtype that the parameter has."""
+    """Gives every parameter its value, by its name behind `prefix`, in the dtype that the parameter has; rounded on the host,
+    to the same bits whatever the device."""
     missing = {prefix + name: parameter for name, parameter in module.named_parameters()}
     for name, value in tensors:
-        missing.pop(name).copy_(value if isinstance(value, Tensor) else to_torch(value))
+        parameter = missing.pop(name)
+        parameter.copy_(value if isinstance(value, Tensor) else to_torch(value).to(parameter.dtype))
     assert not missing, f"no value for {sorted(missing)[:5]}"

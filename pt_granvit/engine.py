@@ -108,7 +108,7 @@ class Engine:
         into = self._group(group)
         with torch.no_grad():
             for name, array in tensors:
-                into[name].copy_(to_torch(array))
+                into[name].copy_(to_torch(array).to(into[name].dtype))
 
     def generate(self, prompts: PromptBatch, max_new_tokens: int, stop_token: int) -> np.ndarray:
         """Greedy continuation, int32 `[B, max_new_tokens]`."""

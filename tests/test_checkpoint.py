@@ -41,7 +41,7 @@ def run(tmp_path):
     """A run with checkpoints of steps 2 and 4: its directory, its configuration, its engine after step 4."""
     config = run_config(train={"keep_checkpoints": 2})
     writer = CheckpointWriter(tmp_path, config, VISION, LANGUAGE)
-    writer.write_start(engine_after(config, 0))
+    ToyEngine(config, VISION, LANGUAGE, writer.record_start(start_weights(config, VISION, LANGUAGE)))
     writer.save(engine_after(config, 2), 2, {"questions": 20, "skipped": 1})
     engine = engine_after(config, 4)
     writer.save(engine, 4, {"questions": 40, "skipped": 1})

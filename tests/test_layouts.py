@@ -174,9 +174,9 @@ def test_a_truncated_file_is_named(published):
 
 def test_a_run_with_another_decoder_gives_its_encoder_alone_and_says_so(tmp_path, caplog):
     config = run_config(output=str(tmp_path / "run"))
-    engine = ToyEngine(config, VISION, QWEN, initial_values(parameter_shapes(VISION, QWEN), 5).items())
     writer = CheckpointWriter(tmp_path / "run", config, VISION, QWEN)
-    writer.write_start(engine)
+    start = writer.record_start(initial_values(parameter_shapes(VISION, QWEN), 5).items())
+    engine = ToyEngine(config, VISION, QWEN, start)
     writer.save(engine, 1, {"questions": 0, "skipped": 0})
     next_run = run_config(model={"init": "random", "init_from": str(tmp_path / "run")})
     with caplog.at_level("INFO", logger="granvit"):

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from granvit import cli
+from granvit.checkpoint.run import CheckpointWriter
 from granvit.config import resolve_models
 from granvit.data.batch import join
 from granvit.data.chat import Chat, byte_tokenizer
@@ -78,6 +79,22 @@ def test_only_conversations_about_an_image_reach_the_encoder(engine, chat_store)
     assert min(gradient_norms(engine, join(about[:2])).values()) > 1e-3
     assert min(gradient_norms(engine, join([text[0], about[0]])).values()) > 1e-3
     assert engine.compilations.get("micro_batch", 1) == 1  # a row with and one without an image are the same graph
+
+
+def test_a_bfloat16_run_hands_on_what_it_froze_as_it_came(tmp_path):
+    """The engine computes with a rounded copy; rounding must not reach the stages after it."""
+    from pt_granvit.engine import Engine
+
+    config = run_config(stage="stage2", runtime={"compute": "bfloat16"})
+    vision, language = resolve_models(config)
+    start = start_values(vision, language, seed=0)
+    writer = CheckpointWriter(tmp_path, config, vision, language)
+    engine = Engine(config, vision, language, writer.record_start(start.items()))
+    assert {str(array.dtype) for name, array in engine.tensors("model") if part_of(name) == "vision"} == {"bfloat16"}
+    handed_on = dict(writer.save(engine, 1, {}).tensors("model"))
+    for name, value in start.items():
+        assert handed_on[name].dtype == np.float32
+        np.testing.assert_array_equal(handed_on[name], value, err_msg=name)
 
 
 def run_stage(framework: str, stage: str, config, folder: Path) -> dict:

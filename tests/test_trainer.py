@@ -30,11 +30,9 @@ def trainer_in(directory, config, change=lambda step, batch: batch, should_stop=
     """A trainer that resumes what is in the directory, and the checkpoint it resumes from."""
     checkpoint = newest_checkpoint(directory)
     start = start_weights(config, VISION, LANGUAGE) if checkpoint is None else checkpoint.tensors("model")
-    engine = ToyEngine(config, VISION, LANGUAGE, start)
     parts = {} if checkpoint is None else {name: part.start for name, part in checkpoint.parts.items()}
     writer = CheckpointWriter(directory, config, VISION, LANGUAGE, parts)
-    if checkpoint is None:
-        writer.write_start(engine)
+    engine = ToyEngine(config, VISION, LANGUAGE, writer.record_start(start) if checkpoint is None else start)
     loader = ToyLoader(STEPS, change)
     return Trainer(config, engine, loader, directory, writer, should_stop, **arguments), checkpoint
 
@@ -174,10 +172,10 @@ def test_reasons_are_summed_over_the_ranks(tmp_path, monkeypatch):
     config = configuration(data={"max_bad_fraction": 1.0})
 
     def run(rank):
-        engine = ToyEngine(config, VISION, LANGUAGE, start_weights(config, VISION, LANGUAGE), rank, 2, tmp_path)
-        writer = CheckpointWriter(tmp_path / "run", config, VISION, LANGUAGE, {}) if rank == 0 else None
-        if writer is not None:
-            writer.write_start(engine)
+        start = start_weights(config, VISION, LANGUAGE)
+        writer = CheckpointWriter(tmp_path / "run", config, VISION, LANGUAGE) if rank == 0 else None
+        start = start if writer is None else writer.record_start(start)
+        engine = ToyEngine(config, VISION, LANGUAGE, start, rank, 2, tmp_path)
         loader = ToyLoader(STEPS, lambda step, batch: with_skipped(batch, own[rank]) if step == 5 else batch)
         assert Trainer(config, engine, loader, tmp_path / "run", writer, lambda: False).run(None)
 

@@ -48,19 +48,13 @@ def history(checkpoint: Checkpoint) -> tuple[list[PastRun], str | None]:
     return runs, None
 
 
-def stored_dtype(checkpoint: Checkpoint, part: str) -> str:
-    """The precision in which a run stored a part, and hashed it."""
-    compute = checkpoint.config.runtime.compute
-    return "float32" if checkpoint.parts[part].trained and compute != "float64" else compute
-
-
 def _hands_over(parent: Checkpoint, child: Checkpoint) -> bool:
-    """Whether every part that both hashed in the same precision, and built alike, is the same at the end and at the start."""
-    comparable = [part for part in PARTS if stored_dtype(parent, part) == stored_dtype(child, part)]
+    """Whether every part that both built alike is the same at the end of the one and at the start of the other."""
+    comparable = set(PARTS)
     if vision_shapes(parent.vision) != vision_shapes(child.vision):
-        comparable = [part for part in comparable if part != "vision"]
+        comparable.remove("vision")
     if not parent.language.is_built_like(child.language):  # the child took the encoder alone
-        comparable = [part for part in comparable if part == "vision"]
+        comparable &= {"vision"}
     return all(parent.parts[part].hash == child.parts[part].start for part in comparable)
 
 

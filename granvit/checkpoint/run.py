@@ -6,8 +6,9 @@
                                  *.sha256.json            the checksum of every tensor
                                  state.json               step (also the position in the data), configuration, versions, counters,
                                                           hash and distance from the start weights per part
-    RUN/parts/<part>-<hash>/model.safetensors             every part as it was at the start, written once: a frozen part is
-                                                          never written again, a trained one is what distances are measured from
+    RUN/parts/<part>-<hash>/model.safetensors             every part as it was at the start, in the precision it came in, written
+                                                          once: a frozen part is never written again and goes on to the next
+                                                          stage as it came, a trained one is what distances are measured from
 
 There is no separate masters file: trained parameters are held in float32 and cast in the forward pass. There is no random
 state: the order of the data is a function of seed and step, and nothing else in a step is random.
@@ -19,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -226,24 +227,31 @@ class CheckpointWriter:
             for leftover in (self.run / folder).glob(".tmp-*"):
                 shutil.rmtree(leftover)
 
-    def write_start(self, engine: TrainEngine) -> None:
-        """Writes every part as the engine holds it before the first step, in the engine's precision."""
+    def record_start(self, start: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+        """Passes the start weights on, and writes them as they pass, in the precision they come in.
+
+        The files are there once the last tensor has been taken.
+        """
+        what = f"the start weights of {self.run} could not be written"
         with ExitStack() as stack:
-            stack.enter_context(_disk_errors(f"the start weights of {self.run} could not be written"))
             folders, writers = {}, {}
             for part in PARTS:
-                folders[part] = stack.enter_context(_temporary(self.run / "parts" / f".tmp-{part}-{os.getpid()}"))
+                with _disk_errors(what):
+                    folders[part] = stack.enter_context(_temporary(self.run / "parts" / f".tmp-{part}-{os.getpid()}"))
                 shapes = {n: s for n, s in self.model_shapes.items() if part_of(n) == part}
                 writers[part] = stack.enter_context(TensorWriter(folders[part], "model", shapes))
-            for name, array in engine.tensors("model"):
-                writers[part_of(name)].add(name, array)
-            for part, writer in writers.items():
-                self.start[part] = set_digest(writer.finish())
-                into = self.run / "parts" / f"{part}-{self.start[part][:16]}"
-                if not into.exists():  # it does where an earlier start of the same run wrote the same bytes
-                    sync_directory(folders[part])
-                    os.rename(folders[part], into)
-            sync_directory(self.run / "parts")
+            for name, array in start:
+                with _disk_errors(what):
+                    writers[part_of(name)].add(name, array)
+                yield name, array
+            with _disk_errors(what):
+                for part, writer in writers.items():
+                    self.start[part] = set_digest(writer.finish())
+                    into = self.run / "parts" / f"{part}-{self.start[part][:16]}"
+                    if not into.exists():  # it does where an earlier start of the same run wrote the same bytes
+                        sync_directory(folders[part])
+                        os.rename(folders[part], into)
+                sync_directory(self.run / "parts")
 
     def save(self, engine: TrainEngine, step: int, counters: dict[str, int]) -> Checkpoint:
         """Writes the state after `step` and then drops the oldest checkpoints beyond `train.keep_checkpoints`.
@@ -265,26 +273,24 @@ class CheckpointWriter:
         return open_checkpoint(into)
 
     def _write_model(self, engine: TrainEngine, folder: Path) -> dict[str, Part]:
-        """Writes the trained parts; hashes and measures all."""
+        """Writes the trained parts, hashed and measured from their start; compares the frozen ones with theirs."""
         shapes = {n: s for n, s in self.model_shapes.items() if part_of(n) in self.trains}
-        starts = {part: open_part(self.run, part, self.start[part]) for part in self.trains}
+        starts = {part: open_part(self.run, part, self.start[part]) for part in PARTS}
         digests: dict[str, dict[str, str]] = {part: {} for part in PARTS}
         squares = dict.fromkeys(PARTS, 0.0)
         with TensorWriter(folder, "model", shapes) as writer:
             for name, array in engine.tensors("model"):
-                part = part_of(name)
+                part, start = part_of(name), starts[part_of(name)].read(name)
                 if part not in self.trains:
-                    digests[part][name] = tensor_digest(array)
+                    if tensor_digest(array) != tensor_digest(start.astype(array.dtype)):
+                        raise RuntimeError(f"part {part!r} is frozen in this stage, but its weights have changed: {name}")
                     continue
                 writer.add(name, array)
                 digests[part][name] = writer.digests[name]
-                moved = array.astype(np.float64) - starts[part].read(name)
+                moved = array.astype(np.float64) - start.astype(np.float64)
                 squares[part] += float(np.vdot(moved, moved))
             writer.finish()
-        hashes = {part: set_digest(d) for part, d in digests.items()}
-        for part in PARTS:
-            if part not in self.trains and hashes[part] != self.start[part]:
-                raise RuntimeError(f"part {part!r} is frozen in this stage, but its weights have changed")
+        hashes = self.start | {part: set_digest(digests[part]) for part in self.trains}
         return {part: Part(part in self.trains, hashes[part], self.start[part], squares[part] ** 0.5) for part in PARTS}
 
     def _write_rest(self, engine: TrainEngine, folder: Path) -> None:

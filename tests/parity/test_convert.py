@@ -302,9 +302,9 @@ def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
     config, vision, language = run_config(), vision_config("tiny-vision"), language_config("tiny-language")
     shapes = parameter_shapes(vision, language)
-    engine = ToyEngine(config, vision, language, ((n, initial_value(n, s, 0)) for n, s in shapes.items()))
     writer = CheckpointWriter(directory, config, vision, language)
-    writer.write_start(engine)
+    start = writer.record_start((n, initial_value(n, s, 0)) for n, s in shapes.items())
+    engine = ToyEngine(config, vision, language, start)
     writer.save(engine, 2, {})
     return directory, engine
 
