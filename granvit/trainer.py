@@ -116,7 +116,7 @@ class Trainer:
                 self.skipped += int(counts.skipped)
                 self._record(result, scalars, counts, time.perf_counter() - began, waiting)
                 stop = counts.stop > 0 and step < steps
-                if step % config.train.checkpoint_every == 0 or stop:
+                if step % config.train.checkpoint_every == 0 or step == steps or stop:
                     self._save()
                 if config.eval.every and step % config.eval.every == 0 and not stop:
                     self._evaluate()
@@ -124,7 +124,6 @@ class Trainer:
                     log.info(f"asked to stop: saved step {step} of {steps}")
                     break
             if not stop:
-                self._save()
                 self._evaluate()
             self._log_skipped()
         finally:

@@ -102,8 +102,10 @@ def _features(framework: str, encoder, pixels: np.ndarray, level: str) -> np.nda
 def encoders(console: Console) -> None:
     """Every encoder row at full size with random weights, float32: both packages against transformers on one image."""
     table = Table(title="encoders of full size, random weights, float32, one image: largest error over largest value")
-    for column in ("row", "framework", "penultimate", "last", "final", "load, s", "peak / size", "image, s", "transformers, s"):
-        table.add_column(column, justify="left" if column in ("row", "framework") else "right")
+    table.add_column("row", min_width=max(map(len, ROWS)))
+    table.add_column("framework")
+    for column in ("penultimate", "last", "final", "load, s", "peak / size", "first image, s", "transformers, s"):
+        table.add_column(column, justify="right")
     for row in ROWS:
         with tempfile.TemporaryDirectory() as temporary:
             theirs = _alone(_publish, row, Path(temporary))

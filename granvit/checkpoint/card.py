@@ -81,7 +81,7 @@ def _parts(exported: Exported, runs: Sequence[PastRun], gone: str | None, shapes
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return (
         f"{table}\n\nMoved: the L2 distance from the weights at the start of that run. A hash is the first {DIGITS} digits of a "
-        f"sha256 over the tensors' names and sha256s, in the precision that the run stored the part in (float32 if trained)."
+        f"sha256 over the tensors' names and sha256s, in the precision that they are stored in: float32 once trained."
     )
 
 
