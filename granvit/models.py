@@ -76,6 +76,14 @@ class VisionConfig(Strict):
         """The same encoder with all of its blocks built, and the closing norm where it has one."""
         return self.model_copy(update={"top": "final" if self.closing_norm else "last"})
 
+    def side(self, resolution: int | None) -> int:
+        """The side of the images to be shown: `resolution`, or the published one; `ValueError` where no patch fits in it."""
+        if resolution is None:
+            return self.image_size
+        if resolution < self.patch_size:
+            raise ValueError(f"resolution {resolution}: {self.name!r} looks at patches of {self.patch_size} pixels")
+        return resolution
+
     @property
     def grid(self) -> int:
         """Patches along one side."""

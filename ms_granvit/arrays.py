@@ -7,7 +7,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 DTYPES = {"float32": ms.float32, "bfloat16": ms.bfloat16, "float16": ms.float16}
-ON_HOST = {dtype: np.dtype(name) for name, dtype in DTYPES.items()}
+ON_HOST = {ms.float32: np.float32, ms.bfloat16: ml_dtypes.bfloat16, ms.float16: np.float16}
 
 
 def dtype_here(stored: str) -> ms.Type:

@@ -78,9 +78,9 @@ class Engine:
             raise ValueError(f"runtime.compute {runtime.compute}: MindSpore takes {takes}")
         ms.set_context(mode=ms.GRAPH_MODE, jit_config={"jit_level": runtime.jit_level})
         self.rank, self.world = distributed.initialise(self.device)
-        attention = attention_ops.choose(runtime.attention, self.device)
-        self.implementations = {"attention": attention, "roi_align": "separable"}
         dtype = DTYPES[runtime.compute]
+        attention = attention_ops.choose(runtime.attention, self.device, dtype)
+        self.implementations = {"attention": attention, "roi_align": "separable"}
 
         with stored_as(dtype):
             self.model = GranViT(vision, language, dtype, attention, runtime.recompute, stage.blind)

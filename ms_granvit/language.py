@@ -136,13 +136,13 @@ class CausalDecoder(Module):
         opened = open_pretrained(directory, "language")
         dtype = dtype or dtype_here(opened.dtype)
         with stored_as(dtype):
-            decoder = cls(opened.language, dtype, attention_ops.choose("auto", choose_device("auto")))
+            decoder = cls(opened.language, dtype, attention_ops.choose("auto", choose_device("auto"), dtype))
         fill(decoder, opened.tensors, "language.")
         return decoder
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes config.json and model.safetensors, which `from_pretrained` of either package reads."""
-        tensors = ((f"language.{parameter.name}", to_numpy(parameter)) for parameter in self.get_parameters())
+        tensors = ((f"language.{name}", to_numpy(parameter)) for name, parameter in self.parameters_and_names())
         write_pretrained(directory, None, self.config, language_shapes(self.config), tensors)
 
     def embed(self, token_ids_BS: Tensor) -> Tensor:

@@ -53,14 +53,14 @@ class GranViT(Module):
         opened = open_pretrained(directory, *PARTS)
         dtype = dtype or dtype_here(opened.dtype)
         with stored_as(dtype):
-            model = cls(opened.vision, opened.language, dtype, attention_ops.choose("auto", choose_device("auto")))
+            model = cls(opened.vision, opened.language, dtype, attention_ops.choose("auto", choose_device("auto"), dtype))
         fill(model, opened.tensors)
         return model
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes config.json and model.safetensors, which `from_pretrained` of either package reads."""
         vision, language = self.vision.config, self.language.config
-        tensors = ((parameter.name, to_numpy(parameter)) for parameter in self.get_parameters())
+        tensors = ((name, to_numpy(parameter)) for name, parameter in self.parameters_and_names())
         write_pretrained(directory, vision, language, parameter_shapes(vision, language), tensors)
 
     def inputs(self, pixels_B3RR: Tensor, image_weights_B: Tensor, token_ids_BS: Tensor,

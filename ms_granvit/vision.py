@@ -142,7 +142,9 @@ class VisionEncoder(Module):
                  recompute: bool = False):  # fmt: skip
         super().__init__()
         self.config, self.dtype, self.skip, self.built = c, dtype, int(c.class_token), ", ".join(c.built_levels)
-        self.embeddings = VisionEmbeddings(c, image_size or c.image_size)
+        self.side = c.side(image_size)
+        self.takes = f"this encoder takes [B, 3, {self.side}, {self.side}]; load_encoder(..., resolution=SIDE) makes another"
+        self.embeddings = VisionEmbeddings(c, self.side)
         self.pre_layernorm = norm(c.norm, c.width, c.norm_eps) if c.pre_norm else None
         self.encoder = VisionBlocks(c, attention)
         self.post_layernorm = norm(c.norm, c.width, c.norm_eps) if c.highest == "final" else None
@@ -164,7 +166,7 @@ class VisionEncoder(Module):
         """
         opened = open_pretrained(directory, "vision")
         dtype = dtype or dtype_here(opened.dtype)
-        attention = attention_ops.choose("auto", choose_device("auto"))
+        attention = attention_ops.choose("auto", choose_device("auto"), dtype)
         with stored_as(dtype):
             encoder = cls(opened.vision, dtype, resolution, attention)
         fill(encoder, opened.tensors, "vision.")
@@ -172,7 +174,7 @@ class VisionEncoder(Module):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes config.json and model.safetensors, which `from_pretrained` of either package reads."""
-        tensors = ((f"vision.{parameter.name}", to_numpy(parameter)) for parameter in self.get_parameters())
+        tensors = ((f"vision.{name}", to_numpy(parameter)) for name, parameter in self.parameters_and_names())
         write_pretrained(directory, self.config, None, vision_shapes(self.config), tensors)
 
     def normalise(self, pixels_B3RR: Tensor) -> Tensor:
@@ -205,7 +207,10 @@ class VisionEncoder(Module):
         return levels[self.level], levels[self.highest]
 
     def construct(self, pixels_B3RR: Tensor, level: Level = "penultimate") -> Tensor:
-        """Normalised pixels (`(x / 255 - mean) / std`) -> patch features `[B, N, C]`; `ValueError` for a level not built."""
+        """Normalised pixels (`(x / 255 - mean) / std`) -> patch features `[B, N, C]`; `ValueError` for images of another size
+        and for a level not built."""
+        if pixels_B3RR.shape[1:] != (3, self.side, self.side):
+            raise ValueError(f"pixels of another size: {self.takes}")
         levels = self.levels(pixels_B3RR)
         if level not in levels:
             raise ValueError(f"level '{level}' is not built in this encoder, which has {self.built}")

@@ -265,7 +265,7 @@ def _encoder(
     work.record |= {"features": features, "top": {"from": top if above else "trained"}}
     start = _find_start(work, start_weights) if top == "start" else None
     if start is not None:
-        _take_top(work, start, above)
+        _take_top(work, tower, start, above)
         taken = [tower.layout.spellings[0].foreign(name) for name in above]
         work.record["top"] |= {"weights": shown(start), "tensors": taken}
     plan = _plan(work, tower.layout, report)
@@ -320,7 +320,7 @@ def _find_start(work: Work, given: Path | None) -> Path:
     return path
 
 
-def _take_top(work: Work, path: Path, above: Shapes) -> None:
+def _take_top(work: Work, tower: Tower, path: Path, above: Shapes) -> None:
     """Adds the start weights' blocks above the level, closing norm and pooling head to what is read.
 
     `ValueError` where they are of another architecture, or not the weights that the first run started from.
@@ -342,7 +342,8 @@ def _take_top(work: Work, path: Path, above: Shapes) -> None:
         work.notes.append(f"whether the first run started from {path} could not be checked: {work.gone} is not there")
     work.add({name: (start.tensors, contents.names[name]) for name in above}, {})
     work.source.vision = work.vision.whole
-    work.pooling = {m[1]: (start.tensors, name) for name in contents.left_out if (m := POOLING.fullmatch(name))}
+    if tower.layout is SIGLIP:
+        work.pooling = {m[1]: (start.tensors, name) for name in contents.left_out if (m := POOLING.fullmatch(name))}
 
 
 def _about_top(work: Work, tower: Tower, above: Shapes, top: Top | None, start: Path | None) -> list[str]:

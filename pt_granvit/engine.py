@@ -30,7 +30,7 @@ class Engine:
         self.device = distributed.choose_device(runtime.device)
         self.rank, self.world = distributed.initialise(self.device)
         self.dtype = DTYPES[runtime.compute]
-        attention = attention_ops.choose(runtime.attention, self.device)
+        attention = attention_ops.choose(runtime.attention, self.device, self.dtype)
         self.implementations = {"attention": attention, "roi_align": "separable"}
         self.compilations: dict[str, int] = {}  # eager
         masters = torch.float64 if self.dtype == torch.float64 else torch.float32

@@ -87,8 +87,8 @@ def _positions(table_NC: Tensor, vision: VisionConfig, image_size: int) -> Tenso
 
 def _operator(name: str, config: RunConfig, device: str, options: dict[str, Any]) -> Callable[..., Tensor]:
     """What `granvit.engine.Introspection.operate` runs: the functions and modules that the model itself is made of."""
-    implementation = attention_ops.choose(config.runtime.attention, device)
     dtype = DTYPES[config.runtime.compute]
+    implementation = attention_ops.choose(config.runtime.attention, device, dtype)
     functions = {
         "roi_align": roi_ops.roi_align,
         "roi_align_tiled": roi_ops.roi_align_tiled,

@@ -136,7 +136,9 @@ class VisionEncoder(Module):
                  recompute: bool = False):  # fmt: skip
         super().__init__()
         self.config, self.dtype, self.recompute, self.built = c, dtype, recompute, ", ".join(c.built_levels)
-        self.embeddings = VisionEmbeddings(c, image_size or c.image_size)
+        self.side = c.side(image_size)
+        self.takes = f"this encoder takes [B, 3, {self.side}, {self.side}]; load_encoder(..., resolution=SIDE) makes another"
+        self.embeddings = VisionEmbeddings(c, self.side)
         self.pre_layernorm = norm(c.norm, c.width, c.norm_eps) if c.pre_norm else None
         self.encoder = VisionBlocks(c, attention)
         self.post_layernorm = norm(c.norm, c.width, c.norm_eps) if c.highest == "final" else None
@@ -192,7 +194,10 @@ class VisionEncoder(Module):
         return levels[self.config.level], levels[self.config.highest]
 
     def forward(self, pixels_B3RR: Tensor, level: Level = "penultimate") -> Tensor:
-        """Normalised pixels (`(x / 255 - mean) / std`) -> patch features `[B, N, C]`; `ValueError` for a level not built."""
+        """Normalised pixels (`(x / 255 - mean) / std`) -> patch features `[B, N, C]`; `ValueError` for images of another size
+        and for a level not built."""
+        if pixels_B3RR.shape[1:] != (3, self.side, self.side):
+            raise ValueError(f"pixels of another size: {self.takes}")
         levels = self.levels(pixels_B3RR)
         if level not in levels:
             raise ValueError(f"level '{level}' is not built in this encoder, which has {self.built}")

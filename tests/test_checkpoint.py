@@ -1,6 +1,7 @@
 """A run's checkpoints: whole or not there, exact, and refused when a byte has changed."""
 import errno
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -161,6 +162,27 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(run, monkeypatch, fail
     monkeypatch.undo()
     assert sorted(p.name for p in (directory / "checkpoints").iterdir()) == ["step_0000002", "step_0000004"]
     assert as_bytes(newest_checkpoint(directory).tensors("model")) == as_bytes(engine.tensors("model"))
+
+
+@pytest.mark.parametrize("limit", [12_000, 20_000, 30_000, 40_000])  # bytes: within the encoder, and within the decoder
+def test_a_full_disk_before_the_first_step_is_named_and_leaves_nothing_behind(tmp_path, limit):
+    config = run_config()
+    writer = CheckpointWriter(tmp_path, config, VISION, LANGUAGE)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # as a disk does, it refuses the rest at every later attempt
+    try:
+        with pytest.raises(CheckpointNotSaved, match=f"start weights of {tmp_path} could not be written"):
+            dict(writer.record_start(start_weights(config, VISION, LANGUAGE)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "parts").iterdir())
+
+
+def test_a_checkpoint_is_found_from_inside_its_own_directory(run, monkeypatch):
+    directory, _, engine = run
+    for inside, path in (("checkpoints/step_0000004", "."), ("checkpoints", "step_0000004"), (".", "checkpoints/step_0000004")):
+        monkeypatch.chdir(directory / inside)
+        assert as_bytes(open_checkpoint(Path(path)).tensors("model")) == as_bytes(engine.tensors("model"))
 
 
 def test_a_checkpoint_of_a_later_format_is_refused(run):

@@ -81,8 +81,13 @@ def test_another_resolution_resamples_the_positions_as_transformers_does(row, pa
     pixels = normalised(48)
     options = {} if row.startswith("internvit") else {"interpolate_pos_encoding": True}
     expected = encoders.levels(model, vision, torch.from_numpy(pixels), **options)["penultimate"]
-    found = features(package.load_encoder(tmp_path, resolution=48), pixels)
-    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=2e-5)
+    encoder = package.load_encoder(tmp_path, resolution=48)
+    np.testing.assert_allclose(features(encoder, pixels), expected.numpy(), rtol=1e-4, atol=2e-5)
+    for other in (pixels[..., :32], pixels[..., :32, :32], np.concatenate([pixels, pixels], -1)):
+        with pytest.raises(ValueError, match=r"pixels of another size: this encoder takes \[B, 3, 48, 48\]; load_encoder"):
+            features(encoder, other)
+    with pytest.raises(ValueError, match=r"resolution 7: .* looks at patches of 8 pixels"):
+        package.load_encoder(tmp_path, resolution=7)
 
 
 def test_what_the_encoder_is_comes_from_its_files(published):

@@ -380,6 +380,26 @@ def test_a_model_is_the_same_from_a_run_from_its_own_directory_and_from_an_expor
     assert not expected
 
 
+@pytest.mark.parametrize("package", ["pt_granvit", "ms_granvit"])
+def test_a_model_and_each_of_its_parts_are_saved_and_nothing_else_in_the_directory_is_touched(package, tmp_path):
+    run = write_run(tmp_path / "run", CLIP_TINY, LLAMA)
+    expected = dict(newest_checkpoint(run).tensors("model"))
+    model = pytest.importorskip(package).GranViT.from_pretrained(run)
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    stale = [saved / "model-00001-of-00002.safetensors", saved / "model.safetensors.index.json"]
+    others = [saved / "model-best.safetensors", saved / "model.safetensors.bak"]
+    for path in (*stale, *others):
+        path.write_text("an earlier save's, or the user's own")
+    for part, module in (("", model), ("vision.", model.vision), ("language.", model.language)):
+        module.save_pretrained(saved)
+        assert not any(path.exists() for path in stale) and all(path.exists() for path in others)
+        found = TensorSet(saved)
+        assert found.shapes.keys() == {name for name in expected if name.startswith(part)}
+        for name in found.shapes:
+            np.testing.assert_array_equal(found.read(name), expected[name], err_msg=name)
+
+
 def test_help_has_examples(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])

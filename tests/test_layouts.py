@@ -144,10 +144,16 @@ def test_transformers_5_writes_rope_parameters(published):
     assert start_weights(configuration(published), VISION, QWEN)
 
 
-def test_scaled_rotary_angles_are_refused(published):
+@pytest.mark.parametrize(
+    "stated, named",
+    [({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type 'llama3'"),
+     ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),  # as Qwen2.5's cards say for long texts
+     ({"use_sliding_window": True}, "use_sliding_window True")],
+)  # fmt: skip
+def test_scaled_rotary_angles_and_windows_are_refused(published, stated, named):
     path = published / "language" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}))
-    with pytest.raises(ValueError, match=r"language/config\.json: rope_type 'llama3' has no counterpart"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | stated))
+    with pytest.raises(ValueError, match=rf"language/config\.json: {named} has no counterpart"):
         start_weights(configuration(published), VISION, QWEN)
 
 
@@ -196,3 +202,13 @@ def test_a_model_that_no_device_here_holds_is_refused_with_the_sum():
     with pytest.raises(ValueError, match=r"needs about 123 GB a device .* this device has 64 GB"):
         check_memory(config, encoder, decoder, 64 * 10**9)
     check_memory(config, encoder, language_config("qwen2.5-1.5b"), 64 * 10**9)
+
+
+def test_a_decoder_named_beside_a_run_that_has_one_is_said_to_give_its_tokenizer_alone(published, tmp_path, caplog):
+    config = configuration(published)
+    writer = CheckpointWriter(tmp_path / "run", config, VISION, QWEN)
+    writer.save(ToyEngine(config, VISION, QWEN, writer.record_start(start_weights(config, VISION, QWEN))), 1, {})
+    for named, said in ((str(published / "language"), False), ("weights/another", True)):
+        with caplog.at_level("WARNING", logger="granvit"):
+            dict(start_weights(configuration(published, init_from=str(tmp_path / "run"), weights_language=named), VISION, QWEN))
+        assert ("weights/another gives the tokenizer alone: the decoder is that of" in caplog.text) == said

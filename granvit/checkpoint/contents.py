@@ -198,15 +198,17 @@ def _published(source: Source) -> dict[str, Any] | None:
 
 
 def _leave_out_fillers(source: Source, contents: Contents) -> None:
-    """Leaves out what an earlier conversion wrote to complete the tower, as long as it is still that."""
+    """Leaves out what an earlier conversion wrote to complete the tower, as long as all of it is still that."""
     ours = (source.tree or {}).get("granvit")
     listed = ours.get("filled") if isinstance(ours, dict) else None
     if not isinstance(listed, list):
         return
-    for canonical, foreign in list(contents.names.items()):
-        if whole(foreign) in listed and np.all(source.tensors.read(foreign) == filler_value(canonical)):
-            contents.left_out[foreign] = "written by an earlier conversion to complete the tower: nothing reads it"
-            del contents.names[canonical]
+    fillers = {canonical: foreign for canonical, foreign in contents.names.items() if whole(foreign) in listed}
+    if not all(np.all(source.tensors.read(foreign) == filler_value(canonical)) for canonical, foreign in fillers.items()):
+        return  # trained since
+    for canonical, foreign in fillers.items():
+        contents.left_out[foreign] = "written by an earlier conversion to complete the tower: nothing reads it"
+        del contents.names[canonical]
 
 
 def filler_value(canonical: str) -> float:
@@ -263,9 +265,7 @@ def _vision(fields: dict[str, Any], contents: Contents) -> VisionConfig:
     for name in [name for name in names if name.startswith("vision.post_layernorm.") and not last]:
         contents.left_out[names.pop(name)] = "the closing norm of a last block that is not there"
     top = "final" if "vision.post_layernorm.weight" in names else "last" if last else "penultimate"
-    order = ("penultimate", "last", "final")
-    level = min(fields.get("level", "penultimate"), top, key=order.index)
-    return VisionConfig(**(fields | {"level": level, "top": top}))
+    return VisionConfig(**(fields | {"top": top}))
 
 
 def _settle_head(source: Source, contents: Contents, tied: bool | None) -> None:

@@ -2,6 +2,7 @@
 import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from granvit.models import (
 
 log = logging.getLogger("granvit")
 INSTEAD = "model.init=random runs without"
+OWN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|model\.sha256\.json")
 Tensors = Iterator[tuple[str, np.ndarray]]
 
 
@@ -87,6 +89,9 @@ def _from_run(config: RunConfig, vision: VisionConfig, language: LanguageConfig)
         raise ValueError(f"model.init_from {checkpoint.path}: of another architecture: " + "; ".join(wrong))
     taken = ((name, array) for name, array in checkpoint.tensors("model") if name in expected)
     if same:
+        if config.model.init != "random" and config.model.weights_language != checkpoint.config.model.weights_language:
+            named = config.model.weights_language
+            log.warning(f"model.weights_language {named} gives the tokenizer alone: the decoder is that of {checkpoint.path}")
         return taken
     origin = "random" if config.model.init == "random" else f"from {config.model.weights_language}"
     log.info(
@@ -168,15 +173,17 @@ def write_pretrained(directory: str | Path, vision: VisionConfig | None, languag
                      tensors: Iterable[tuple[str, np.ndarray]]) -> None:  # fmt: skip
     """Writes parts of a model in the default layout: config.json and model.safetensors (in parts where it is large).
 
-    What a directory holds under these names is replaced once all is written.
+    What a directory holds under these names is replaced once all is written; nothing else in it is touched.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=directory) as folder:
         write_set(Path(folder), "model", shapes, tensors)
         write_synced(Path(folder) / "config.json", json.dumps(DEFAULT.write_config(vision, language), indent=2) + "\n")
-        for old in directory.glob("model*.safetensors*"):
-            old.unlink()
-        for file in Path(folder).iterdir():
-            os.replace(file, directory / file.name)
+        new = sorted(os.listdir(folder), key=lambda name: name == "config.json")  # it comes last
+        for name in new:
+            os.replace(Path(folder) / name, directory / name)
+        for old in directory.iterdir():
+            if OWN.fullmatch(old.name) and old.name not in new:
+                old.unlink()
     sync_directory(directory)

@@ -143,6 +143,8 @@ def newest_checkpoint(run: str | Path) -> Checkpoint | None:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Reads a checkpoint's state; `ValueError` where it is damaged or of a later format."""
+    if path.parent.name != "checkpoints":
+        path = path.resolve()  # its run's directory is two above, also where the path is `.`
     file = path / "state.json"
     try:
         state = json.loads(file.read_text())

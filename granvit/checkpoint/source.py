@@ -14,7 +14,10 @@ from granvit.checkpoint.tensors import StoredTensors, TensorSet
 from granvit.models import LanguageConfig, VisionConfig
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle")
-NO_PICKLE = "is a pickle, and reading one runs the code in it: nothing is unpickled here. Take the publisher's safetensors files"
+NO_PICKLE = (
+    "is a pickle, and reading one runs the code in it: nothing is unpickled here. Take the publisher's safetensors files; where "
+    "there are none, transformers writes them: MODEL.from_pretrained(DIRECTORY).save_pretrained(OUT)"
+)
 
 
 @dataclass

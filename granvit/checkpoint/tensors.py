@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -109,7 +110,8 @@ class TensorWriter:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.file is not None:
-            self.file.close()
+            with suppress(OSError) if error is not None else nullcontext():  # a full disk refuses what was still to be written
+                self.file.close()
 
     def finish(self) -> dict[str, str]:
         """Completes the files (synced) and returns the tensors' digests."""

@@ -80,14 +80,15 @@ COMPOSED = Composed()
 IMPLEMENTATIONS = ("composed", "flash")
 
 
-def choose(name: str, device: str) -> str:
-    """The implementation called `name`, or for `auto` the best that `device` (cpu, npu) supports."""
+def choose(name: str, device: str, dtype: ms.Type) -> str:
+    """The implementation called `name`, or for `auto` the best that `device` (cpu, npu) has for this dtype."""
+    fused = device == "npu" and dtype in (ms.bfloat16, ms.float16)
     if name == "auto":
-        return "flash" if device == "npu" else "composed"
+        return "flash" if fused else "composed"
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"runtime.attention {name!r} is not one of auto, {', '.join(IMPLEMENTATIONS)}")
-    if name == "flash" and device != "npu":
-        raise ValueError(f"runtime.attention 'flash' runs on npu alone, and this run's device is {device}; use auto")
+    if name == "flash" and not fused:
+        raise ValueError(f"runtime.attention 'flash' runs on npu in bfloat16 and float16, not on {device} in {dtype}; use auto")
     return name
 
 

@@ -28,7 +28,7 @@ def sdpa(q_BHSD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, mask: Tensor | None) ->
 
 
 def npu_fusion(q_BHSD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, mask: Tensor | None) -> Tensor:
-    """CANN's fused kernel (`torch_npu.npu_fusion_attention`; its mask is true where a key is discarded)."""
+    """CANN's fused kernel (`torch_npu.npu_fusion_attention`: fp16 or bf16; its mask is true where a key is discarded)."""
     import torch_npu
 
     return torch_npu.npu_fusion_attention(
@@ -40,12 +40,15 @@ def npu_fusion(q_BHSD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, mask: Tensor | No
 IMPLEMENTATIONS = {"composed": composed, "sdpa": sdpa, "npu_fusion": npu_fusion}
 
 
-def choose(name: str, device: str) -> str:
-    """The implementation called `name`, or for `auto` the best that `device` (cpu, cuda, npu) supports."""
+def choose(name: str, device: str, dtype: torch.dtype) -> str:
+    """The implementation called `name`, or for `auto` the best that `device` (cpu, cuda, npu) has for this dtype."""
+    fused = device == "npu" and dtype in (torch.bfloat16, torch.float16)
     if name == "auto":
-        return "npu_fusion" if device == "npu" else "sdpa"
+        return "npu_fusion" if fused else "composed" if device == "npu" else "sdpa"
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"runtime.attention {name!r} is not one of auto, {', '.join(IMPLEMENTATIONS)}")
+    if name == "npu_fusion" and not fused:
+        raise ValueError(f"runtime.attention {name!r} runs on npu in bfloat16 and float16, not on {device} in {dtype}; use auto")
     return name
 
 

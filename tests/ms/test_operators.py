@@ -141,11 +141,14 @@ def test_flash_attention_is_called_as_cann_documents_it(qkv, monkeypatch):
 
 
 def test_implementations_are_refused_by_name():
-    assert attention_ops.choose("auto", "cpu") == "composed" and attention_ops.choose("auto", "npu") == "flash"
-    with pytest.raises(ValueError, match=r"runtime\.attention 'flash' runs on npu alone"):
-        attention_ops.choose("flash", "cpu")
+    assert attention_ops.choose("auto", "cpu", ms.float32) == "composed"
+    assert attention_ops.choose("auto", "npu", ms.bfloat16) == "flash"
+    assert attention_ops.choose("auto", "npu", ms.float32) == "composed"  # the fused kernel takes half precisions alone
+    for device in ("cpu", "npu"):
+        with pytest.raises(ValueError, match=rf"'flash' runs on npu in bfloat16 and float16, not on {device} in Float32"):
+            attention_ops.choose("flash", device, ms.float32)
     with pytest.raises(ValueError, match=r"runtime\.attention 'sdpa' is not one of auto, composed, flash"):
-        attention_ops.choose("sdpa", "cpu")
+        attention_ops.choose("sdpa", "cpu", ms.float32)
     with pytest.raises(ValueError, match="--framework torch"):
         distributed.choose_device("cuda")
 

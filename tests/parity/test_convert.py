@@ -193,6 +193,20 @@ def test_llavas_newer_spelling_is_read(editable, published, tmp_path):
     assert raw(tmp_path / "newer") == raw(tmp_path / "older")
 
 
+@pytest.mark.parametrize("kind", ["llava-llama", "llava-clip"])
+def test_a_llava_of_transformers_5_has_no_vision_model_inside(editable, published, tmp_path, kind):
+    def bare(tensors):
+        for name in list(tensors):
+            tensors[name.replace("vision_tower.vision_model.", "vision_tower.")] = tensors.pop(name)
+
+    source = editable(kind, bare)
+    convert(source, tmp_path / "newer", "default")
+    convert(published / kind, tmp_path / "older", "default")
+    assert raw(tmp_path / "newer") == raw(tmp_path / "older")
+    convert(tmp_path / "newer", tmp_path / "back", "llava")
+    assert raw(tmp_path / "back") == raw(source)
+
+
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 @pytest.mark.parametrize("destination", ["mf.ckpt", "mf", "mf.safetensors"])
 def test_mindformers_there_and_back(published, tmp_path, kind, destination):
@@ -342,6 +356,11 @@ def test_a_checkpoint_gives_its_decoder_and_its_encoder(run, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     back = convert(tmp_path / "siglip", tmp_path / "vision", "default")
     assert len(back.left_out) == len(vision_fillers()) and raw(tmp_path / "vision").items() <= raw(directory).items()
+    file = tmp_path / "siglip" / "model.safetensors"  # as if trained further: then the whole block is the model's
+    tensors = load_file(file)
+    tensors["vision_model.encoder.layers.2.mlp.fc2.bias"] += 1
+    save_file(tensors, file)
+    assert not convert(tmp_path / "siglip", tmp_path / "trained", "default").left_out
 
 
 def vision_fillers() -> list[str]:
@@ -389,8 +408,11 @@ def replace(name, value):
         ("llama", lambda t: None, {"model_type": "qwen2"}, "k_proj.bias is missing"),
         ("siglip-tower", lambda t: None, {"hidden_act": "relu"}, "config.json: hidden_act 'relu' has no counterpart"),
         ("llava-llama", lambda t: None, {"vision_feature_layer": -3}, "config.json: vision_feature_layer -3"),
+        ("llava-clip", lambda t: None, {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy 'full'"),
+        ("llava-llama", lambda t: [t.pop(n) for n in list(t) if ".layers.2." in n and "vision_tower" in n],
+         {"vision_feature_layer": -1}, "vision.top 'penultimate' is below vision.level 'final'"),
         ("llava-llama", lambda t: None, {"vision_config": {"model_type": "sam"}}, "vision_config.model_type 'sam'"),
-        ("llava-llama", lambda t: None, {"vision_config": {"num_hidden_layers": 10**9}}, "1000000000 layers, but"),
+        ("llava-clip", lambda t: None, {"vision_config": {"num_hidden_layers": 10**9}}, "1000000000 layers, but"),
         ("siglip-tower", lambda t: t.update({"embeddings.position_embedding.weight":
             t["vision_model.embeddings.position_embedding.weight"].clone()}), {},
          "tensors 'vision_model.embeddings.position_embedding.weight' and 'embeddings.position_embedding.weight' are both"),

@@ -8,8 +8,10 @@ from granvit.models import LanguageConfig, VisionConfig
 def read_config(tree: dict[str, Any]) -> dict[str, Any]:
     """Fields of `LanguageConfig`; transformers 5 writes `rope_parameters`, 4 a flat `rope_theta`."""
     rope = tree.get("rope_parameters") or tree
-    scaling = (tree.get("rope_parameters") or tree.get("rope_scaling") or {}).get("rope_type", "default")
-    one_of({"default": ""}, scaling, "rope_type")  # another scales the angles, which no decoder here does
+    scaling = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))  # older files write `type`
+    one_of({"default": ""}, kind, "rope_type")  # another scales the angles, which no decoder here does
+    one_of({False: ""}, tree.get("use_sliding_window", False), "use_sliding_window")
     one_of({"silu": ""}, tree.get("hidden_act", "silu"), "hidden_act")
     return {
         "width": tree["hidden_size"],

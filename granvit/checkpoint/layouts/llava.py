@@ -1,7 +1,8 @@
 """LLaVA as transformers writes it (`LlavaForConditionalGeneration`): SigLIP, CLIP or AIMv2, the projector, Qwen2 or Llama.
 
 Published files, and those that transformers 4 writes, spell the parts `vision_tower`, `multi_modal_projector` and
-`language_model`; the other spellings are those of the modules in memory since transformers 4.52. transformers 4.57 takes no
+`language_model`; the other spellings are those of the modules in memory since transformers 4.52, and of transformers 5, whose
+SigLIP and CLIP have no `vision_model` inside. transformers 4.57 takes no
 InternViT here: it asks the tower for hidden states, which `InternVLVisionModel` does not hand out.
 """
 from typing import Any
@@ -50,8 +51,11 @@ def _read_config(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
     layer = tree.get("vision_feature_layer", -2)
     if isinstance(layer, list) or layer not in LEVELS[tower]:
         raise ValueError(f"vision_feature_layer {layer!r} has no counterpart; known: {', '.join(map(str, LEVELS[tower]))}")
+    fields = TOWERS[tower].read_config(vision)
+    kept = {"default" if fields.get("class_token") else "full": ""}  # default drops the first token, which is the class token
+    one_of(kept, tree.get("vision_feature_select_strategy", "default"), "vision_feature_select_strategy")
     return {
-        "vision": TOWERS[tower].read_config(vision) | PIXELS[tower] | {"level": LEVELS[tower][layer]},
+        "vision": fields | PIXELS[tower] | {"level": LEVELS[tower][layer]},
         "language": _read_text(tree.get("text_config", {}), tree.get("tie_word_embeddings")),
     }
 
@@ -93,7 +97,7 @@ def _spellings(tower: Spelling, inside: str) -> tuple[Spelling, Spelling]:
 LLAVA = Layout(
     name="llava",
     model_types=("llava",),
-    spellings=_spellings(clip.TOWER, "vision_model.") + _spellings(aimv2.TOWER, ""),
+    spellings=_spellings(clip.TOWER, "vision_model.") + _spellings(aimv2.TOWER, "") + _spellings(clip.TOWER, ""),
     read_config=_read_config,
     write_config=_write_config,
     metadata=(("format", "pt"),),
