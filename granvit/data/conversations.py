@@ -10,9 +10,9 @@ The JSON is a list, which is read whole, or one conversation a line (BLIP-LAION-
 `image` may be absent or a list of one path, a turn may say `role` (user, assistant) and `content`; other keys are ignored. The
 image sign stands at the start or the end of the first question and is taken out, as is white space around a text.
 
-Boxes are text here, `[x1, y1, x2, y2]` in 0..1 with a decimal point, and every data set has its own frame for them: LLaVA-665K's
-are relative to the padded square, and are rewritten for the image. `--bbox-frame` may be left out where no text about an image
-holds one; otherwise the build ends and asks for it.
+Boxes are text here, `[x1, y1, x2, y2]` in 0..1 with a decimal point (or up to 0.1 outside: a box over the edge), and every data
+set has its own frame for them: LLaVA-665K's are relative to the padded square. All are rewritten for the image, with three
+decimals. `--bbox-frame` may be left out where no text about an image holds one; otherwise the build ends and asks for it.
 
 A conversation that does not line up (turns out of order, an answer missing, an image sign too many, a box outside the
 image, several images, a video) is refused whole, counted by reason, the first ten by id.
@@ -187,7 +187,7 @@ def _take_image_sign(texts: list[str], with_image: bool) -> None:
 
 
 def _in_image(text: str, width: int, height: int, frame: BboxFrame | None) -> str:
-    """The text with its boxes relative to the image."""
+    """The text with its boxes relative to the image, all in the form that `format_box` gives them."""
 
     def convert(box: Box, step: float) -> Box:
         if frame is None:
@@ -197,7 +197,7 @@ def _in_image(text: str, width: int, height: int, frame: BboxFrame | None) -> st
         except ValueError as error:
             raise ValueError(f"a text's {error}") from None
 
-    return text if frame == "image" else replace_boxes(text, convert)
+    return replace_boxes(text, convert)
 
 
 def main(arguments: list[str] | None = None) -> int:

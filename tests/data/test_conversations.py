@@ -2,6 +2,7 @@
 import json
 from collections import Counter
 from dataclasses import fields
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from granvit.data.chat import Chat, byte_tokenizer
 from granvit.data.conversations import build_conversations, main
 from granvit.data.lengths import PrefixLengths, TurnLengths
 from granvit.data.loader import Loader, held_out
+from granvit.data.records import BboxFrame
 from granvit.data.store import Store
 from granvit.stages import TASKS
 from tests.conftest import encoded_image, spoken, write_spoken
@@ -124,6 +126,24 @@ def test_boxes_that_two_decimals_carry_over_the_edge_are_clipped_and_others_refu
     assert summary.first_refused == ["over: a text's box lies outside the image", "precise: a text's box lies outside the image"]
     ((_, answer),) = Store(tmp_path / "store").record(0).turns
     assert answer == ("at [0.0, 0.2, 1.0, 0.3]" if turned else "at [0.2, 0.0, 0.3, 1.0]")
+
+
+@pytest.mark.parametrize("frame", get_args(BboxFrame))
+def test_a_box_a_little_outside_is_a_box_in_every_frame(tmp_path, frame):
+    """A 40 x 20 image. A number beyond 1.1 or below -0.1 is a pixel or no coordinate at all: such a bracket is left as it is."""
+    texts = {
+        "right": "[0.1, 0.35, 1.001, 0.7]", "above": "[0.1, -0.002, 0.4, 0.7]", "far": "[0.1, 0.35, 1.1, 0.7]",
+        "inverted": "[0.5, 0.4, 0.1, 0.6]", "pixels": "[0.5, 0.4, 9.5, 0.6]", "inside": "[.10,0.30, 5e-1 ,0.70]",
+    }  # fmt: skip
+    trees = [spoken(name, "<image>\nWhere?", f"at {text}", image="a.png") for name, text in texts.items()]
+    summary, records = built(tmp_path, trees, frame=frame)
+    assert summary.first_refused == [
+        *(f"{name}: a text's box lies outside the image" for name in ("right", "above", "far")),
+        "inverted: a text's box is inverted",
+    ]
+    answers = {name: record.turns[0][1] for name, record in records.items()}
+    inside = "[0.1, 0.3, 0.5, 0.7]" if frame == "image" else "[0.1, 0.1, 0.5, 0.9]"
+    assert answers == {"pixels": f"at {texts['pixels']}", "inside": f"at {inside}"}
 
 
 def test_a_frame_must_be_stated_where_there_are_boxes_about_an_image(tmp_path):
