@@ -18,6 +18,7 @@ A conversation that does not line up (turns out of order, an answer missing, an 
 image, several images, a video) is refused whole, counted by reason, the first ten by id.
 """
 import argparse
+import codecs
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -89,7 +90,7 @@ def build_conversations(
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     """Each conversation's place in the file, and its tree or its line."""
     with open(path, "rb") as file:
-        if file.read(64).lstrip().startswith(b"["):
+        if file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             file.seek(0)
             try:
                 trees = json.load(file)
@@ -111,7 +112,8 @@ def _read(entry: tuple[str, Any], images: Path, frame: BboxFrame | None, max_pix
                 raise ValueError("line is not valid JSON") from None
         if not isinstance(tree, Mapping):
             raise ValueError("entry is not a mapping with conversations")
-        name = str(tree.get("id", name)).encode(errors="replace").decode()
+        if tree.get("id") is not None:
+            name = str(tree["id"]).encode(errors="replace").decode()
         image = _image_path(tree)
         turns = _turns(tree.get("conversations"), image is not None)
         if image is None:
@@ -149,7 +151,7 @@ def _turns(spoken: Any, with_image: bool) -> tuple[tuple[str, str], ...]:
         if not isinstance(turn, Mapping):
             raise ValueError("a turn is not a mapping")
         speaker, text = (turn.get(key) for key in (("from", "value") if "from" in turn else ("role", "content")))
-        if speaker not in _SPEAKERS:
+        if not isinstance(speaker, str) or speaker not in _SPEAKERS:
             raise ValueError("a turn's speaker is neither human nor gpt")
         if _SPEAKERS[speaker] != number % 2:
             raise ValueError("turns do not alternate between human and gpt, the human first")

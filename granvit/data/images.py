@@ -39,7 +39,7 @@ def decode(data: bytes, max_pixels: int) -> np.ndarray:
     except Exception:  # damaged headers raise many types, by decoder
         raise ValueError("not an image file") from None
     if image.width * image.height > max_pixels:
-        raise ValueError("image has more pixels than data.max_pixels")
+        raise ValueError("image has more pixels than data.max_pixels (of a builder: --max-pixels)")
     if image.mode.startswith(("I", "F")):
         raise ValueError("image has more than 8 bits a channel")
     try:

@@ -257,7 +257,7 @@ def _read_line(numbered: tuple[int, bytes], images: Path, unit: BoxUnit, frame: 
             raise ValueError("line is not valid JSON") from None
         if not isinstance(tree, dict) or not isinstance(tree.get("image"), str):
             raise ValueError("line has no image path")
-        name = str(tree.get("id", tree["image"]))
+        name = str(tree["image"] if tree.get("id") is None else tree["id"])
         data = read_image(images / tree["image"])
         record, refused = make_record(
             name, data, tree.get("global"), tree.get("regions") or [], unit=unit, frame=frame, max_pixels=max_pixels

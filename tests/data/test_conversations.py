@@ -38,9 +38,10 @@ def test_every_form_of_a_conversation_is_read(tmp_path):
         spoken("text", "Who?", "Me.") | {"image": None},
         roles,
         {key: value for key, value in spoken("", "Who?", "Nobody.").items() if key != "id"},
+        spoken("", "Who?", "No one.") | {"id": None},
     ]
     summary, records = built(tmp_path, trees)
-    assert (summary.conversations, summary.turns, summary.images, summary.refused) == (7, 8, 4, {})
+    assert (summary.conversations, summary.turns, summary.images, summary.refused) == (8, 9, 4, {})
     assert {name: record.turns for name, record in records.items()} == {
         "start": (("What is it?", "A cup."), ("Red?", "«Oui»")),
         "end": (("What is it?", "A cup."),),
@@ -49,15 +50,31 @@ def test_every_form_of_a_conversation_is_read(tmp_path):
         "text": (("Who?", "Me."),),
         "7": (("Hi.", "Hello!"),),
         "entry 7": (("Who?", "Nobody."),),
+        "entry 8": (("Who?", "No one."),),
     }
     assert (records["start"].width, records["start"].height) == (40, 20)
     assert records["start"].image == encoded_image(40, 20) and records["text"].image == b""
     lines = tmp_path / "lines.jsonl"
     lines.write_text("\n\n".join(map(json.dumps, trees)) + "\n{broken\n")
     summary = build_conversations(lines, tmp_path / "images", tmp_path / "again")
-    assert summary.refused == {"line is not valid JSON": 1} and summary.first_refused == ["line 14: line is not valid JSON"]
+    assert summary.refused == {"line is not valid JSON": 1} and summary.first_refused == ["line 16: line is not valid JSON"]
     again = Store(tmp_path / "again")
-    assert [again.record(i).turns for i in range(7)] == [record.turns for record in records.values()]
+    assert [again.record(i).turns for i in range(8)] == [record.turns for record in records.values()]
+
+
+@pytest.mark.parametrize("text", ["[%s]", " \n[%s]", "%s\n"])
+def test_a_byte_order_mark_changes_nothing(tmp_path, text):
+    path, images = write_spoken(tmp_path, [])
+    path.write_text(text % json.dumps(spoken("a", "Who?", "Me.")), encoding="utf-8-sig")
+    build_conversations(path, images, tmp_path / "store")
+    assert Store(tmp_path / "store").record(0).turns == (("Who?", "Me."),)
+
+
+@pytest.mark.parametrize("speaker", ["system", ["human"], {"name": "human"}, None])
+def test_a_speaker_that_is_nobody_known_is_refused_whatever_it_is(tmp_path, speaker):
+    strange = {"id": "x", "conversations": [{"from": speaker, "value": "Hi."}]}
+    summary, _ = built(tmp_path, [spoken("good", "Who?", "Me."), strange])
+    assert summary.refused == {"a turn's speaker is neither human nor gpt": 1} and summary.conversations == 1
 
 
 WRONG = {

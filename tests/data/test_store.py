@@ -37,7 +37,7 @@ def sources(tmp_path):
     lines = [
         {"image": "a.png", "id": "first", "global": "A desk.", "regions": [good, {"box": [20, 2, 4, 18], "caption": "inverted"}]},
         {"image": "a.png", "global": "A desk.", "source": "other keys are ignored"},
-        {"image": "a.png", "regions": [good]},
+        {"image": "a.png", "id": None, "regions": [good]},
         {"image": "a.png", "id": 7, "global": " ", "regions": [good]},
         {"image": "broken.png", "regions": [good]},
         {"image": "text.png", "regions": [good]},
@@ -59,7 +59,7 @@ def test_bad_lines_are_counted_by_reason_and_the_first_named(sources):
         "global caption is empty": 1,
         "image file is truncated or damaged": 1,
         "not an image file": 1,
-        "image has more pixels than data.max_pixels": 1,
+        "image has more pixels than data.max_pixels (of a builder: --max-pixels)": 1,
         "image file cannot be read (FileNotFoundError)": 1,
         "no region and no global caption": 1,
         "line has no image path": 2,
