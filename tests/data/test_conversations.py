@@ -284,10 +284,15 @@ def test_resuming_at_a_step_gives_the_identical_bytes(chat_store, vision, chat, 
             assert all(np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(Batch))
 
 
-def test_a_store_of_the_other_kind_is_named(chat_store, store, vision, chat):
+def test_a_store_of_the_other_kind_and_a_task_of_no_store_are_named(chat_store, store, vision, chat):
     with pytest.raises(ValueError, match=r"is a granvit-regions store and holds none of the tasks mixed: {'conversation'"):
         Loader(run("sft", chat_store, store), vision, chat, 0, 1)
     with pytest.raises(ValueError, match="is a granvit-conversations store and holds none"):
         Loader(run("stage2", chat_store), vision, chat, 0, 1)
+    with pytest.raises(ValueError, match=rf"data\.mix asks conversation, which no store of .*{store.path}\) holds; name a store"):
+        Loader(run("stage2", store, mix={"conversation": 0.1, "caption2bbox": 1.0}), vision, chat, 0, 1)
+    with pytest.raises(ValueError, match=r"data\.mix asks global, caption2bbox, which no store of"):
+        Loader(run("sft", chat_store, mix={"conversation": 1.0, "global": 1.0, "caption2bbox": 0.5}), vision, chat, 0, 1)
+    Loader(run("sft", chat_store, mix={"conversation": 1.0, "caption2bbox": 0.0}), vision, chat, 0, 1)
     with pytest.raises(ValueError, match=r"eval\.source .* is a granvit-conversations store"):
         next(held_out(chat_store, ("global",), chat, vision, 2, 2))
