@@ -15,7 +15,7 @@ set has its own frame for them: LLaVA-665K's are relative to the padded square. 
 decimals. `--bbox-frame` may be left out where no text about an image holds one; otherwise the build ends and asks for it.
 
 A conversation that does not line up (turns out of order, an answer missing, an image sign too many, a box outside the
-image, several images, a video) is refused whole, counted by reason, the first ten by id.
+image, several images, a video) is refused whole and named in the store's `refused.jsonl` with the reason.
 """
 import argparse
 import codecs
@@ -63,8 +63,8 @@ def build_conversations(
 ) -> Summary:
     """Builds a store from a JSON file and a folder of images (see the module's docstring).
 
-    Whatever is bad is left out and counted by reason; `ValueError` where nothing is left, an argument is no file or folder, a
-    JSON list is damaged, or a text holds a box and no `frame` is stated.
+    Whatever is bad is left out and named in `refused.jsonl`; `ValueError` where nothing is left, an argument is no file or
+    folder, a JSON list is damaged, or a text holds a box and no `frame` is stated.
     """
     path, images = Path(path), Path(images)
     if not path.is_file():
@@ -223,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{a.out}: {summary.conversations} conversations, {summary.images} of them about an image, {summary.turns} turns")
-    print_refused(summary)
+    print_refused(summary, a.out)
     return 0
 
 

@@ -183,7 +183,12 @@ def test_the_command_prints_counts_and_explains_bad_files(tmp_path, capsys):
     assert main([str(path), str(images), str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "1 conversations, 0 of them about an image, 1 turns" in printed
-    assert "refused 1: an answer is empty" in printed and "b: an answer is empty" in printed
+    assert "refused 1: an answer is empty" in printed and "b: an answer is empty" in printed and "refused.jsonl" not in printed
+    assert json.loads((tmp_path / "out" / "refused.jsonl").read_text()) == {"what": "b", "reason": "an answer is empty"}
+    path.write_text(json.dumps([spoken("a", "Who?", "Me.")] + [spoken(f"b{i}", "Who?", "") for i in range(12)]))
+    assert main([str(path), str(images), str(tmp_path / "more")]) == 0
+    assert f"all 12: {tmp_path / 'more' / 'refused.jsonl'}" in capsys.readouterr().out
+    assert len((tmp_path / "more" / "refused.jsonl").read_text().splitlines()) == 12
     for text, message in (("[{", "not valid JSON"), ("[]", "no usable conversation; refused: the input is empty")):
         path.write_text(text)
         assert main([str(path), str(images), str(tmp_path / "other")]) == 2
