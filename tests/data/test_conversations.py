@@ -11,6 +11,7 @@ from granvit.config import RunConfig, parse_config
 from granvit.data.batch import Batch
 from granvit.data.chat import Chat, byte_tokenizer
 from granvit.data.conversations import build_conversations, main
+from granvit.data.images import decode, tile_grids, to_views, token_places
 from granvit.data.lengths import PrefixLengths, TurnLengths
 from granvit.data.loader import Loader, held_out
 from granvit.data.records import BboxFrame
@@ -237,6 +238,42 @@ def test_lengths_are_those_of_the_packed_rows(chat_store, vision, chat):
         row = packer.conversation_row(chat_store.record(image), bucket)
         assert (row.segments_BS >= 0).sum() == prefixes[image] + tokens[image]
         assert row.tokens == answers[image]
+
+
+def test_with_tiling_a_row_is_as_long_as_its_image_makes_it(tmp_path, vision, chat):
+    """Tiles of 32 pixels, 4 tokens a view: a global view and as many tiles as the image has; nothing where there is no image."""
+    tiled = vision.model_copy(update={"tiles": 6})
+    views = {"wide": (90, 70, 1 + 6), "small": (20, 30, 1 + 1), "square": (500, 500, 1 + 4), "long": (300, 20, 1 + 6)}
+    trees = [spoken(name, "<image>\nWhat is it?", "A cup.", "Red?", "Blue.", image=f"{name}.png") for name in views]
+    path, images = write_spoken(tmp_path, [*trees, spoken("talk", "Who?", "Me.")])
+    for name, (width, height, _) in views.items():
+        (images / f"{name}.png").write_bytes(encoded_image(width, height))
+    build_conversations(path, images, tmp_path / "store")
+    store = Store(tmp_path / "store")
+    loader = Loader(run("sft", store), tiled, chat, 0, 1)
+    packer, bucket, numbers = loader._assemble.packer, loader.plan.buckets[-1], np.arange(store.images)
+    tokens, answers = TurnLengths(store, chat, frozenset(TASKS)).of(np.full(store.images, TASKS.index("conversation")), numbers)
+    prefixes = PrefixLengths(store, chat, tiled).of(numbers)
+    before = len(chat.prefix_before)
+    for image, name in enumerate([*views, "talk"]):
+        record = store.record(image)
+        row = packer.conversation_row(record, bucket)
+        assert row.record_ids == (name,) and not row.skipped
+        assert (row.segments_BS >= 0).sum() == prefixes[image] + tokens[image]
+        assert (row.segments_BS == 0).sum() == prefixes[image] and row.tokens == answers[image]
+        if name == "talk":
+            assert prefixes[image] == before and row.image_weights_B == 0
+            continue
+        width, height, shown = views[name]
+        assert prefixes[image] == chat.prefix_length(4 * shown) and row.image_weights_B == 1
+        places = token_places(width, height, tiled)
+        assert (places >= 0).sum() == 4 * shown
+        np.testing.assert_array_equal(row.image_positions_BN[0], np.where(places >= 0, before + places, -1))
+        np.testing.assert_array_equal(row.grids_B2[0], tile_grids(width, height, tiled))
+        np.testing.assert_array_equal(row.pixels_B3RR[0], to_views(decode(record.image, 10**6), tiled))
+    batches = [batch for micro_batches in loader.batches() for batch in micro_batches]
+    assert sorted(name for batch in batches for name in batch.record_ids if name) == sorted([*views, "talk"])
+    assert not any(batch.skipped for batch in batches)
 
 
 def test_captions_are_shown_plainly_and_other_conversations_are_not(caption_store, chat_store, vision):
