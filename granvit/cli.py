@@ -181,6 +181,12 @@ def _log_start(config: RunConfig, engine, framework: str, chat: Chat, loader: Lo
         numbers = sum(math.prod(shape) for name, shape in writer.model_shapes.items() if part_of(name) == part)
         what = "trained" if part in writer.trains else "frozen"
         log.info(f"{part}: {numbers:,} parameters, {what}, start weights {writer.start[part][:12]}")
+    spec = config.stage_spec
+    if spec.distill and not any(spec.mix.get(task, 0) > 0 for task in ("bbox2caption", "caption2bbox")):
+        log.warning(
+            "self-distillation has no part in this run: it compares the regions asked about, and data.mix asks neither "
+            "bbox2caption nor caption2bbox"
+        )
 
 
 def _put_aside(run: Path) -> None:

@@ -54,8 +54,9 @@ class VisionSection(Strict):
 
 
 class DataSection(Strict):
-    """`mix` overrides the stage's shares of the tasks. `regions_per_row` 1 asks one question a row (the paper's
-    literal reading); above 1 the row shares its prefix among that many region questions and the global one."""
+    """`mix` stands in place of the stage's shares of the tasks (an override as `data.mix.global=0.5` changes one of them).
+    `regions_per_row` 1 asks one question a row (the paper's literal reading); above 1 the row shares its prefix among that many
+    region questions and the global one."""
 
     sources: tuple[Source, ...]
     mix: dict[Task, float] | None = None
@@ -268,17 +269,31 @@ def _read_with_base(path: Path) -> dict:
     return tree if base is None else _merge(_read_with_base(path.parent / base), tree)
 
 
+def _state_mix(tree: dict) -> None:
+    """Writes the stage's own mix down where the tree states none: an override of one share leaves the others as they are."""
+    stage, data = STAGES.get(str(tree.get("stage"))), tree.setdefault("data", {})
+    if stage is not None and isinstance(data, dict) and data.get("mix") is None:
+        data["mix"] = dict(stage.mix)
+
+
 def _override(tree: dict, assignment: str) -> None:
     key, equals, text = assignment.partition("=")
     if not equals:
         raise ValueError(f"override {assignment!r} is not of the form key=value (as in train.steps=50)")
     *parents, leaf = key.split(".")
+    if parents == ["data", "mix"]:
+        _state_mix(tree)
     node = tree
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise ValueError(f"override {assignment!r}: {parent!r} is not a section")
-    node[leaf] = yaml.safe_load(text)
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(
+            f"override {assignment!r}: {text!r} is not valid YAML; close its brackets, and put a text that holds signs in quotes"
+        ) from None
 
 
 def parse_config(tree: Mapping, origin: str) -> RunConfig:
@@ -317,6 +332,12 @@ def differences(a: RunConfig, b: RunConfig) -> list[str]:
     return walk(a.model_dump(mode="json"), b.model_dump(mode="json"), "")
 
 
+_NOT_OF_A_MODEL = {
+    "name": "the file's own name is the model's; rename the file",
+    "tiles": "tiling is the run's; state vision.tiling there",
+}
+
+
 def _model_config(name: str, kind: type[VisionConfig] | type[LanguageConfig]):
     path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / "models" / f"{name}.yaml"
     if not path.exists():
@@ -328,6 +349,9 @@ def _model_config(name: str, kind: type[VisionConfig] | type[LanguageConfig]):
     unknown = _unknown_keys(kind, tree)
     if unknown:
         raise ValueError(f"{path}: not a {kind.__name__}: " + "; ".join(unknown))
+    for key, remedy in _NOT_OF_A_MODEL.items():
+        if key in tree:
+            raise ValueError(f"{path}: a model's file does not state {key!r}: {remedy}")
     try:
         return kind(name=path.stem, **tree)
     except ValidationError as error:

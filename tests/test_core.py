@@ -18,6 +18,7 @@ from granvit.config import (
 )
 from granvit.init import initial_values
 from granvit.models import VisionConfig, parameter_shapes
+from granvit.stages import STAGES
 from tests.helpers import run_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,8 +93,21 @@ def test_overrides_bases_and_round_trip(tmp_path):
     assert differences(run_config(), config)[:1] == ["data.mix: None -> {'bbox2caption': 0.5}"]
     with pytest.raises(ValueError, match="key=value"):
         load_config(tmp_path / "run.yaml", ["train.steps"])
+    with pytest.raises(ValueError, match=r"override 'train\.freeze=\[vision': '\[vision' is not valid YAML; close its brackets"):
+        load_config(tmp_path / "run.yaml", ["train.freeze=[vision"])
     with pytest.raises(ValueError, match=r"train\.steps: Input should be greater than 0"):
         load_config(tmp_path / "run.yaml", ["train.steps=0"])
+
+
+def test_an_override_of_one_share_leaves_the_others_of_the_mix(tmp_path):
+    """Whether the mix is the stage's own or stated; `mix: null` is what a dumped configuration says of the stage's own."""
+    (tmp_path / "dumped.yaml").write_text(dump_config(run_config()))
+    for path in (CONFIGS / "stage1.yaml", tmp_path / "dumped.yaml"):
+        assert load_config(path, ["data.mix.global=0.5"]).stage_spec.mix == {"global": 0.5, "bbox2caption": 1.0}
+    (tmp_path / "stated.yaml").write_text(dump_config(run_config(data={"mix": {"caption2bbox": 1.0}})))
+    stated = load_config(tmp_path / "stated.yaml", ["data.mix.global=0.5", "data.mix.bbox2caption=0.25"])
+    assert stated.stage_spec.mix == {"caption2bbox": 1.0, "global": 0.5, "bbox2caption": 0.25}
+    assert STAGES["stage1"].mix == {"global": 1.0, "bbox2caption": 1.0}
 
 
 def test_files_that_are_not_configurations(tmp_path):
@@ -112,6 +126,22 @@ def test_a_model_that_is_not_there_is_named_with_the_nearest():
         vision_config("siglip2-so400m")
     with pytest.raises(ValueError, match="not a VisionConfig"):
         vision_config("tiny-language")
+
+
+@pytest.mark.parametrize(
+    "key, message",
+    [
+        ("name: mine", r"mine\.yaml: a model's file does not state 'name': .*rename the file"),
+        ("tiles: 4", r"mine\.yaml: a model's file does not state 'tiles': .*vision\.tiling"),
+    ],
+)
+def test_what_a_models_file_does_not_state_is_named_with_the_remedy(tmp_path, key, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text((CONFIGS / "models" / "tiny-vision.yaml").read_text())
+    assert vision_config(str(path)).name == "mine"
+    path.write_text(f"{path.read_text()}{key}\n")
+    with pytest.raises(ValueError, match=message):
+        vision_config(str(path))
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "models").glob("*.yaml")), ids=lambda p: p.stem)

@@ -280,6 +280,14 @@ def test_fresh_puts_the_earlier_run_aside(tmp_path, configuration):
     assert newest_checkpoint(tmp_path / "run").config.optimizer.lr == 0.5
 
 
+def test_a_run_that_distils_no_region_is_told_so(tmp_path, configuration):
+    for share, said in (("0", True), ("0.5", False)):
+        (tmp_path / share).mkdir()
+        job = Job(tmp_path / share, configuration, None, overrides=("train.steps=1", f"data.mix.bbox2caption={share}"))
+        assert job.end() == 0
+        assert ("WARNING self-distillation has no part in this run" in job.said()) == said
+
+
 def test_environments():
     single = detect({})
     assert (single.launcher, single.rank, single.world) == (None, 0, 1)

@@ -10,14 +10,15 @@ The JSON is a list, which is read whole, or one conversation a line (BLIP-LAION-
 `image` may be absent or a list of one path, a turn may say `role` (user, assistant) and `content`; other keys are ignored. The
 image sign stands at the start or the end of the first question and is taken out, as is white space around a text.
 
-Boxes are text here, `[x1, y1, x2, y2]` in 0..1 with a decimal point, and every data set has its own frame for them: LLaVA-665K's
-are relative to the padded square, and are rewritten for the image. `--bbox-frame` may be left out where no text about an image
-holds one; otherwise the build ends and asks for it.
+Boxes are text here, `[x1, y1, x2, y2]` in 0..1 with a decimal point (or up to 0.1 outside: a box over the edge), and every data
+set has its own frame for them: LLaVA-665K's are relative to the padded square. All are rewritten for the image, with three
+decimals. `--bbox-frame` may be left out where no text about an image holds one; otherwise the build ends and asks for it.
 
 A conversation that does not line up (turns out of order, an answer missing, an image sign too many, a box outside the
-image, several images, a video) is refused whole, counted by reason, the first ten by id.
+image, several images, a video) is refused whole and named in the store's `refused.jsonl` with the reason.
 """
 import argparse
+import codecs
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -62,8 +63,8 @@ def build_conversations(
 ) -> Summary:
     """Builds a store from a JSON file and a folder of images (see the module's docstring).
 
-    Whatever is bad is left out and counted by reason; `ValueError` where nothing is left, an argument is no file or folder, a
-    JSON list is damaged, or a text holds a box and no `frame` is stated.
+    Whatever is bad is left out and named in `refused.jsonl`; `ValueError` where nothing is left, an argument is no file or
+    folder, a JSON list is damaged, or a text holds a box and no `frame` is stated.
     """
     path, images = Path(path), Path(images)
     if not path.is_file():
@@ -89,7 +90,7 @@ def build_conversations(
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     """Each conversation's place in the file, and its tree or its line."""
     with open(path, "rb") as file:
-        if file.read(64).lstrip().startswith(b"["):
+        if file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             file.seek(0)
             try:
                 trees = json.load(file)
@@ -111,7 +112,8 @@ def _read(entry: tuple[str, Any], images: Path, frame: BboxFrame | None, max_pix
                 raise ValueError("line is not valid JSON") from None
         if not isinstance(tree, Mapping):
             raise ValueError("entry is not a mapping with conversations")
-        name = str(tree.get("id", name)).encode(errors="replace").decode()
+        if tree.get("id") is not None:
+            name = str(tree["id"]).encode(errors="replace").decode()
         image = _image_path(tree)
         turns = _turns(tree.get("conversations"), image is not None)
         if image is None:
@@ -149,7 +151,7 @@ def _turns(spoken: Any, with_image: bool) -> tuple[tuple[str, str], ...]:
         if not isinstance(turn, Mapping):
             raise ValueError("a turn is not a mapping")
         speaker, text = (turn.get(key) for key in (("from", "value") if "from" in turn else ("role", "content")))
-        if speaker not in _SPEAKERS:
+        if not isinstance(speaker, str) or speaker not in _SPEAKERS:
             raise ValueError("a turn's speaker is neither human nor gpt")
         if _SPEAKERS[speaker] != number % 2:
             raise ValueError("turns do not alternate between human and gpt, the human first")
@@ -187,7 +189,7 @@ def _take_image_sign(texts: list[str], with_image: bool) -> None:
 
 
 def _in_image(text: str, width: int, height: int, frame: BboxFrame | None) -> str:
-    """The text with its boxes relative to the image."""
+    """The text with its boxes relative to the image, all in the form that `format_box` gives them."""
 
     def convert(box: Box, step: float) -> Box:
         if frame is None:
@@ -197,7 +199,7 @@ def _in_image(text: str, width: int, height: int, frame: BboxFrame | None) -> st
         except ValueError as error:
             raise ValueError(f"a text's {error}") from None
 
-    return text if frame == "image" else replace_boxes(text, convert)
+    return replace_boxes(text, convert)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -221,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{a.out}: {summary.conversations} conversations, {summary.images} of them about an image, {summary.turns} turns")
-    print_refused(summary)
+    print_refused(summary, a.out)
     return 0
 
 

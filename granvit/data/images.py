@@ -24,6 +24,7 @@ from granvit.models import VisionConfig
 Image.MAX_IMAGE_PIXELS = None  # `decode` states and checks its own limit, which a configuration may raise
 Image.init()  # registers the formats below
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_STRIP = 256  # rows of an image that are resized at a time
 _RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -38,7 +39,7 @@ def decode(data: bytes, max_pixels: int) -> np.ndarray:
     except Exception:  # damaged headers raise many types, by decoder
         raise ValueError("not an image file") from None
     if image.width * image.height > max_pixels:
-        raise ValueError("image has more pixels than data.max_pixels")
+        raise ValueError("image has more pixels than data.max_pixels (of a builder: --max-pixels)")
     if image.mode.startswith(("I", "F")):
         raise ValueError("image has more than 8 bits a channel")
     try:
@@ -69,12 +70,21 @@ def box_from_square(box: Box, width: int, height: int) -> Box:
 
 
 def to_square(image_HW3: np.ndarray, vision: VisionConfig) -> np.ndarray:
-    """Pads to a centred square with the encoder's mean colour and resizes: uint8 `[3, R, R]`, R = `vision.image_size`."""
+    """Pads to a centred square with the encoder's mean colour and resizes: uint8 `[3, R, R]`, R = `vision.image_size`.
+
+    The square itself is never made: of a long image it would be far larger than the image. Pillow resizes every row by itself and
+    then every column of the uint8 result, so strips of rows give the same bytes.
+    """
     height, width = image_HW3.shape[:2]
     side, pad_x, pad_y = padding(width, height)
-    square = _blank(side, side, vision)
-    square.paste(Image.fromarray(image_HW3), (pad_x, pad_y))
-    resized = square.resize((vision.image_size, vision.image_size), _RESAMPLE[vision.resize])
+    target, resample = vision.image_size, _RESAMPLE[vision.resize]
+    narrow = _blank(target, side, vision)
+    for top in range(0, height, _STRIP):
+        rows = image_HW3[top : top + _STRIP]
+        strip = _blank(side, len(rows), vision)
+        strip.paste(Image.fromarray(rows), (pad_x, 0))
+        narrow.paste(strip.resize((target, len(rows)), resample), (0, pad_y + top))
+    resized = narrow.resize((target, target), resample)
     return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
 

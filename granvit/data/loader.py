@@ -322,6 +322,13 @@ class Loader:
             if asked and not asked.intersection(store.kind.tasks):
                 kind = store.kind.format
                 raise ValueError(f"data.sources: {store.path} is a {kind} store and holds none of the tasks mixed: {stage.mix}")
+        held = {task for store in stores for task in store.kind.tasks}
+        if never := [task for task in TASKS if task in asked - held]:
+            paths = ", ".join(str(store.path) for store in stores)
+            raise ValueError(
+                f"data.mix asks {', '.join(never)}, which no store of data.sources ({paths}) holds; name a store that does, or "
+                f"set the share to 0"
+            )
         self.plan = Plan(
             stores,
             [TurnLengths(store, chat, asked) for store in stores],

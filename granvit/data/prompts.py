@@ -39,14 +39,16 @@ def parse_box(text: str) -> Box | None:
 
 
 def replace_boxes(text: str, convert: Callable[[Box, float], Box]) -> str:
-    """`text` with `format_box(convert(box, step))` in place of every bracket of four numbers in 0..1, one of them at least with a
-    decimal point; `step` is that of the last decimal written, at most 0.01.
+    """`text` with `format_box(convert(box, step))` in place of every bracket of four numbers in -0.1..1.1, one of them at least
+    with a decimal point; `step` is that of the last decimal written, at most 0.01.
+
+    What reaches a little over the edge was meant as a box, and `convert` judges it; larger numbers are pixels or no coordinates.
     """
 
     def replaced(found: re.Match) -> str:
         box = tuple(float(group) for group in found.groups())
         decimals = max(len(group.partition(".")[2]) for group in found.groups())
-        if not decimals or not all(0 <= value <= 1 for value in box):
+        if not decimals or not all(-0.1 <= value <= 1.1 for value in box):
             return found.group()
         return format_box(convert(box, min(10.0**-decimals, 0.01)))
 

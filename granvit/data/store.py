@@ -14,6 +14,8 @@ the global caption (empty where there is none) and each region's caption in UTF-
 `region_starts.i8` each image's first region (both start with 0). `sizes.u4` has each image's width and height. All of these are
 mapped: counts, lengths and tilings cost no image bytes.
 
+Whatever is bad is left out and named in `refused.jsonl`, `{"what": ..., "reason": ...}` a line (no file where there is none).
+
 A store of conversations (`granvit.data.conversations` builds it) is the same with conversations for images, no regions, and a
 conversation's whole JSON header as its one text.
 """
@@ -31,7 +33,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import TextIO, TypeVar, get_args
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -48,7 +50,8 @@ _BUILD = (
     "build it with `python -m granvit.data.store JSONL IMAGES OUT`, or `python -m granvit.data.conversations JSON IMAGES OUT` "
     "where it is to hold conversations"
 )
-_NAMED = 10  # refused items named; the others are counted
+_NAMED = 10  # refused items named on the console
+_REFUSED = "refused.jsonl"  # beside the data, no part of it
 Record = ImageRecord | Conversation
 Input = TypeVar("Input")
 
@@ -124,6 +127,7 @@ class _Writer:
         self._ends = open(folder / "text_ends.u8", "wb")  # noqa: SIM115
         self._starts = open(folder / "region_starts.i8", "wb")  # noqa: SIM115
         self._sizes = open(folder / "sizes.u4", "wb")  # noqa: SIM115
+        self._refused: TextIO | None = None
         self._ends.write(struct.pack("<Q", 0))
         self._starts.write(struct.pack("<q", 0))
 
@@ -156,6 +160,12 @@ class _Writer:
         if self._filled >= self.shard_bytes:
             self._close_shard()
 
+    def refuse(self, what: str, reason: str) -> None:
+        self.summary.refuse(what, reason)
+        if self._refused is None:
+            self._refused = open(self.folder / _REFUSED, "w")  # noqa: SIM115
+        self._refused.write(json.dumps({"what": what, "reason": reason}) + "\n")
+
     def _close_shard(self) -> None:
         if self._shard is not None:
             self._shard.close()
@@ -163,8 +173,9 @@ class _Writer:
 
     def finish(self, frame: BboxFrame | None) -> None:
         self._close_shard()
-        for file in (self._texts, self._ends, self._starts, self._sizes):
-            file.close()
+        for file in (self._texts, self._ends, self._starts, self._sizes, self._refused):
+            if file is not None:
+                file.close()
         names = [shard["file"] for shard in self.shards] + ["texts.bin", "text_ends.u8", "region_starts.i8", "sizes.u4"]
         manifest = {
             "format": self.kind.format,
@@ -196,7 +207,7 @@ def write_items(items: Iterable[Item], out: str | Path, kind: Kind, frame: BboxF
         writer = _Writer(partial_out, kind, shard_bytes)
         for record, refused in items:
             for what, reason in refused:
-                writer.summary.refuse(what, reason)
+                writer.refuse(what, reason)
             if record is not None:
                 writer.add(record)
         if not writer.shards:
@@ -257,7 +268,7 @@ def _read_line(numbered: tuple[int, bytes], images: Path, unit: BoxUnit, frame: 
             raise ValueError("line is not valid JSON") from None
         if not isinstance(tree, dict) or not isinstance(tree.get("image"), str):
             raise ValueError("line has no image path")
-        name = str(tree.get("id", tree["image"]))
+        name = str(tree["image"] if tree.get("id") is None else tree["id"]).encode(errors="replace").decode()
         data = read_image(images / tree["image"])
         record, refused = make_record(
             name, data, tree.get("global"), tree.get("regions") or [], unit=unit, frame=frame, max_pixels=max_pixels
@@ -280,7 +291,8 @@ def build_store(
 ) -> Summary:
     """Builds a store from a JSON-lines file and a folder of images (see the module's docstring).
 
-    Whatever is bad is left out and counted by reason; `ValueError` where nothing is left, or an argument is no file or folder.
+    Whatever is bad is left out and named in `refused.jsonl`; `ValueError` where nothing is left, or an argument is no file or
+    folder.
     """
     jsonl, images = Path(jsonl), Path(images)
     if not jsonl.is_file():
@@ -390,7 +402,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{a.out}: {summary.images} images, {summary.regions} regions, {summary.globals} global captions")
-    print_refused(summary)
+    print_refused(summary, a.out)
     return 0
 
 
@@ -402,12 +414,14 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="refuse larger images (default: %(default)s)")
 
 
-def print_refused(summary: Summary) -> None:
-    """What was refused, by reason, and the first by name."""
+def print_refused(summary: Summary, out: str) -> None:
+    """What was refused, by reason, the first by name, and where all of it stands where those are not all."""
     for reason, count in summary.refused.most_common():
         print(f"  refused {count}: {reason}")
     for line in summary.first_refused:
         print(f"    {line}")
+    if (total := summary.refused.total()) > len(summary.first_refused):
+        print(f"    all {total}: {Path(out) / _REFUSED}")
 
 
 if __name__ == "__main__":

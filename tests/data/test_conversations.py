@@ -2,6 +2,7 @@
 import json
 from collections import Counter
 from dataclasses import fields
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from granvit.config import RunConfig, parse_config
 from granvit.data.batch import Batch
 from granvit.data.chat import Chat, byte_tokenizer
 from granvit.data.conversations import build_conversations, main
+from granvit.data.images import decode, tile_grids, to_views, token_places
 from granvit.data.lengths import PrefixLengths, TurnLengths
 from granvit.data.loader import Loader, held_out
+from granvit.data.records import BboxFrame
 from granvit.data.store import Store
 from granvit.stages import TASKS
 from tests.conftest import encoded_image, spoken, write_spoken
@@ -36,9 +39,10 @@ def test_every_form_of_a_conversation_is_read(tmp_path):
         spoken("text", "Who?", "Me.") | {"image": None},
         roles,
         {key: value for key, value in spoken("", "Who?", "Nobody.").items() if key != "id"},
+        spoken("", "Who?", "No one.") | {"id": None},
     ]
     summary, records = built(tmp_path, trees)
-    assert (summary.conversations, summary.turns, summary.images, summary.refused) == (7, 8, 4, {})
+    assert (summary.conversations, summary.turns, summary.images, summary.refused) == (8, 9, 4, {})
     assert {name: record.turns for name, record in records.items()} == {
         "start": (("What is it?", "A cup."), ("Red?", "«Oui»")),
         "end": (("What is it?", "A cup."),),
@@ -47,15 +51,31 @@ def test_every_form_of_a_conversation_is_read(tmp_path):
         "text": (("Who?", "Me."),),
         "7": (("Hi.", "Hello!"),),
         "entry 7": (("Who?", "Nobody."),),
+        "entry 8": (("Who?", "No one."),),
     }
     assert (records["start"].width, records["start"].height) == (40, 20)
     assert records["start"].image == encoded_image(40, 20) and records["text"].image == b""
     lines = tmp_path / "lines.jsonl"
     lines.write_text("\n\n".join(map(json.dumps, trees)) + "\n{broken\n")
     summary = build_conversations(lines, tmp_path / "images", tmp_path / "again")
-    assert summary.refused == {"line is not valid JSON": 1} and summary.first_refused == ["line 14: line is not valid JSON"]
+    assert summary.refused == {"line is not valid JSON": 1} and summary.first_refused == ["line 16: line is not valid JSON"]
     again = Store(tmp_path / "again")
-    assert [again.record(i).turns for i in range(7)] == [record.turns for record in records.values()]
+    assert [again.record(i).turns for i in range(8)] == [record.turns for record in records.values()]
+
+
+@pytest.mark.parametrize("text", ["[%s]", " \n[%s]", "%s\n"])
+def test_a_byte_order_mark_changes_nothing(tmp_path, text):
+    path, images = write_spoken(tmp_path, [])
+    path.write_text(text % json.dumps(spoken("a", "Who?", "Me.")), encoding="utf-8-sig")
+    build_conversations(path, images, tmp_path / "store")
+    assert Store(tmp_path / "store").record(0).turns == (("Who?", "Me."),)
+
+
+@pytest.mark.parametrize("speaker", ["system", ["human"], {"name": "human"}, None])
+def test_a_speaker_that_is_nobody_known_is_refused_whatever_it_is(tmp_path, speaker):
+    strange = {"id": "x", "conversations": [{"from": speaker, "value": "Hi."}]}
+    summary, _ = built(tmp_path, [spoken("good", "Who?", "Me."), strange])
+    assert summary.refused == {"a turn's speaker is neither human nor gpt": 1} and summary.conversations == 1
 
 
 WRONG = {
@@ -126,6 +146,24 @@ def test_boxes_that_two_decimals_carry_over_the_edge_are_clipped_and_others_refu
     assert answer == ("at [0.0, 0.2, 1.0, 0.3]" if turned else "at [0.2, 0.0, 0.3, 1.0]")
 
 
+@pytest.mark.parametrize("frame", get_args(BboxFrame))
+def test_a_box_a_little_outside_is_a_box_in_every_frame(tmp_path, frame):
+    """A 40 x 20 image. A number beyond 1.1 or below -0.1 is a pixel or no coordinate at all: such a bracket is left as it is."""
+    texts = {
+        "right": "[0.1, 0.35, 1.001, 0.7]", "above": "[0.1, -0.002, 0.4, 0.7]", "far": "[0.1, 0.35, 1.1, 0.7]",
+        "inverted": "[0.5, 0.4, 0.1, 0.6]", "pixels": "[0.5, 0.4, 9.5, 0.6]", "inside": "[.10,0.30, 5e-1 ,0.70]",
+    }  # fmt: skip
+    trees = [spoken(name, "<image>\nWhere?", f"at {text}", image="a.png") for name, text in texts.items()]
+    summary, records = built(tmp_path, trees, frame=frame)
+    assert summary.first_refused == [
+        *(f"{name}: a text's box lies outside the image" for name in ("right", "above", "far")),
+        "inverted: a text's box is inverted",
+    ]
+    answers = {name: record.turns[0][1] for name, record in records.items()}
+    inside = "[0.1, 0.3, 0.5, 0.7]" if frame == "image" else "[0.1, 0.1, 0.5, 0.9]"
+    assert answers == {"pixels": f"at {texts['pixels']}", "inside": f"at {inside}"}
+
+
 def test_a_frame_must_be_stated_where_there_are_boxes_about_an_image(tmp_path):
     box = "[0.1, 0.35, 0.5, 0.7]"
     trees = [spoken("talk", "A box?", box), spoken("shown", "<image>", box, image="a.png")]
@@ -146,7 +184,12 @@ def test_the_command_prints_counts_and_explains_bad_files(tmp_path, capsys):
     assert main([str(path), str(images), str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "1 conversations, 0 of them about an image, 1 turns" in printed
-    assert "refused 1: an answer is empty" in printed and "b: an answer is empty" in printed
+    assert "refused 1: an answer is empty" in printed and "b: an answer is empty" in printed and "refused.jsonl" not in printed
+    assert json.loads((tmp_path / "out" / "refused.jsonl").read_text()) == {"what": "b", "reason": "an answer is empty"}
+    path.write_text(json.dumps([spoken("a", "Who?", "Me.")] + [spoken(f"b{i}", "Who?", "") for i in range(12)]))
+    assert main([str(path), str(images), str(tmp_path / "more")]) == 0
+    assert f"all 12: {tmp_path / 'more' / 'refused.jsonl'}" in capsys.readouterr().out
+    assert len((tmp_path / "more" / "refused.jsonl").read_text().splitlines()) == 12
     for text, message in (("[{", "not valid JSON"), ("[]", "no usable conversation; refused: the input is empty")):
         path.write_text(text)
         assert main([str(path), str(images), str(tmp_path / "other")]) == 2
@@ -195,6 +238,42 @@ def test_lengths_are_those_of_the_packed_rows(chat_store, vision, chat):
         row = packer.conversation_row(chat_store.record(image), bucket)
         assert (row.segments_BS >= 0).sum() == prefixes[image] + tokens[image]
         assert row.tokens == answers[image]
+
+
+def test_with_tiling_a_row_is_as_long_as_its_image_makes_it(tmp_path, vision, chat):
+    """Tiles of 32 pixels, 4 tokens a view: a global view and as many tiles as the image has; nothing where there is no image."""
+    tiled = vision.model_copy(update={"tiles": 6})
+    views = {"wide": (90, 70, 1 + 6), "small": (20, 30, 1 + 1), "square": (500, 500, 1 + 4), "long": (300, 20, 1 + 6)}
+    trees = [spoken(name, "<image>\nWhat is it?", "A cup.", "Red?", "Blue.", image=f"{name}.png") for name in views]
+    path, images = write_spoken(tmp_path, [*trees, spoken("talk", "Who?", "Me.")])
+    for name, (width, height, _) in views.items():
+        (images / f"{name}.png").write_bytes(encoded_image(width, height))
+    build_conversations(path, images, tmp_path / "store")
+    store = Store(tmp_path / "store")
+    loader = Loader(run("sft", store), tiled, chat, 0, 1)
+    packer, bucket, numbers = loader._assemble.packer, loader.plan.buckets[-1], np.arange(store.images)
+    tokens, answers = TurnLengths(store, chat, frozenset(TASKS)).of(np.full(store.images, TASKS.index("conversation")), numbers)
+    prefixes = PrefixLengths(store, chat, tiled).of(numbers)
+    before = len(chat.prefix_before)
+    for image, name in enumerate([*views, "talk"]):
+        record = store.record(image)
+        row = packer.conversation_row(record, bucket)
+        assert row.record_ids == (name,) and not row.skipped
+        assert (row.segments_BS >= 0).sum() == prefixes[image] + tokens[image]
+        assert (row.segments_BS == 0).sum() == prefixes[image] and row.tokens == answers[image]
+        if name == "talk":
+            assert prefixes[image] == before and row.image_weights_B == 0
+            continue
+        width, height, shown = views[name]
+        assert prefixes[image] == chat.prefix_length(4 * shown) and row.image_weights_B == 1
+        places = token_places(width, height, tiled)
+        assert (places >= 0).sum() == 4 * shown
+        np.testing.assert_array_equal(row.image_positions_BN[0], np.where(places >= 0, before + places, -1))
+        np.testing.assert_array_equal(row.grids_B2[0], tile_grids(width, height, tiled))
+        np.testing.assert_array_equal(row.pixels_B3RR[0], to_views(decode(record.image, 10**6), tiled))
+    batches = [batch for micro_batches in loader.batches() for batch in micro_batches]
+    assert sorted(name for batch in batches for name in batch.record_ids if name) == sorted([*views, "talk"])
+    assert not any(batch.skipped for batch in batches)
 
 
 def test_captions_are_shown_plainly_and_other_conversations_are_not(caption_store, chat_store, vision):
@@ -247,10 +326,15 @@ def test_resuming_at_a_step_gives_the_identical_bytes(chat_store, vision, chat, 
             assert all(np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(Batch))
 
 
-def test_a_store_of_the_other_kind_is_named(chat_store, store, vision, chat):
+def test_a_store_of_the_other_kind_and_a_task_of_no_store_are_named(chat_store, store, vision, chat):
     with pytest.raises(ValueError, match=r"is a granvit-regions store and holds none of the tasks mixed: {'conversation'"):
         Loader(run("sft", chat_store, store), vision, chat, 0, 1)
     with pytest.raises(ValueError, match="is a granvit-conversations store and holds none"):
         Loader(run("stage2", chat_store), vision, chat, 0, 1)
+    with pytest.raises(ValueError, match=rf"data\.mix asks conversation, which no store of .*{store.path}\) holds; name a store"):
+        Loader(run("stage2", store, mix={"conversation": 0.1, "caption2bbox": 1.0}), vision, chat, 0, 1)
+    with pytest.raises(ValueError, match=r"data\.mix asks global, caption2bbox, which no store of"):
+        Loader(run("sft", chat_store, mix={"conversation": 1.0, "global": 1.0, "caption2bbox": 0.5}), vision, chat, 0, 1)
+    Loader(run("sft", chat_store, mix={"conversation": 1.0, "caption2bbox": 0.0}), vision, chat, 0, 1)
     with pytest.raises(ValueError, match=r"eval\.source .* is a granvit-conversations store"):
         next(held_out(chat_store, ("global",), chat, vision, 2, 2))

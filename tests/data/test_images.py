@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from granvit.data.images import box_from_square, box_to_square, crop, decode, to_square
+from granvit.data.images import box_from_square, box_to_square, crop, decode, padding, to_square
 from granvit.models import VisionConfig
 from tests.conftest import encoded_image
 
@@ -45,6 +45,32 @@ def test_padding_has_the_encoders_mean_colour(vision):
     assert square.shape == (3, 40, 40) and square.dtype == np.uint8
     assert (square[:, :10].transpose(1, 2, 0) == (127, 63, 255)).all()
     assert (square[:, 10:30] == 0).all()
+
+
+@pytest.mark.parametrize("resize", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("side", [7, 97, 512])
+def test_a_square_is_the_padded_image_resized_at_once(vision, side, resize):
+    """Bit for bit, with one strip of rows and with several, enlarged, reduced and kept."""
+    vision = vision.model_copy(update={"image_size": side, "resize": resize, "mean": (0.5, 0.25, 1.0)})
+    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+    sizes = [(1, 1), (7, 5), (97, 97), (97, 30), (1, 300), (301, 2), (256, 255), (255, 256), (512, 511), (333, 512), (513, 40),
+             (640, 427), (70, 1025), (1500, 701), (701, 1500), (3000, 3)]  # fmt: skip
+    for number, (width, height) in enumerate(sizes):
+        picture = np.random.default_rng(number).integers(0, 256, (height, width, 3)).astype(np.uint8)
+        whole, pad_x, pad_y = padding(width, height)
+        square = Image.new("RGB", (whole, whole), (127, 63, 255))
+        square.paste(Image.fromarray(picture), (pad_x, pad_y))
+        expected = np.asarray(square.resize((side, side), filters[resize])).transpose(2, 0, 1)
+        np.testing.assert_array_equal(to_square(picture, vision), expected, str((width, height)))
+
+
+@pytest.mark.parametrize("size", [(40_000, 50), (50, 40_000)])
+def test_the_square_of_a_long_image_is_never_made(vision, size, monkeypatch):
+    made, new = [], Image.new
+    monkeypatch.setattr(Image, "new", lambda mode, size, *colour: made.append(size) or new(mode, size, *colour))
+    width, height = size
+    assert to_square(np.zeros((height, width, 3), np.uint8), vision).shape == (3, 32, 32)
+    assert max(w * h for w, h in made) <= 40_000 * 256
 
 
 def test_a_crop_is_the_box_of_the_original():

@@ -37,7 +37,7 @@ def sources(tmp_path):
     lines = [
         {"image": "a.png", "id": "first", "global": "A desk.", "regions": [good, {"box": [20, 2, 4, 18], "caption": "inverted"}]},
         {"image": "a.png", "global": "A desk.", "source": "other keys are ignored"},
-        {"image": "a.png", "regions": [good]},
+        {"image": "a.png", "id": None, "regions": [good]},
         {"image": "a.png", "id": 7, "global": " ", "regions": [good]},
         {"image": "broken.png", "regions": [good]},
         {"image": "text.png", "regions": [good]},
@@ -59,7 +59,7 @@ def test_bad_lines_are_counted_by_reason_and_the_first_named(sources):
         "global caption is empty": 1,
         "image file is truncated or damaged": 1,
         "not an image file": 1,
-        "image has more pixels than data.max_pixels": 1,
+        "image has more pixels than data.max_pixels (of a builder: --max-pixels)": 1,
         "image file cannot be read (FileNotFoundError)": 1,
         "no region and no global caption": 1,
         "line has no image path": 2,
@@ -71,6 +71,24 @@ def test_bad_lines_are_counted_by_reason_and_the_first_named(sources):
     assert [store.record(i).id for i in range(4)] == ["first", "a.png", "a.png", "7"]
     assert store.record(0).regions[0].box == (0.1, 0.1, 0.5, 0.9)
     assert store.record(0).regions[0].caption == "a cup, «rouge»"
+
+
+def test_everything_refused_is_named_beside_the_data(sources, capsys):
+    """More than the ten that are printed, in the order of the input; a name that is no Unicode does not stop the build."""
+    with open(sources / "lines.jsonl", "a") as file:
+        file.write('{"image": "text.png", "id": "\\ud800"}\n')
+    places = [str(sources / name) for name in ("lines.jsonl", "images", "out")]
+    assert main([*places, "--boxes", "absolute", "--max-pixels", "10000"]) == 0
+    printed = capsys.readouterr().out
+    refused = [json.loads(line) for line in (sources / "out" / "refused.jsonl").read_text().splitlines()]
+    assert len(refused) == 11 and f"all 11: {sources / 'out' / 'refused.jsonl'}" in printed
+    assert refused[0] == {"what": "first region 1", "reason": "box is inverted"}
+    assert refused[-2:] == [
+        {"what": "line 13", "reason": "line is not valid JSON"},
+        {"what": "?", "reason": "not an image file"},
+    ]
+    write_store([random_record("a", 2, 0)], sources / "good")
+    assert not (sources / "good" / "refused.jsonl").exists()
 
 
 def test_the_command_prints_counts_and_refuses_to_overwrite(sources, capsys):

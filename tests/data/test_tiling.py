@@ -220,12 +220,13 @@ def test_what_tiling_cannot_use_is_named(sizes_store, tiled, chat, tmp_path):
         resolve_models(odd)
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_the_shipped_configurations_have_buckets_for_every_tiling(stage):
+@pytest.mark.parametrize("stage, shortest", [("projector", 2), ("stage1", 3), ("stage2", 3)])
+def test_the_shipped_configurations_have_buckets_for_every_tiling(stage, shortest):
+    """The first holds images of `shortest` views with their text, the last those of all views with long answers."""
     config = load_config(CONFIGS / f"{stage}_highres.yaml")
     vision, language = resolve_models(config)
     assert (vision.tiles, vision.view_tokens, vision.image_tokens, vision.token_width) == (6, 256, 1792, 4608)
-    text = Chat(byte_tokenizer(language.chat), language.chat).prefix_length(0)
+    text = Chat(byte_tokenizer(language.chat), language.chat, plain=config.stage_spec.plain).prefix_length(0)
     lengths = [bucket.length for bucket in config.data.buckets]
-    assert lengths[0] > text + 3 * 256 and lengths[-1] > text + vision.image_tokens + config.data.buckets[-1].answers - 100
+    assert lengths[0] > text + shortest * 256 and lengths[-1] > text + vision.image_tokens + config.data.buckets[-1].answers - 100
     assert config.local_micro_batches(128) == 2
