@@ -17,11 +17,12 @@ RATIO = 4.0
 # largest element. 32 units: MindSpore's CPU kernels are coarser than PyTorch's (measured on one call, in units: softmax 8.9
 # against 0.9, log-softmax 6.1 against 0.6, sigmoid 3.7 against 0.6).
 FLOOR_UNITS = {"float32": (32.0, 128.0), "bfloat16": (8.0, 32.0), "float16": (8.0, 32.0)}
-# What came back through the whole model carries the roundings of every block there and back: 8 times the floor. The isolated
-# suite, where nothing is carried, keeps the plain one.
+# What came back through the whole model carries the roundings of every block there and back: 8 times the floor; so does all
+# that many steps on such gradients have made. The isolated suite, where nothing is carried, keeps the plain one.
 CARRIED = ("backward", "gradient", "clipped gradient", "first moment", "second moment")
 CARRIED_FACTOR = 8.0
 NOT_CARRIED = ("ops", "isolated")  # suites
+MANY_STEPS = ("trajectory", "trajectory2")  # suites
 ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 SQUARES = ("second moment",)  # a square doubles a relative error, and so its floor
 # Beyond this many units the peer's own error is no rounding: what it would allow the candidate is worth nothing.
@@ -69,8 +70,8 @@ def compare_suite(suite: str, golden: Tensors, peer: Tensors, candidate: Tensors
     plain = tuple(units * ROUNDOFF[compute] for units in FLOOR_UNITS[compute])
     for key in [*golden, *(k for k in candidate if k not in golden)]:
         kind, _, name = key.partition("/")
-        carried = CARRIED_FACTOR if kind in CARRIED and suite not in NOT_CARRIED else 1.0
-        floors = tuple(carried * (2.0 if kind in SQUARES else 1.0) * floor for floor in plain)
+        carried = suite in MANY_STEPS or (kind in CARRIED and suite not in NOT_CARRIED)
+        floors = tuple((CARRIED_FACTOR if carried else 1.0) * (2.0 if kind in SQUARES else 1.0) * floor for floor in plain)
         nothing = (np.nan, np.nan)
         sides = (("the golden record", golden), (peer_name, peer), ("the candidate", candidate))
         reason = next((f"not in {side}" for side, of in sides if key not in of), "")

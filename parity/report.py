@@ -134,7 +134,8 @@ def _html(report: Report, sources: dict[str, str]) -> str:
         f'<p class="outcome {OUTCOMES[report.status].replace(" ", "-")}">{OUTCOMES[report.status]}</p>',
         f"<p>Errors are relative to the golden reference, PyTorch in float64. A tensor of {candidate} passes where its error is "
         f"at most {RATIO:g} times {peer}'s own at {report.compute}, or below the floor of {floor:.1e} (largest element: "
-        f"{largest:.1e}; {CARRIED_FACTOR:g} times as much for what came back through the whole model).</p>",
+        f"{largest:.1e}; {CARRIED_FACTOR:g} times as much for what came back through the whole model and for what many "
+        f"steps made).</p>",
         _summary(report, sources),
     ]
     for suite in dict.fromkeys(row.suite for row in report.rows):

@@ -35,6 +35,13 @@ def test_an_error_below_the_floor_passes_and_above_it_fails():
     assert failed(judge(off(1.1 * FLOOR, "forward/block.1.linear"))) == ["forward/block.1.linear"]
 
 
+def test_what_many_steps_made_has_the_floor_of_the_gradients_that_made_it():
+    name = "forward/block.1.linear"
+    for suite in ("trajectory", "trajectory2"):
+        assert failed(compare_suite(suite, GOLDEN, GOLDEN, off(0.9 * CARRIED_FACTOR * FLOOR, name), "float32")) == []
+        assert failed(compare_suite(suite, GOLDEN, GOLDEN, off(1.1 * CARRIED_FACTOR * FLOOR, name), "float32")) == [name]
+
+
 def test_what_came_back_through_the_whole_model_has_a_wider_floor_unless_its_module_stood_alone():
     name = "gradient/block.0.attn.q_proj.bias"
     assert failed(judge(off(0.9 * CARRIED_FACTOR * FLOOR, name))) == []
