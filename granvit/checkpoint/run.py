@@ -282,14 +282,14 @@ class CheckpointWriter:
         squares = dict.fromkeys(PARTS, 0.0)
         with TensorWriter(folder, "model", shapes) as writer:
             for name, array in engine.tensors("model"):
-                part, start = part_of(name), starts[part_of(name)].read(name)
+                part = part_of(name)
                 if part not in self.trains:
-                    if tensor_digest(array) != tensor_digest(start.astype(array.dtype)):
+                    if tensor_digest(array) != starts[part].digest_as(name, array.dtype):
                         raise RuntimeError(f"part {part!r} is frozen in this stage, but its weights have changed: {name}")
                     continue
                 writer.add(name, array)
                 digests[part][name] = writer.digests[name]
-                moved = array.astype(np.float64) - start.astype(np.float64)
+                moved = array.astype(np.float64) - starts[part].read(name).astype(np.float64)
                 squares[part] += float(np.vdot(moved, moved))
             writer.finish()
         hashes = self.start | {part: set_digest(digests[part]) for part in self.trains}

@@ -303,6 +303,12 @@ class TensorSet(StoredTensors):
             raise ValueError(f"{path}: the bytes of tensor {name!r} are not those that were written (checksum)")
         return array
 
+    def digest_as(self, name: str, dtype: np.dtype) -> str:
+        """sha256 of a tensor's bytes in this dtype; that of the stored one is known where the set is `checked`."""
+        if self.digests is not None and self.dtypes[self.entries[name]["tag"]] == dtype:
+            return self.digests[name]
+        return tensor_digest(self.read(name).astype(dtype))
+
     def items(self) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor, one at a time."""
         for name in self.entries:

@@ -2,8 +2,8 @@
 
 Published files, and those that transformers 4 writes, spell the parts `vision_tower`, `multi_modal_projector` and
 `language_model`; the other spellings are those of the modules in memory since transformers 4.52, and of transformers 5, whose
-SigLIP and CLIP have no `vision_model` inside. transformers 4.57 takes no
-InternViT here: it asks the tower for hidden states, which `InternVLVisionModel` does not hand out.
+SigLIP and CLIP have no `vision_model` inside. transformers 4.57 takes no InternViT here: it asks the tower for hidden states,
+which `InternVLVisionModel` does not hand out.
 """
 from typing import Any
 
