@@ -103,6 +103,10 @@ class PrefixLengths:
         with_image = self._chat.prefix_length(0) + image_tokens(np.maximum(widths, 1), np.maximum(heights, 1), self._vision)
         return np.where(widths > 0, with_image, len(self._chat.prefix_before))
 
+    def pictured(self, images: np.ndarray) -> np.ndarray:
+        """bool: whether records of these numbers have an image."""
+        return np.ones(len(images), bool) if self._store.sizes is None else self._store.sizes[images, 0] > 0
+
 
 class TurnLengths:
     """Upper bounds of a turn's length (a conversation's is exact), vectorised over texts of one store."""
