@@ -21,7 +21,7 @@ from granvit.models import VisionConfig
 from granvit.stages import TASKS, Task
 
 _CHUNK = 8192  # images encoded at a time
-_SHARE = 1 << 18  # texts that one process counts at a time
+_SHARE = 1 << 17  # texts that one process counts at a time
 _LONGEST = np.iinfo(np.uint16).max  # a longer text fits no bucket either
 Role = Literal["answer", "question", "conversation"]
 _COLUMNS = {"answer": 1, "question": 1, "conversation": 2}

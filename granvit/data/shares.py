@@ -12,7 +12,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.live import Live
 
 LOG_EVERY = 10.0  # seconds
-_POLL = 0.2  # seconds between looks at what others have made
+_POLL = 1.0  # seconds between looks at what others have made
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system without them: some shares are then made twice
 _log = logging.getLogger(__name__)
 
@@ -29,20 +29,20 @@ def make_in_shares(path: Path, sizes: Sequence[int], make: Callable[[int], Itera
     """Returns when `path` exists. `make(n)` yields the bytes of share n, which is `sizes[n]` items; `what` names them all for the
     progress line. The file appears whole or not at all."""
     parts = path.with_suffix(".parts")
-    files = [parts / f"{n:06d}" for n in range(len(sizes))]
+    files = {f"{n:06d}": size for n, size in enumerate(sizes)}
     own = f"partial-{socket.gethostname()}-{os.getpid()}"
-    first = random.randrange(len(sizes))  # where locks do not reach, processes begin at different shares
+    first = random.randrange(len(sizes))  # few meet at one lock, and where locks do not reach, few make the same share
     with ExitStack() as stack:
         progress = None
         while not path.exists():
             parts.mkdir(parents=True, exist_ok=True)
             try:
-                progress = progress or stack.enter_context(_Progress(parts / "shown.lock", files, sizes, what))
-                for n in (*range(first, len(sizes)), *range(first)):
-                    if not files[n].exists():
-                        _claim(files[n], files[n].with_suffix(f".{own}"), lambda n=n: progress.counted(make(n)), path)
-                if all(file.exists() for file in files):
-                    _claim(path, parts / own, lambda: _joined(files), path, parts / "join.lock")
+                progress = progress or stack.enter_context(_Progress(parts, files, what))
+                there = _there(parts, files)
+                for name in sorted(files.keys() - there, key=lambda name: (int(name) < first, name)):
+                    _claim(parts / name, parts / own, lambda name=name: progress.counted(make(int(name))), path)
+                if _there(parts, files) == files.keys():
+                    _claim(path, parts / own, lambda: _joined(parts / name for name in files), path, parts / "join.lock")
             except FileNotFoundError:  # `parts` is removed by who saw the result first
                 if not path.exists() and parts.exists():
                     raise
@@ -80,6 +80,14 @@ def _locked(path: Path) -> Iterator[bool]:
         yield True
 
 
+def _there(parts: Path, files: Mapping[str, int]) -> set[str]:
+    """The shares that are finished, by one reading of the directory: many processes look, and often. None once it is removed."""
+    try:
+        return files.keys() & set(os.listdir(parts))
+    except FileNotFoundError:
+        return set()
+
+
 def _joined(files: Iterable[Path]) -> Iterator[bytes]:
     for file in files:
         with open(file, "rb") as part:
@@ -90,16 +98,16 @@ def _joined(files: Iterable[Path]) -> Iterator[bytes]:
 class _Progress:
     """How far all processes together are: a live line of one of them on a terminal, a line in the log elsewhere."""
 
-    def __init__(self, lock: Path, files: Sequence[Path], sizes: Sequence[int], what: str):
-        self._lock, self._files, self._sizes, self._what = lock, files, sizes, what
-        self._found = self._done()
+    def __init__(self, parts: Path, files: Mapping[str, int], what: str):
+        self._parts, self._files, self._what = parts, files, what
+        self._found, self._total = self._done(), sum(files.values())
         self._began = self._logged = time.monotonic()
         self._live: Live | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> "_Progress":
-        _log.info("%s: %d share(s) of %d are there", self._what, sum(file.exists() for file in self._files), len(self._files))
-        if sys.stderr.isatty() and self._stack.enter_context(_locked(self._lock)):
+        _log.info("%s: %d of %d are there, of earlier or other processes", self._what, self._found, self._total)
+        if sys.stderr.isatty() and self._stack.enter_context(_locked(self._parts / "shown.lock")):
             self._live = self._stack.enter_context(Live(console=Console(stderr=True), transient=True))
         return self
 
@@ -122,10 +130,10 @@ class _Progress:
                 _log.info(self._line(now - self._began))
 
     def _done(self) -> int:
-        return sum(size for file, size in zip(self._files, self._sizes, strict=True) if file.exists())
+        return sum(self._files[name] for name in _there(self._parts, self._files))
 
     def _line(self, seconds: float) -> str:
-        done, total = self._done(), sum(self._sizes)
+        done, total = self._done(), self._total
         rate = (done - self._found) / max(seconds, 1e-9)
         left = f"{(total - done) / rate / 60:.0f} min left" if rate else "no share finished yet"
         return f"{self._what}: {done:,} of {total:,} ({done / total:.0%}), {rate:,.0f} a second by all processes, {left}"

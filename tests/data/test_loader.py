@@ -298,7 +298,7 @@ from granvit.data.chat import Chat, byte_tokenizer
 from granvit.data.store import Store
 
 logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-lengths._SHARE, shares.LOG_EVERY = 50, 0.1
+lengths._SHARE, shares.LOG_EVERY, shares._POLL = 50, 0.1, 0.1
 counted = lengths._encode
 
 def slowly(store, chat, role, images):
