@@ -5,6 +5,7 @@
     python scripts/bench.py convert [--gigabytes 0.5]                 parity/convert.py against a plain copy of the same file
     python scripts/bench.py encoders                                  every encoder row at full size against transformers
     python scripts/bench.py load                                      memory while SigLIP2 and Qwen2.5-1.5B are loaded
+    python scripts/bench.py order                                     what steps hold and waste under several orders of the data
 """
 import argparse
 import json
@@ -19,6 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import bench_loading
+import bench_order
 import ml_dtypes
 import numpy as np
 from rich.console import Console
@@ -230,7 +232,7 @@ def conversion(console: Console, gigabytes: float, repeats: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("packing", "twins", "convert", "encoders", "load"))
+    parser.add_argument("what", choices=("packing", "twins", "convert", "encoders", "load", "order"))
     parser.add_argument("--framework", choices=("mindspore", "torch"), default="mindspore")
     parser.add_argument("--regions", type=int, default=6, help="questions per image (default 6; the paper's data has 6.2)")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps; the median is printed (default 5)")
@@ -243,6 +245,8 @@ def main() -> None:
         conversion(console, args.gigabytes, args.repeats)
     elif args.what in ("encoders", "load"):
         getattr(bench_loading, args.what)(console)
+    elif args.what == "order":
+        bench_order.order(console)
     else:
         twins(console, args.regions, args.repeats)
 

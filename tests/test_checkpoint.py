@@ -228,8 +228,8 @@ def test_a_run_starts_from_another_runs_newest_checkpoint(run):
     wider = VisionConfig(**{**VISION.model_dump(), "mlp": 48})
     with pytest.raises(ValueError, match=r"model\.init_from.*another architecture.*mlp\.fc1"):
         start_weights(config, wider, LANGUAGE)
-    with pytest.raises(ValueError, match="run that stage first"):
-        start_weights(run_config(model={"init_from": str(directory / "nowhere")}), VISION, LANGUAGE)
+    with pytest.raises(ValueError, match=r"nowhere: no checkpoint in .*scripts/stage1.py makes it.*model\.init_from=null"):
+        start_weights(run_config(stage="stage2", model={"init_from": str(directory / "nowhere")}), VISION, LANGUAGE)
 
 
 def test_large_sets_are_sharded_and_every_dtype_survives(tmp_path):

@@ -70,8 +70,24 @@ def test_each_stage_trains_what_the_paper_trains():
     assert frozen.stage_spec.trains == {"projector", "language"}
     assert differences(load_config(CONFIGS / "sft.yaml"), frozen) == ["train.freeze: [] -> ['vision']"]
     assert [load_config(CONFIGS / f"{name}.yaml").model.init_from for name in SCRIPTS] == [
-        None, None, "runs/stage1", "runs/stage2", "runs/stage2",
+        None, "runs/projector", "runs/stage1", "runs/stage2", "runs/stage2",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("config, output", [("stage1", "projector"), ("stage1_packed", "projector"),
+                                            ("stage1_highres", "projector_highres")])  # fmt: skip
+def test_stage_1_starts_from_the_projectors_run_or_says_how_to_do_without(config, output, tmp_path, capsys, monkeypatch):
+    """Section 5.1. No file of weights is looked for as long as the run before is missing."""
+    monkeypatch.chdir(tmp_path)
+    assert load_config(CONFIGS / f"{output}.yaml").output == f"runs/{output}"
+    command = ["--config", str(CONFIGS / f"{config}.yaml"), "--framework", "torch", f"output={tmp_path}/run"]
+    assert cli.train_command("stage1", command) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"model.init_from runs/{output}: no checkpoint in runs/{output}/checkpoints" in said
+    assert "scripts/projector.py makes it" in said
+    assert "model.init_from=null starts without it, from weights/siglip2-so400m-patch16-512, weights/Qwen2.5" in said
+    assert cli.train_command("stage1", [*command, f"output={tmp_path}/other", "model.init_from=null"]) == 2
+    assert "model.weights_vision: no directory weights/siglip2-so400m-patch16-512" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -111,7 +127,7 @@ def test_a_mistake_is_one_line_without_a_traceback(tmp_path):
 
 
 def test_the_log_has_the_traceback_of_a_mistake(tmp_path):
-    done = script("stage1.py", "--framework", "torch", f"output={tmp_path}")
+    done = script("projector.py", "--framework", "torch", f"output={tmp_path}")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "model.init=random" in done.stderr
     assert "Traceback" in (tmp_path / "log/rank_00000.txt").read_text()
 

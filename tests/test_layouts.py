@@ -192,8 +192,27 @@ def test_a_run_with_another_decoder_gives_its_encoder_alone_and_says_so(tmp_path
         seed = 5 if name.startswith("vision") else 0
         np.testing.assert_array_equal(array, initial_value(name, array.shape, seed), err_msg=name)
     assert "its decoder is 'q', this run's 'l': the encoder is kept, the projector is new, the decoder is random" in caplog.text
-    with pytest.raises(ValueError, match=r"of another architecture: vision\..* is missing"):
+    with pytest.raises(ValueError, match=r"of another architecture \(its encoder is .*\): vision\..* is missing"):
         start_weights(next_run, VISION.model_copy(update={"layers": 4}), LLAMA)
+
+
+def test_a_projector_of_another_width_is_no_start(tmp_path):
+    """Of another decoder, or of an encoder that is wider or tiled: one line with the file, both values and what to do."""
+    config = run_config(stage="projector", output=str(tmp_path / "run"), data={"mix": {"conversation": 1.0}})
+    writer = CheckpointWriter(tmp_path / "run", config, VISION, QWEN)
+    start = writer.record_start(initial_values(parameter_shapes(VISION, QWEN), 5).items())
+    writer.save(ToyEngine(config, VISION, QWEN, start), 1, {"questions": 0, "skipped": 0})
+    next_run = run_config(model={"init_from": str(tmp_path / "run")})
+    assert dict(start_weights(next_run, VISION, QWEN)).keys() == parameter_shapes(VISION, QWEN).keys()
+    remedy = r"model\.init_from=null starts without it, from random weights"
+    file = rf"model\.init_from {tmp_path}/run/checkpoints/step_0000001: "
+    with pytest.raises(ValueError, match=rf"{file}its decoder is 'q' of width {QWEN.width} .*'l' of width {LLAMA.width}.*{remedy}"):
+        start_weights(next_run, VISION, LLAMA)
+    tiled = VISION.model_copy(update={"tiles": 2})
+    width = VISION.width
+    shapes = rf"projector\.linear_1\.weight is \[{QWEN.width}, {width}\], expected \[{QWEN.width}, {4 * width}\]"
+    with pytest.raises(ValueError, match=rf"{file}of another architecture.*{shapes}; train that run with .*{remedy}"):
+        start_weights(next_run, tiled, QWEN)
 
 
 def test_a_model_that_no_device_here_holds_is_refused_with_the_sum():

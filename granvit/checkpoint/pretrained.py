@@ -32,6 +32,7 @@ from granvit.models import (
 
 log = logging.getLogger("granvit")
 INSTEAD = "model.init=random runs without"
+BEFORE = {"stage1": "projector", "stage2": "stage1", "continued": "stage2", "sft": "stage2"}  # the paper's order
 OWN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|model\.sha256\.json")
 Tensors = Iterator[tuple[str, np.ndarray]]
 
@@ -40,7 +41,7 @@ def start_weights(config: RunConfig, vision: VisionConfig, language: LanguageCon
     """Every parameter of `parameter_shapes` with its start value, one at a time, in the precision it is stored in.
 
     `model.init_from` takes all parts from another run's newest checkpoint, or, where that has another decoder, the encoder
-    alone; for the rest `model.init` chooses between the seeded initialisation and the publishers' files, beside which the
+    alone (refused where that run trained a projector alone: nothing of its training would be kept); for the rest `model.init` chooses between the seeded initialisation and the publishers' files, beside which the
     projector is the seeded one. Directories and names are checked before the first tensor is read: `ValueError` names what is
     missing, unknown or of another shape.
     """
@@ -50,6 +51,14 @@ def start_weights(config: RunConfig, vision: VisionConfig, language: LanguageCon
         return _seeded(parameter_shapes(vision, language), config.seed)
     encoder = _published("model.weights_vision", config.model.weights_vision, vision, vision_shapes(vision))
     return _chained(encoder, _new_projector_and_decoder(config, vision, language))
+
+
+def _without(config: RunConfig) -> str:
+    """What a run starts from where it names no other."""
+    if config.model.init == "random":
+        return "from random weights"
+    encoder, decoder = config.model.weights_vision, config.model.weights_language
+    return f"from {encoder}, {decoder} and a projector of random numbers"
 
 
 def _new_projector_and_decoder(config: RunConfig, vision: VisionConfig, language: LanguageConfig) -> Tensors:
@@ -77,16 +86,32 @@ def _above(vision: VisionConfig) -> set[str]:
 def _from_run(config: RunConfig, vision: VisionConfig, language: LanguageConfig) -> Tensors:
     run = Path(config.model.init_from)
     checkpoint = newest_checkpoint(run)
+    without = f"model.init_from=null starts without it, {_without(config)}"
     if checkpoint is None:
-        raise ValueError(f"model.init_from {run}: no checkpoint in {run / 'checkpoints'}; run that stage first")
+        before = BEFORE.get(config.stage)
+        make = f"scripts/{before}.py makes it, with the --config that has this output" if before else "run that stage first"
+        raise ValueError(
+            f"model.init_from {run}: no checkpoint in {run / 'checkpoints'} (looked for in {Path.cwd()}); {make}. {without}"
+        )
     same = checkpoint.language.is_built_like(language)
+    theirs, ours = checkpoint.language, language
+    if not same and checkpoint.config.stage_spec.trains == {"projector"}:
+        raise ValueError(
+            f"model.init_from {checkpoint.path}: its decoder is {theirs.name!r} of width {theirs.width} and {theirs.layers} layers, "
+            f"this run's {ours.name!r} of width {ours.width} and {ours.layers} layers, so that nothing it trained fits here; train "
+            f"it with model.language={config.model.language}. {without}"
+        )
     parts = PARTS if same else ("vision",)
     unused = _above(vision)
     found = {n: shape for n, shape in checkpoint.shapes("model").items() if part_of(n) in parts and n not in unused}
     expected = {name: shape for name, shape in parameter_shapes(vision, language).items() if part_of(name) in parts}
     wrong = shape_differences(found, expected)
     if wrong:
-        raise ValueError(f"model.init_from {checkpoint.path}: of another architecture: " + "; ".join(wrong))
+        raise ValueError(
+            f"model.init_from {checkpoint.path}: of another architecture (its encoder is {checkpoint.vision.name!r}, this run's "
+            f"{vision.name!r}): {'; '.join(wrong)}; train that run with this one's model.vision, model.language and vision.tiling. "
+            f"{without}"
+        )
     taken = ((name, array) for name, array in checkpoint.tensors("model") if name in expected)
     if same:
         if config.model.init != "random" and config.model.weights_language != checkpoint.config.model.weights_language:

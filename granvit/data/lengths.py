@@ -4,11 +4,9 @@ They decide which row shape (bucket) a row needs before any image is read. Coord
 count with the longest text that three decimals can give, so a row always fits the bucket chosen for it.
 """
 import errno
-import fcntl
 import json
-import logging
-import os
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -17,22 +15,29 @@ import numpy as np
 from granvit.data.chat import Chat
 from granvit.data.images import image_tokens
 from granvit.data.prompts import GLOBAL, answer_text, question_text
+from granvit.data.shares import make_in_shares
 from granvit.data.store import CONVERSATIONS, Store
 from granvit.models import VisionConfig
 from granvit.stages import TASKS, Task
 
 _CHUNK = 8192  # images encoded at a time
+_SHARE = 1 << 17  # texts that one process counts at a time
 _LONGEST = np.iinfo(np.uint16).max  # a longer text fits no bucket either
 Role = Literal["answer", "question", "conversation"]
 _COLUMNS = {"answer": 1, "question": 1, "conversation": 2}
-_log = logging.getLogger(__name__)
 
 
-def _encode(store: Store, chat: Chat, role: Role) -> Iterator[np.ndarray]:
-    """Lengths of all texts in order: as answers, inside caption2bbox questions (0 for global captions, never asked so), or of
-    conversations: tokens after the prefix, and supervised tokens among them."""
-    for first in range(0, store.images, _CHUNK):
-        last = min(first + _CHUNK, store.images)
+def _shares(store: Store) -> list[tuple[int, int]]:
+    """First and last image (exclusive) of consecutive shares of the store, of about `_SHARE` texts each."""
+    images = max(_SHARE * store.images // (store.images + store.regions), 1)
+    return list(pairwise([*range(0, store.images, images), store.images]))
+
+
+def _encode(store: Store, chat: Chat, role: Role, images: tuple[int, int]) -> Iterator[bytes]:
+    """Lengths of the texts of some images in order: as answers, inside caption2bbox questions (0 for global captions, never asked
+    so), or of conversations: tokens after the prefix, and supervised tokens among them."""
+    for first in range(*images, _CHUNK):
+        last = min(first + _CHUNK, images[1])
         numbers = store.region_starts[first : last + 1] + np.arange(first, last + 1)
         texts = store.texts(int(numbers[0]), int(numbers[-1]))
         if role == "answer":
@@ -42,42 +47,35 @@ def _encode(store: Store, chat: Chat, role: Role) -> Iterator[np.ndarray]:
         else:
             lengths = np.array(chat.question_lengths([question_text("caption2bbox", caption=text) for text in texts]))
             lengths[numbers[:-1] - numbers[0]] = 0
-        yield np.minimum(lengths, _LONGEST).astype("<u2")
+        yield np.minimum(lengths, _LONGEST).astype("<u2").tobytes()
 
 
 def text_lengths(store: Store, chat: Chat, role: Role) -> np.ndarray:
     """uint16 `[images + regions]`, mapped: `len(answer_ids(text))` of each text of the store, or the length of the
     caption2bbox question that holds it. Role conversation: `[images, 2]`, tokens after the prefix and supervised ones.
 
-    Computed once per store, tokenizer and template, and kept beside the store, or in `~/.cache/granvit` where the store
-    is read-only; several processes may ask at once, one of them computes.
+    Computed once per store, tokenizer and template, and kept beside the store, or in `~/.cache/granvit` where the store is
+    read-only. All processes that ask at once share the work (`make_in_shares`), each with as many threads as the tokenizer takes.
     """
     columns = _COLUMNS[role]
-    count = (store.images + store.regions) * columns
+    texts = store.images + store.regions
     name = f"lengths-{store.fingerprint}-{chat.fingerprint}-{role}.u2"
     for folder in (store.path / "lengths", Path.home() / ".cache" / "granvit"):
         path = folder / name
         try:
             if not path.exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                with open(path.with_suffix(".lock"), "wb") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-                    if not path.exists():
-                        _log.info("counting the tokens of %d texts of %s (%s), once", count // columns, store.path, role)
-                        partial = path.with_suffix(f".partial-{os.getpid()}")
-                        with open(partial, "wb") as file:
-                            for lengths in _encode(store, chat, role):
-                                file.write(lengths.tobytes())
-                            os.fsync(file.fileno())
-                        os.rename(partial, path)
+                shares = _shares(store)
+                sizes = [int(store.region_starts[b] - store.region_starts[a]) + b - a for a, b in shares]
+                what = f"counting the tokens of {store.path} ({role}), once"
+                make_in_shares(path, sizes, lambda n, shares=shares: _encode(store, chat, role, shares[n]), what)
         except PermissionError:
             continue
         except OSError as error:
             if error.errno != errno.EROFS:
                 raise
             continue
-        if path.stat().st_size != 2 * count:
-            raise ValueError(f"{path}: not {count} lengths; remove the file, it is made again")
+        if path.stat().st_size != 2 * texts * columns:
+            raise ValueError(f"{path}: not {texts * columns} lengths; remove the file, it is made again")
         lengths = np.memmap(path, "<u2", "r")
         return lengths if columns == 1 else lengths.reshape(-1, columns)
     raise ValueError(f"store {store.path}: neither {store.path / 'lengths'} nor ~/.cache/granvit can be written")
@@ -102,6 +100,10 @@ class PrefixLengths:
         widths, heights = self._store.sizes[images].T
         with_image = self._chat.prefix_length(0) + image_tokens(np.maximum(widths, 1), np.maximum(heights, 1), self._vision)
         return np.where(widths > 0, with_image, len(self._chat.prefix_before))
+
+    def pictured(self, images: np.ndarray) -> np.ndarray:
+        """bool: whether records of these numbers have an image."""
+        return np.ones(len(images), bool) if self._store.sizes is None else self._store.sizes[images, 0] > 0
 
 
 class TurnLengths:

@@ -6,8 +6,12 @@
 - The asked questions of one image, both tasks together and in an order drawn per epoch, are cut into chunks of
   K = `data.regions_per_row`. The global question joins an image's first chunk; where K is 1 it is a row of its own. So is a
   conversation, always.
-- Rows follow a global shuffle that needs no memory. Within a window of 32 steps they are sorted by bucket and cut into global
-  batches, whose order is drawn again: every step has one bucket, the same on all ranks.
+- Rows follow a global shuffle that needs no memory. A window of 32 steps is cut into global batches as `stratified` says: each
+  holds every kind of row in the window's share, and long rows of all kinds meet in few of them. A step's lengths are therefore
+  more alike than in plain sampling; the paper says nothing on the order. The order of a window's steps is drawn again.
+- The rows of a global batch are sorted by bucket and dealt out round by round (micro-batch m of all ranks is round m). A round
+  has the largest bucket of its rows, the same on all ranks: the step waits for the longest of them anyway, and no rank compiles
+  a graph while the others wait.
 - An epoch's last batch is filled up with rows of weight zero, so nothing is lost.
 
 `Loader` gives each rank its micro-batches of every step. Its position is the global step: nothing else need be saved.
@@ -35,7 +39,7 @@ from granvit.data.store import CONVERSATIONS, MAX_PIXELS, REGIONS, Store
 from granvit.models import VisionConfig
 from granvit.stages import TASKS, Task
 
-WINDOW = 32  # steps within which rows are sorted by bucket
+WINDOW = 32  # steps among which rows are shared out
 _CHUNK = 1 << 20  # regions hashed at a time
 _THREADS = 4  # that read and decode, in each process
 _AHEAD = 8  # micro-batches prepared ahead, in each process
@@ -62,6 +66,18 @@ def _finish(z: np.ndarray) -> np.ndarray:
 
 WHOLE = ("global", "conversation")  # tasks about a whole record, not a region of it
 _ASK, _ORDER, _SHUFFLE, _BATCHES = range(4)  # what a hash is drawn for
+
+
+def stratified(classes: np.ndarray, buckets: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """An order of rows, int64: any run of consecutive rows holds each class in its share of all, to about one row.
+
+    `classes` and `buckets` are integers per row. Row r of the n of its class, sorted by bucket (what is equal stays in its order),
+    stands at (r + u) / n, with u drawn per class: the shortest rows of all classes come first, the longest last.
+    """
+    by_class = np.lexsort((buckets, classes))
+    _, counts = np.unique(classes, return_counts=True)
+    place = np.arange(len(classes)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return by_class[np.argsort((place + np.repeat(rng.random(len(counts)), counts)) / np.repeat(counts, counts), kind="stable")]
 
 
 class Plan:
@@ -119,11 +135,12 @@ class Plan:
             step, epoch = step - steps, epoch + 1
         return epoch, step
 
-    def batch(self, step: int) -> tuple[int, Bucket, np.ndarray]:
-        """Global step -> epoch, bucket and row numbers int64 `[rows_per_step]` of the global batch."""
+    def batch(self, step: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """Global step -> epoch, and two int64 `[rows_per_step]` of the global batch: the smallest bucket that holds each row (an
+        index, rising) and the row numbers."""
         epoch, step = self.locate(step)
-        rows, bucket = self._window(epoch, step // WINDOW)
-        return epoch, self.buckets[int(bucket[step % WINDOW])], rows[step % WINDOW]
+        rows, buckets = self._window(epoch, step // WINDOW)
+        return epoch, buckets[step % WINDOW], rows[step % WINDOW]
 
     def contents(self, epoch: int, rows: np.ndarray) -> list[tuple[int, int, list[Question]]]:
         """For each row number: source, image in that source, and its questions in order."""
@@ -224,25 +241,28 @@ class Plan:
         sort = np.argsort(row, kind="stable")
         return row[sort], task[sort], region[sort]
 
-    def _row_buckets(self, epoch: int, rows: np.ndarray) -> np.ndarray:
-        """Index of the smallest bucket that holds each row; the largest where none does (what is too long is counted there)."""
+    def _kinds(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For each row its class (a number: its source, whether it has an image, and how often it asks each task) and the index of
+        the smallest bucket that holds it; the largest where none does (what is too long is counted there)."""
         sources, images, _ = self._images(epoch, rows)
         row, task, region = self._questions(epoch, rows)
-        tokens, answers = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+        tokens, answers, pictured = (np.zeros(len(rows), np.int64) for _ in range(3))
         for source in np.unique(sources):
             own = sources == source
-            tokens[own] = self.prefixes[source].of(images[own])
+            tokens[own], pictured[own] = self.prefixes[source].of(images[own]), self.prefixes[source].pictured(images[own])
             mine = sources[row] == source
             image = images[row[mine]]
             text = self.stores[source].region_starts[image] + image + 1 + region[mine]  # region -1: the global caption
             turn_tokens, turn_answers = self.lengths[source].of(task[mine], text)
             np.add.at(tokens, row[mine], turn_tokens)
             np.add.at(answers, row[mine], turn_answers)
+        asked = np.bincount(row * len(TASKS) + task, minlength=len(rows) * len(TASKS)).reshape(len(rows), -1)
+        classes = np.unique(np.column_stack([sources, pictured, asked]), axis=0, return_inverse=True)[1].reshape(-1)
         fits = [(tokens <= bucket.length) & (answers <= bucket.answers) for bucket in self.buckets]
-        return np.argmax([*fits[:-1], np.ones(len(rows), bool)], axis=0)
+        return classes, np.argmax([*fits[:-1], np.ones(len(rows), bool)], axis=0)
 
     def _window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row numbers int64 `[batches, rows_per_step]` and bucket index `[batches]` of one window of steps."""
+        """Row numbers and bucket indices, int64 `[steps, rows_per_step]`, of one window of steps."""
         with self._lock:
             if (epoch, window) not in self._windows:
                 while len(self._windows) >= 2:
@@ -256,13 +276,15 @@ class Plan:
         shuffle_seed, batch_seed = (int(splitmix64(np.zeros(1), self.seed, epoch, use)[0]) for use in (_SHUFFLE, _BATCHES))
         places = range(window * span, min((window + 1) * span, total))
         rows = np.array([index_shuffle(p, total - 1, shuffle_seed % 2**31, 4) for p in places], np.int64)
-        buckets = self._row_buckets(epoch, rows)
-        sort = np.argsort(buckets, kind="stable")
-        fill = -len(rows) % self.rows_per_step
-        rows = np.concatenate([rows[sort], np.full(fill, -1)]).reshape(-1, self.rows_per_step)
-        buckets = np.concatenate([buckets[sort], np.full(fill, -1)]).reshape(rows.shape).max(1)
-        order = np.random.default_rng((batch_seed, window)).permutation(len(rows))
-        return rows[order], buckets[order]
+        rng = np.random.default_rng((batch_seed, window))
+        classes, buckets = self._kinds(epoch, rows)
+        order = stratified(classes, buckets, rng)
+        fill = np.full(-len(rows) % self.rows_per_step, -1)
+        rows, buckets = (np.append(x[order], fill).reshape(-1, self.rows_per_step) for x in (rows, buckets))
+        whole = len(rows) - (len(fill) > 0)
+        steps = np.append(rng.permutation(whole), np.arange(whole, len(rows)))[:, None]  # what is filled up stays the last
+        sort = np.argsort(buckets[steps[:, 0]], axis=1, kind="stable")
+        return rows[steps, sort], np.maximum(buckets[steps, sort], 0)
 
 
 class _Assembler:
@@ -274,9 +296,11 @@ class _Assembler:
 
     def __call__(self, number: int) -> dict:
         step, micro = divmod(int(number), self.micro_batches)
-        epoch, bucket, rows = self.plan.batch(step)
-        first = (micro * self.world + self.rank) * self.micro_batch
-        rows = rows[first : first + self.micro_batch]
+        epoch, buckets, rows = self.plan.batch(step)
+        each = self.micro_batch
+        in_round = slice(micro * self.world * each, (micro + 1) * self.world * each)
+        bucket = self.plan.buckets[int(buckets[in_round].max())]
+        rows = rows[in_round][self.rank * each : (self.rank + 1) * each]
         present = rows[rows >= 0]
         contents = iter(self.plan.contents(epoch, present) if len(present) else [])
         return vars(join([self._row(*next(contents), bucket) if row >= 0 else self.packer.empty(bucket) for row in rows]))
@@ -296,7 +320,9 @@ class Loader:
     """This rank's micro-batches of every global step.
 
     `steps` is the run's number of steps (`train.steps`, or all of the epochs). `compose` makes a row of a record and its
-    questions; the default packs the image. Over all ranks, a step's rows are the same for any number of ranks.
+    questions; the default packs the image. Over all ranks, a step's rows are the same for any number of ranks and any
+    `train.micro_batch`, and so is what is left out of them: each is packed in at least its own bucket. How far they are padded
+    is not.
     """
 
     def __init__(

@@ -1,5 +1,8 @@
 """The order of the data, and the pipeline that follows it."""
+import errno
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,15 +15,18 @@ import numpy as np
 import pytest
 
 from granvit.config import RunConfig, parse_config
+from granvit.data import lengths as lengths_module
+from granvit.data import shares as shares_module
 from granvit.data.batch import Batch, Packer
 from granvit.data.chat import Chat, train_tokenizer
 from granvit.data.lengths import TurnLengths, text_lengths
-from granvit.data.loader import Loader, held_out, splitmix64
+from granvit.data.conversations import build_conversations
+from granvit.data.loader import Loader, held_out, splitmix64, stratified
 from granvit.data.prompts import format_box, question_text
 from granvit.data.records import ImageRecord
 from granvit.data.store import Store, write_store
 from granvit.stages import REGION_TASKS as TASKS
-from tests.conftest import random_record
+from tests.conftest import random_record, spoken, write_spoken
 
 BUCKETS = [{"length": 600, "answers": 120}, {"length": 1100, "answers": 250}]
 
@@ -125,21 +131,116 @@ def test_hash_is_splitmix64():
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_ranks_share_out_what_one_rank_reads(store, vision, chat, stage):
-    """Every step: the rows of two ranks are those of one, in one bucket, whatever the number of ranks."""
-    one = Loader(run(store.path, stage), vision, chat, 0, 1).batches()
-    two = [Loader(run(store.path, stage), vision, chat, rank, 2).batches() for rank in (0, 1)]
-    four = [Loader(run(store.path, stage), vision, chat, rank, 4).batches() for rank in range(4)]
-    steps = 0
-    for whole, *parts in zip(one, *two, *four, strict=True):
-        halves, quarters = [b for p in parts[:2] for b in p], [b for p in parts[2:] for b in p]
-        assert len(whole) == len(halves) == len(quarters) == 4
-        for split in (halves, quarters):
-            assert len({b.token_ids_BS.shape for b in split}) == 1
-            assert sorted(b.token_ids_BS.tobytes() for b in split) == sorted(b.token_ids_BS.tobytes() for b in whole)
-            assert sorted(b.record_ids for b in split) == sorted(b.record_ids for b in whole)
-            assert sum(b.tokens for b in split) == sum(b.tokens for b in whole)
-        steps += 1
-    assert steps == Loader(run(store.path, stage), vision, chat, 0, 1).steps
+    """Every step: the rows are the same for any number of ranks and any micro-batch, and so is what they leave out; the ranks have
+    the same shapes in the same order. Some rows are longer than the largest bucket, whoever is beside them."""
+    short = [{"length": 300, "answers": 60}, {"length": 600, "answers": 120}]
+
+    def loaders(world: int, micro_batch: int) -> list[Loader]:
+        config = run(store.path, stage, data={"buckets": short}, micro_batch=micro_batch)
+        return [Loader(config, vision, chat, rank, world) for rank in range(world)]
+
+    one = list(loaders(1, 1)[0].batches())
+    shapes, skipped = Counter(), 0
+    for world, micro_batch in ((2, 1), (4, 1), (1, 4), (2, 2)):
+        for whole, *ranks in zip(one, *(loader.batches() for loader in loaders(world, micro_batch)), strict=True):
+            by_rank = [[b.token_ids_BS.shape for b in batches] for batches in ranks]
+            assert by_rank == [by_rank[0]] * world
+            shapes.update(by_rank[0])
+            batches = [b for rank in ranks for b in rank]
+            assert sorted(map(unpadded, rows_of(batches))) == sorted(map(unpadded, rows_of(whole)))
+            named = sorted(s for b in batches for s in b.skipped)
+            assert named == sorted(s for b in whole for s in b.skipped)
+            skipped += len(named)
+    assert skipped and {length for _, length in shapes} == {300, 600} and {rows for rows, _ in shapes} == {1, 2, 4}
+
+
+def rows_of(batches: list[Batch]) -> list[Batch]:
+    """Batches cut into batches of one row."""
+    return [
+        replace(batch, **{k: v[row : row + 1] for k, v in vars(batch).items() if isinstance(v, (np.ndarray, tuple)) and len(v)})
+        for batch in batches
+        for row in range(len(batch.record_ids))
+    ]
+
+
+def unpadded(row: Batch) -> tuple:
+    """What a row holds, whatever its bucket."""
+    used, supervised = row.segments_BS[0] >= 0, row.answer_weights_BA[0] > 0
+    text = [row.token_ids_BS[0, used], row.positions_BS[0, used], row.segments_BS[0, used]]
+    text += [row.answer_positions_BA[0, supervised], row.answer_targets_BA[0, supervised]]
+    image = [row.pixels_B3RR, row.image_positions_BN, row.boxes_BK4, row.box_weights_BK, row.crops_BK3rr]
+    return row.record_ids, *(array.tobytes() for array in text + image)
+
+
+def many(tmp_path: Path) -> tuple[list[dict], Path]:
+    """Sources of 600 images of 0 to 4 regions and of 150 of 8 without a global caption, whose texts are longer."""
+    first = [random_record(f"r{i}", i % 5, i) for i in range(600)]
+    write_store(first, tmp_path / "first")
+    write_store([random_record(f"t{i}", 8, i, False, words=12) for i in range(150)], tmp_path / "second")
+    return [{"path": str(tmp_path / "first")}, {"path": str(tmp_path / "second"), "rate": 0.5}]
+
+
+@pytest.mark.parametrize("stage, regions_per_row, mix, buckets", [
+    ("stage1", 1, None, (240, 280, 320)),
+    ("stage2", 1, {"global": 1.0, "caption2bbox": 0.4}, (240, 280, 320)),
+    ("stage1", 4, {"global": 0.5, "bbox2caption": 1.0, "caption2bbox": 0.3}, (420, 600, 800)),
+])  # fmt: skip
+def test_every_step_holds_tasks_and_sources_in_their_shares(tmp_path, vision, chat, stage, regions_per_row, mix, buckets):
+    """Within what plain sampling would give, though lengths are grouped. (Those of rows of four questions follow from what they ask.)"""
+    data = {"sources": many(tmp_path), "buckets": [{"length": length, "answers": length // 2} for length in buckets]}
+    config = run("", stage, mix=mix, regions_per_row=regions_per_row, data=data, global_batch=32 * regions_per_row)
+    plan = Loader(config, vision, chat, 0, 1).plan
+    counts, lengths = [], []
+    for step in range(plan.epoch_steps(0) - 1):  # all but the one that is filled up
+        _, row_buckets, rows = plan.batch(step)
+        assert (rows >= 0).all() and (np.diff(row_buckets) >= 0).all()
+        lengths.append(row_buckets)
+        asked = Counter((source, q.task) for source, _, questions in plan.contents(0, rows) for q in questions)
+        counts.append(asked)
+    total = sum(counts, Counter())
+    assert len(counts) > 8 and len(total) >= 3
+    assert regions_per_row > 1 or np.mean(lengths, 1).std() > 1.5 * np.std(lengths) / 32**0.5
+    for kind, number in total.items():
+        share = number / total.total()
+        off = [(c[kind] / c.total() - share) / (share * (1 - share) / c.total()) ** 0.5 for c in counts]
+        assert max(map(abs, off)) < 3, (kind, off)
+        assert np.std(off) < 1.2, kind
+
+
+def test_conversations_without_an_image_are_in_every_step_in_their_share(tmp_path, vision, chat):
+    """They are shorter than all others: an order by length alone would put them into steps of their own."""
+    trees = [spoken(f"t{i}", *(["<image>\nWhat is it?"] if i % 3 else ["Who?"]), "A cup.", *(["Red?", "Blue, I think."] * (i % 4)),
+                    image="a.png" if i % 3 else None) for i in range(480)]  # fmt: skip
+    build_conversations(*write_spoken(tmp_path, trees), tmp_path / "store")
+    config = run(tmp_path / "store", "sft", data={"buckets": [{"length": n, "answers": n} for n in (120, 200, 400)]}, global_batch=24,
+                 regions_per_row=1)  # fmt: skip
+    plan = Loader(config, vision, chat, 0, 1).plan
+    for step in range(plan.epoch_steps(0)):
+        images = np.array([image for _, image, _ in plan.contents(0, plan.batch(step)[2])])
+        assert abs((plan.stores[0].sizes[images, 0] == 0).sum() - 8) <= 1
+    assert len({tuple(plan.batch(step)[1]) for step in range(plan.epoch_steps(0))}) > 1
+
+
+def test_only_an_epochs_last_step_is_filled_up(store, records, vision, chat):
+    plan = Loader(run(store.path, regions_per_row=1, global_batch=128), vision, chat, 0, 1).plan
+    filled = [int((plan.batch(step)[2] < 0).sum()) for step in range(plan.steps(2))]
+    ends = [plan.steps(1) - 1, plan.steps(2) - 1]
+    assert [step for step, rows in enumerate(filled) if rows] == ends
+
+
+@pytest.mark.parametrize("classes", [1, 3, 40])
+def test_any_run_of_stratified_rows_holds_each_class_in_its_share(classes):
+    rng = np.random.default_rng(classes)
+    of = rng.integers(0, classes, 1000) ** 2 // classes
+    buckets = rng.integers(0, 5, 1000)
+    order = stratified(of, buckets, rng)
+    assert sorted(order) == list(range(1000))
+    for one in np.unique(of):
+        places = np.flatnonzero(of[order] == one)
+        assert (np.diff(buckets[order][places]) >= 0).all()
+        expected = np.arange(1001) * len(places) / 1000
+        found = np.concatenate([[0], np.cumsum(of[order] == one)])
+        assert abs(found - expected).max() < 1 + len(np.unique(of)) * len(places) / 1000
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -188,6 +289,78 @@ def test_lengths_are_computed_once_per_tokenizer(store, chat, monkeypatch):
     assert first[0] == len(chat.answer_ids(store.texts(0, 1)[0]))
     monkeypatch.setattr(Chat, "_lengths", lambda *_: pytest.fail("computed twice"))
     np.testing.assert_array_equal(text_lengths(store, chat, "answer"), first)
+
+
+COUNT = """
+import logging, os, sys, time
+from granvit.data import lengths, shares
+from granvit.data.chat import Chat, byte_tokenizer
+from granvit.data.store import Store
+
+logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+lengths._SHARE, shares.LOG_EVERY, shares._POLL = 50, 0.1, 0.1
+counted = lengths._encode
+
+def slowly(store, chat, role, images):
+    print(images[0], flush=True)
+    if len(sys.argv) > 2 and images[0] > 100:
+        time.sleep(60)
+    time.sleep(0.05)
+    yield from counted(store, chat, role, images)
+
+lengths._encode = slowly
+lengths.text_lengths(Store(sys.argv[1]), Chat(byte_tokenizer('qwen2.5'), 'qwen2.5'), 'answer')
+"""
+
+
+def test_processes_share_the_counting_and_finish_what_a_killed_one_began(tmp_path, chat):
+    """The first stops for ever within a share and is killed; the second waits for it, counts the rest and joins it all."""
+    write_store([random_record(f"r{i}", i % 7, i % 40) for i in range(300)], tmp_path / "store")
+    script = tmp_path / "count.py"
+    script.write_text(COUNT)
+
+    def start(*arguments: str) -> subprocess.Popen:
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        command = [sys.executable, script, tmp_path / "store", *arguments]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+    first = start("stops")
+    begun = []
+    while not begun or begun[-1] <= 100:
+        begun.append(int(first.stdout.readline()))
+    second = start()
+    others = []
+    while len(others) < 300 // 12 - len(begun):  # all that the first has not begun: shares of 12 images
+        others.append(int(second.stdout.readline()))
+    assert not set(others) & set(begun)
+    first.kill()
+    first.communicate()
+    output, said = second.communicate(timeout=60)
+    assert second.returncode == 0, said
+    assert list(map(int, output.split())) == [begun[-1]]  # the others' shares stay
+    assert sorted([*begun, *others]) == list(range(0, 300, 12))
+    assert re.search(r"counting the tokens of .*store \(answer\), once: [\d,]+ of 1,197 \(\d+%\), [\d,]+ a second", said), said
+    folder = tmp_path / "store" / "lengths"
+    assert [path.suffix for path in folder.iterdir()] == [".u2"]
+    shared = next(folder.iterdir()).read_bytes()
+    next(folder.iterdir()).unlink()
+    assert text_lengths(Store(tmp_path / "store"), chat, "answer").tobytes() == shared
+
+
+@pytest.mark.parametrize("role", ["answer", "question"])
+def test_shares_join_to_what_one_share_holds(store, chat, role, tmp_path, monkeypatch):
+    expected = np.array(text_lengths(store, chat, role))
+    shutil.copytree(store.path, tmp_path / "copy", ignore=shutil.ignore_patterns("lengths"))
+    monkeypatch.setattr(lengths_module, "_SHARE", 9)
+    np.testing.assert_array_equal(text_lengths(Store(tmp_path / "copy"), chat, role), expected)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_the_counting_is_done_all_the_same(store, chat, tmp_path, monkeypatch, number):
+    expected = np.array(text_lengths(store, chat, "answer"))
+    shutil.copytree(store.path, tmp_path / "copy", ignore=shutil.ignore_patterns("lengths"))
+    monkeypatch.setattr(shares_module.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(number, "no locks here")))
+    np.testing.assert_array_equal(text_lengths(Store(tmp_path / "copy"), chat, "answer"), expected)
 
 
 def test_a_read_only_store_keeps_its_lengths_in_the_home_directory(store, chat, tmp_path, monkeypatch):

@@ -1,0 +1,226 @@
+"""What `scripts/bench.py order` prints: steps of stages 1 and 2 under several orders of the data, on simulated lengths.
+
+The real `Plan` and the shipped configurations over stores that hold numbers alone, a ninetieth of Gran-29M. Stated by the paper:
+images and regions of both sources (Table 6), captions of at most 10 words. From SPEC section 6: the mean lengths of rows of one
+question. Assumed: 1 + Poisson regions per natural image and 1 + geometric per OCR image (with Table 6's means); 1 to 10 words
+per region caption, all as likely, of 1.4 tokens; global captions of log-normal length, sigma 0.3; 20 tokens of template around
+1024 of the image; 26 tokens of a box.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from granvit.config import CONFIGS, RunConfig, load_config
+from granvit.data.loader import WINDOW, Plan
+from granvit.data.store import REGIONS
+from granvit.stages import TASKS
+
+SCALE = 90  # images of the paper to one here
+PREFIX, BOX = 1044, 26
+SOURCES = ((23_964_098, 81_997_719, True), (5_550_550, 101_560_803, False))  # images, regions, natural (with a global caption)
+MEANS = {"global": 1224, "bbox2caption": 1114, "caption2bbox": 1099}  # tokens of a row that asks one question
+STEPS = 2016  # whole windows
+RANKS = (128, 8)
+RUNS = ("stage1", "stage2", "stage1_packed", "stage2_packed")
+
+
+class SimulatedStore:
+    """The text side of a store without the texts."""
+
+    kind = REGIONS
+
+    def __init__(self, images: int, regions: int, natural: bool, rng: np.random.Generator):
+        self.path = Path("natural" if natural else "ocr")
+        more = regions / images - 1
+        counts = 1 + (rng.poisson(more, images // SCALE) if natural else rng.geometric(1 / (1 + more), images // SCALE) - 1)
+        self.images, self.regions = len(counts), int(counts.sum())
+        self.region_starts = np.concatenate([[0], np.cumsum(counts)])
+        sizes = np.ones(self.images + self.regions, np.uint64)  # of texts: a global caption that is absent is empty
+        if not natural:
+            sizes[self.region_starts[:-1] + np.arange(self.images)] = 0
+        self.text_ends = np.concatenate([np.zeros(1, np.uint64), np.cumsum(sizes)])
+
+
+class SimulatedTurns:
+    """In the place of `TurnLengths`."""
+
+    def __init__(self, store: SimulatedStore, rng: np.random.Generator):
+        texts = store.images + store.regions
+        self.answers = np.ceil(1.4 * rng.integers(1, 11, texts)).astype(np.int64) + 1
+        self.fixed = {
+            "bbox2caption": MEANS["bbox2caption"] - PREFIX + 1 - round(self.answers.mean()),
+            "caption2bbox": MEANS["caption2bbox"] - PREFIX + 1 - round(self.answers.mean()) - BOX,
+            "global": 17,
+        }
+        paragraph, sigma = MEANS["global"] - PREFIX + 1 - self.fixed["global"], 0.3
+        drawn = rng.lognormal(np.log(paragraph) - sigma**2 / 2, sigma, store.images)
+        self.answers[store.region_starts[:-1] + np.arange(store.images)] = np.round(drawn)
+
+    def of(self, task: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        to_box = task == TASKS.index("caption2bbox")
+        fixed = np.array([self.fixed.get(name, 0) for name in TASKS])[task]
+        answers = np.where(to_box, BOX, self.answers[text])
+        return fixed + self.answers[text] + np.where(to_box, BOX, 0) - 1, answers
+
+
+class SimulatedPrefixes:
+    """In the place of `PrefixLengths`."""
+
+    def of(self, images: np.ndarray) -> np.ndarray:
+        return np.full(len(images), PREFIX)
+
+    def pictured(self, images: np.ndarray) -> np.ndarray:
+        return np.ones(len(images), bool)
+
+
+@dataclass
+class Rows:
+    """The rows of some steps, `[steps, rows]`: bucket, tokens, image, and `[steps, rows, TASKS]` questions."""
+
+    buckets: np.ndarray
+    tokens: np.ndarray
+    images: np.ndarray
+    asked: np.ndarray
+
+    def reordered(self, order: np.ndarray) -> "Rows":
+        """`order` numbers the rows of all steps."""
+        shape = self.buckets.shape
+        flat = (x.reshape(-1, *x.shape[2:])[order].reshape(x.shape) for x in (self.buckets, self.tokens, self.images, self.asked))
+        assert order.size == shape[0] * shape[1]
+        return Rows(*flat)
+
+
+def simulated(config: RunConfig) -> Plan:
+    """The real plan of a configuration over simulated stores."""
+    rng = np.random.default_rng(0)
+    stores = [SimulatedStore(*source, rng) for source in SOURCES]
+    return Plan(
+        stores, [SimulatedTurns(store, rng) for store in stores], [source.rate for source in config.data.sources],
+        config.stage_spec.mix, config.data.regions_per_row, config.train.global_batch // config.data.regions_per_row,
+        config.data.buckets, [SimulatedPrefixes() for _ in stores], config.seed,
+    )  # fmt: skip
+
+
+def rows_of(plan: Plan) -> Rows:
+    """The plan's first steps, whole windows of them."""
+    steps = min(STEPS, plan.epoch_steps(0) - 1) // WINDOW * WINDOW
+    found = []
+    for step in range(steps):
+        _, buckets, numbers = plan.batch(step)
+        tokens, images = np.full(len(numbers), PREFIX), np.zeros(len(numbers), np.int64)
+        asked = np.zeros((len(numbers), len(TASKS)), np.int64)
+        row, task, text, source = [], [], [], []
+        for r, (s, image, questions) in enumerate(plan.contents(0, numbers)):
+            images[r] = image + s * plan.stores[0].images
+            for question in questions:
+                row.append(r)
+                source.append(s)
+                task.append(TASKS.index(question.task))
+                text.append(plan.stores[s].region_starts[image] + image + (0 if question.region is None else 1 + question.region))
+        row, task, text, source = map(np.array, (row, task, text, source))
+        np.add.at(asked, (row, task), 1)
+        for s in np.unique(source):
+            np.add.at(tokens, row[source == s], plan.lengths[s].of(task[source == s], text[source == s])[0])
+        found.append((buckets, tokens, images, asked))
+    return Rows(*map(np.stack, zip(*found, strict=True)))
+
+
+def _plain(rows: Rows) -> np.ndarray:
+    """A window's rows in the order of the shuffle: of a random permutation, as good as the one that the plan sorted."""
+    rng = np.random.default_rng(1)
+    span = WINDOW * rows.buckets.shape[1]
+    return np.concatenate([first + rng.permutation(span) for first in range(0, rows.buckets.size, span)])
+
+
+def _sorted_windows(rows: Rows) -> np.ndarray:
+    """Rows of a window sorted by bucket (the order of steps among themselves changes none of the figures)."""
+    plain, span = _plain(rows).reshape(-1, WINDOW * rows.buckets.shape[1]), rows.buckets.reshape(-1)
+    return np.concatenate([window[np.argsort(span[window], kind="stable")] for window in plain])
+
+
+def _sorted_steps(rows: Rows) -> np.ndarray:
+    """The rows of each plain step sorted by bucket."""
+    plain, buckets = _plain(rows).reshape(rows.buckets.shape), rows.buckets.reshape(-1)
+    return np.concatenate([step[np.argsort(buckets[step], kind="stable")] for step in plain])
+
+
+def _as_planned(rows: Rows) -> np.ndarray:
+    return np.arange(rows.buckets.size)
+
+
+SCHEMES: dict[str, tuple[Callable[[Rows], np.ndarray], str]] = {
+    "sorted windows; step (old)": (_sorted_windows, "step"),
+    "plain; step": (_plain, "step"),
+    "plain; micro-batch": (_sorted_steps, "micro-batch"),
+    "stratified; micro-batch": (_as_planned, "micro-batch"),
+    "stratified; round (chosen)": (_as_planned, "round"),
+}
+
+
+def shapes(buckets: np.ndarray, unit: str, world: int, each: int) -> np.ndarray:
+    """Bucket of every micro-batch, `[steps, rounds, ranks]`."""
+    dealt = buckets.reshape(len(buckets), -1, world, each).max(3)
+    if unit == "step":
+        return np.broadcast_to(dealt.max((1, 2), keepdims=True), dealt.shape)
+    return np.broadcast_to(dealt.max(2, keepdims=True), dealt.shape) if unit == "round" else dealt
+
+
+def waits(shapes_TMW: np.ndarray, buckets: int) -> tuple[int, int]:
+    """Most shapes that one rank compiles, and steps in which at least one rank compiles."""
+    steps, _, world = shapes_TMW.shape
+    met = np.stack([(shapes_TMW == bucket).any(1) for bucket in range(buckets)])  # [buckets, steps, ranks]
+    first = np.where(met.any(1), met.argmax(1), steps)  # [buckets, ranks]
+    return int((first < steps).sum(0).max()), len(np.unique(first[first < steps]))
+
+
+def _shares(rows: Rows) -> str:
+    """Per task: share of all questions, and how far a step's share strays from it, in binomial standard deviations."""
+    asked = rows.asked.sum(1)
+    questions, lines = asked.sum(1), []
+    for task, name in enumerate(TASKS):
+        share = asked[:, task].sum() / questions.sum()
+        if share:
+            off = (asked[:, task] / questions - share) / np.sqrt(share * (1 - share) / questions)
+            own = asked[:, task] / questions
+            lines.append(f"{name} {own.mean():.3f}, {own.min():.3f} to {own.max():.3f}, {abs(off).max():.1f} sd")
+    return "\n".join(lines)
+
+
+def order(console: Console) -> None:
+    """Two tables for every configuration: what steps hold, and what they cost."""
+    for name in RUNS:
+        config = load_config(CONFIGS / f"{name}.yaml")
+        plan = simulated(config)
+        rows = rows_of(plan)
+        lengths, each = np.array([bucket.length for bucket in plan.buckets]), config.train.micro_batch
+        asked = rows.asked.sum((0, 1))
+        expected = ", ".join(f"{task} {n / asked.sum():.3f}" for task, n in zip(TASKS, asked, strict=True) if n)
+        table = Table(title=f"{name}.yaml, {len(rows.buckets)} steps of {rows.buckets.shape[1]} rows; shares: {expected}",
+                      caption=f"buckets {lengths.tolist()}; mean row {rows.tokens.mean():.0f} tokens",
+                      box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fmt: skip
+        table.add_column("order; a shape for each", no_wrap=True)
+        table.add_column("shares of a step: mean, range, worst", no_wrap=True)
+        for column in ("images", "ranks", "padding", "critical", "compiled", "waits"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for scheme, (reorder, unit) in SCHEMES.items():
+            ours = rows.reordered(reorder(rows))
+            images = np.mean([len(np.unique(step)) for step in ours.images])
+            cells = []
+            for world in RANKS:
+                found = shapes(ours.buckets, unit, world, each)
+                padded, path = lengths[found].mean(), lengths[found].sum(1).max(1).mean() / found.shape[1]
+                compiled, waited = waits(found, len(lengths))
+                mean = ours.tokens.mean()
+                cells.append((str(world), f"{padded / mean:.3f}", f"{path / mean:.3f}", str(compiled), str(waited)))
+            table.add_row(scheme, _shares(ours), f"{images:.1f}", *("\n".join(column) for column in zip(*cells, strict=True)))
+        console.print(table)
+    console.print(
+        "sd: binomial standard deviations of a step's share. images: distinct ones in a step. padding: tokens of the shapes over "
+        "tokens of the rows. critical: the longest rank's tokens in a step over the mean rank's own; a step lasts as long. "
+        "compiled: shapes that a rank compiles. waits: steps in which some rank does, and all wait."
+    )
