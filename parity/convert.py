@@ -52,7 +52,7 @@ from granvit.checkpoint.contents import (
 )
 from granvit.checkpoint.layouts import Layout, Spelling
 from granvit.checkpoint.layouts.default import DEFAULT
-from granvit.checkpoint.layouts.llava import LLAVA
+from granvit.checkpoint.layouts.llava import FINAL_DIFFERS, LLAVA
 from granvit.checkpoint.layouts.mindspore import MINDSPORE, CkptFile, CkptWriter
 from granvit.checkpoint.pieces import assemble, whole, whole_shape
 from granvit.checkpoint.source import Source
@@ -164,6 +164,8 @@ def _config(tree: dict[str, Any], source: Source, contents: Contents, target: La
     if target is LLAVA and "image_token_index" not in tree:
         tree["image_token_index"] = contents.language.vocab - 1
         report.notes.append(f"image_token_index is {tree['image_token_index']}, the last token id: let it stand for the image")
+    if target is LLAVA and contents.vision.level == "final":
+        report.notes.append(f"load it with transformers 4.57 alone: {FINAL_DIFFERS}")
     if plan.fillers:
         tree["granvit"] = {"filled": list(plan.fillers)}
     return tree
