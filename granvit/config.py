@@ -15,7 +15,9 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from granvit.models import PARTS, LanguageConfig, Strict, VisionConfig
 from granvit.stages import STAGES, RegionTask, Stage, Task
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+_HERE = Path(__file__).resolve().parent
+# Inside the package where a wheel was installed, beside it in a checkout.
+CONFIGS = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"
 
 
 class Bucket(Strict):
@@ -247,6 +249,18 @@ def _merge(below: dict, above: Mapping) -> dict:
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key != "mix"
         merged[key] = _merge(merged[key], value) if both else value
     return merged
+
+
+def shipped(path: str | Path) -> Path:
+    """The file at `path`, or, where there is none, the one of granvit's own that is so called: `configs/stage1.yaml` from any
+    directory. `ValueError` names both places where neither is there."""
+    own = CONFIGS.joinpath(*Path(path).parts[1:]) if Path(path).parts[:1] == ("configs",) else None
+    if Path(path).exists():
+        return Path(path)
+    if own is None or not own.is_file():
+        beside = "" if own is None else f", nor {own}"
+        raise ValueError(f"configuration {path}: no such file{beside}")
+    return own
 
 
 def read_yaml(path: str | Path) -> dict:

@@ -330,6 +330,12 @@ def lines(report: Report) -> Iterator[str]:
     )
 
 
+def command() -> int:
+    """`main` of a process of its own, which a SIGTERM ends in order: what is half written is removed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    return main()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -352,5 +358,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit that removes what is half written
-    sys.exit(main())
+    sys.exit(command())

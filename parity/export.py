@@ -23,6 +23,7 @@ import json
 import os
 import re
 import resource
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -498,6 +499,12 @@ def _image_token(chat: Chat, vocab: int) -> tuple[Tokenizer, str, int, str]:
 
 def _json(tree: dict[str, Any]) -> str:
     return json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
+
+
+def command() -> int:
+    """`main` of a process of its own, which a SIGTERM ends in order: what is half written is removed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    return main()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
