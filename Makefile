@@ -1,9 +1,11 @@
 # make demo: fresh machine -> trained tiny GranViT, table, pictures. make test: fresh machine -> the whole test suite.
+# make transformers5: a second environment, in which tests/test_transformers5.py loads exports; without it that test is skipped.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 READY := $(VENV)/.ready
+VENV5 := .venv-transformers5
 
-.PHONY: demo test clean
+.PHONY: demo test transformers5 clean
 demo: $(READY)
 	$(VENV)/bin/python scripts/demo.py
 
@@ -17,5 +19,11 @@ $(READY): requirements.txt pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
+transformers5: $(VENV5)/.ready
+$(VENV5)/.ready:
+	test -x $(VENV5)/bin/python || $(PYTHON) -m venv $(VENV5)
+	$(VENV5)/bin/python -m pip install --quiet --disable-pip-version-check transformers==5.24.0 torch==2.13.0 numpy==1.26.4 pillow==13.0.0
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV5) runs

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from granvit.checkpoint.pretrained import start_weights
 from granvit.checkpoint.run import Checkpoint, CheckpointWriter, check_same_run, newest_checkpoint
-from granvit.config import CONFIGS, RunConfig, dump_config, load_config, resolve_models
+from granvit.config import CONFIGS, RunConfig, dump_config, load_config, resolve_models, shipped
 from granvit.cost import state_bytes
 from granvit.data.batch import Packer, prompt_batch
 from granvit.data.chat import Chat, byte_tokenizer
@@ -31,6 +31,8 @@ from granvit.logs import log, to_console, to_file
 from granvit.models import PARTS, LanguageConfig, VisionConfig, part_of
 from granvit.trainer import Trainer, TrainingStopped
 
+PAPER_STAGES = ("projector", "stage1", "stage2", "continued", "sft")
+ANY_TRAIN = "$(command -v granvit-train)"
 REPLACED = ("checkpoints", "parts", "eval", "tensorboard", "metrics.jsonl", "config.yaml")  # what --fresh puts aside
 
 
@@ -47,12 +49,15 @@ def load_chat(config: RunConfig, language: LanguageConfig) -> Chat:
     return chat
 
 
-def train_command(stage: str, arguments: Sequence[str] | None = None, compose: Compose = Packer.row) -> int:
+def train_command(
+    stage: str, arguments: Sequence[str] | None = None, compose: Compose = Packer.row, script: str | None = None
+) -> int:
     """Runs one stage as the command line says; returns the exit status.
 
-    `compose` makes rows of records and questions (the demo's pretraining has its own).
+    `compose` makes rows of records and questions (the demo's pretraining has its own). `script` is what a launcher starts, in
+    the words of --help (default: scripts/STAGE.py).
     """
-    options = _train_options(stage, arguments)
+    options = _train_options(stage, arguments, script or f"scripts/{stage}.py")
     try:
         launch = detect()
     except ValueError as error:
@@ -71,14 +76,29 @@ def train_command(stage: str, arguments: Sequence[str] | None = None, compose: C
     return status
 
 
-def _train_options(stage: str, arguments: Sequence[str] | None) -> argparse.Namespace:
+def any_train_command(arguments: Sequence[str] | None = None) -> int:
+    """`granvit-train STAGE ...`, which is `scripts/STAGE.py ...` of an installed package; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="granvit-train",
+        description="Trains one of GranViT's stages, as scripts/STAGE.py does in a checkout.",
+        epilog=f"`granvit-train STAGE --help` has the rest. msrun and torchrun start a file: msrun ... {ANY_TRAIN} stage1 ...",
+    )
+    parser.add_argument("stage", choices=PAPER_STAGES, help="the paper's order is that of the list")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="--config, --framework, --fresh, key=value")
+    options = parser.parse_args(arguments)
+    return train_command(options.stage, options.rest, script=f"{ANY_TRAIN} {options.stage}")
+
+
+def _train_options(stage: str, arguments: Sequence[str] | None, script: str) -> argparse.Namespace:
     default, small = CONFIGS / f"{stage}.yaml", CONFIGS / "demo" / f"{stage}.yaml"
     parser = argparse.ArgumentParser(
-        description=f"Trains {stage} of GranViT. Without arguments: the paper's run ({default.relative_to(CONFIGS.parent)}). "
+        prog=f"granvit-train {stage}" if script.startswith(ANY_TRAIN) else None,
+        description=f"Trains {stage} of GranViT. Without arguments: the paper's run (configs/{stage}.yaml). "
         f"The same command resumes an interrupted run.",
-        epilog=f"Examples: msrun --worker_num 2 --local_worker_num 2 --join True scripts/{stage}.py train.steps=50;  "
-        f"torchrun --nproc_per_node 2 scripts/{stage}.py --framework torch"
-        + (f" --config {small.relative_to(CONFIGS.parent)}" if small.exists() else ""),
+        epilog=f"Examples: msrun --worker_num 2 --local_worker_num 2 --join True {script} train.steps=50;  "
+        f"torchrun --nproc_per_node 2 {script} --framework torch"
+        + (f" --config configs/demo/{stage}.yaml" if small.exists() else "")
+        + f". configs/ is found from any directory: {CONFIGS}.",
     )
     parser.add_argument("--config", default=default, help="YAML of the run (default: %(default)s)")
     parser.add_argument("--framework", choices=("mindspore", "torch"), default="mindspore", help="default: %(default)s")
@@ -109,7 +129,7 @@ def _report(body: Callable[[], None], guard: list[Guard]) -> int:
 def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[Guard], compose: Compose) -> None:
     """One run, from the configuration to the last checkpoint."""
     # 1. What to run, and whether it can be run from here.
-    config = load_config(options.config, options.overrides)
+    config = load_config(shipped(options.config), options.overrides)
     if config.stage != stage:
         raise ValueError(f"{options.config} configures {config.stage!r}, but this script runs {stage!r}")
     if config.runtime.compute == "float16":

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -15,7 +15,10 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from granvit.models import PARTS, LanguageConfig, Strict, VisionConfig
 from granvit.stages import STAGES, RegionTask, Stage, Task
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+Valid = TypeVar("Valid", bound=BaseModel)
+_HERE = Path(__file__).resolve().parent
+# Inside the package where a wheel was installed, beside it in a checkout.
+CONFIGS = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"
 
 
 class Bucket(Strict):
@@ -238,7 +241,22 @@ def _unknown_keys(model: type[BaseModel], tree: Any, path: str = "") -> list[str
         kind = model.model_fields[key].annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             messages += _unknown_keys(kind, value, f"{path}{key}.")
+        members = [member for member in get_args(kind) if isinstance(member, type) and issubclass(member, BaseModel)]
+        if members and isinstance(value, list):
+            messages += [line for i, each in enumerate(value) for line in _unknown_keys(members[0], each, f"{path}{key}.{i}.")]
     return messages
+
+
+def validate(model: type[Valid], tree: Mapping, origin: str) -> Valid:
+    """The tree as a `model`; `ValueError` in one line names every offending key, the nearest valid one, and `origin`."""
+    unknown = _unknown_keys(model, tree)
+    if unknown:
+        raise ValueError(f"{origin}: " + "; ".join(unknown))
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc'])) or 'configuration'}: {e['msg']}" for e in error.errors()]
+        raise ValueError(f"{origin}: " + "; ".join(lines)) from None
 
 
 def _merge(below: dict, above: Mapping) -> dict:
@@ -249,6 +267,18 @@ def _merge(below: dict, above: Mapping) -> dict:
     return merged
 
 
+def shipped(path: str | Path) -> Path:
+    """The file at `path`, or, where there is none, the one of granvit's own that is so called: `configs/stage1.yaml` from any
+    directory. `ValueError` names both places where neither is there."""
+    own = CONFIGS.joinpath(*Path(path).parts[1:]) if Path(path).parts[:1] == ("configs",) else None
+    if Path(path).exists():
+        return Path(path)
+    if own is None or not own.is_file():
+        beside = "" if own is None else f", nor {own}"
+        raise ValueError(f"configuration {path}: no such file{beside}")
+    return own
+
+
 def read_yaml(path: str | Path) -> dict:
     """A YAML mapping; `ValueError` names the file (and line) where it is not one."""
     path = Path(path)
@@ -256,7 +286,7 @@ def read_yaml(path: str | Path) -> dict:
         tree = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"configuration {path}: no such file") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that there is not
         raise ValueError(f"configuration {path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"configuration {path}: expected a mapping of keys, found {type(tree).__name__}")
@@ -298,14 +328,7 @@ def _override(tree: dict, assignment: str) -> None:
 
 def parse_config(tree: Mapping, origin: str) -> RunConfig:
     """Validates a tree of keys; `ValueError` names every offending key and `origin`."""
-    unknown = _unknown_keys(RunConfig, tree)
-    if unknown:
-        raise ValueError(f"{origin}: " + "; ".join(unknown))
-    try:
-        return RunConfig(**tree)
-    except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc'])) or 'configuration'}: {e['msg']}" for e in error.errors()]
-        raise ValueError(f"{origin}: " + "; ".join(lines)) from None
+    return validate(RunConfig, tree, origin)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

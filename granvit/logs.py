@@ -48,13 +48,12 @@ class MetricsFile:
         """Opens for appending behind `after_step`; later lines (of steps that a resumed run repeats) are cut off."""
         kept = []
         if path.exists():
-            for line in path.read_text().splitlines():
+            for line in path.read_text(errors="replace").splitlines():
                 try:
-                    step = json.loads(line)["step"]
+                    if json.loads(line)["step"] > after_step:
+                        break
                 except (ValueError, KeyError, TypeError):
                     break  # the line that a killed run was writing
-                if step > after_step:
-                    break
                 kept.append(line + "\n")
         temporary = path.with_name(f".{path.name}.tmp")
         with open(temporary, "w") as file:

@@ -1,8 +1,14 @@
 """Scores of generated answers (SPEC section 5).
 
-Bbox2Caption and global captions: ROUGE-L F1 (the rouge-score library, no stemming) and exact match. Caption2Bbox: ACC@IoU0.5, an
-answer that does not parse counts 0.
+Bbox2Caption and global captions: ROUGE-L and exact match. Caption2Bbox: ACC@IoU0.5, an answer that does not parse counts 0.
+
+ROUGE-L is the F1 over the longest common subsequence of tokens (beta 1; COCO's caption evaluation takes beta 1.2 and gives
+other figures), computed by the rouge-score library without stemming. `rouge_l` is over the words of any script (`words`),
+`rouge_l_ascii` over the library's own tokens, runs of a-z and 0-9, in which captions of other scripts have no token and score
+0. For captions in plain ASCII that have a letter or a digit both are the same number.
 """
+import re
+import unicodedata
 from functools import cache
 
 from granvit.data.prompts import Box, parse_box
@@ -20,16 +26,71 @@ def iou(a: Box, b: Box) -> float:
     return intersection / union if union > 0 else 0.0
 
 
+# Written without spaces between words: Thai and Lao, Myanmar, Khmer, kana, Han.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff"
+    "\U0001b000-\U0001b16f\U00020000-\U0003ffff]"
+)
+
+
+def words(text: str) -> list[str]:
+    """The tokens of a caption in any script, equal for texts that differ in case, in composition or in width alone.
+
+    The text is normalised by NFKC and case-folded. A token is a run of letters, digits and the marks on them; in scripts
+    without spaces every character, with its marks, is one. Punctuation and symbols separate tokens, unless the text has
+    neither letter nor digit: then each of them is a token.
+    """
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    found: list[str] = []
+    signs: list[str] = []
+    last, joins = None, False  # the list whose last token takes a mark; whether that token goes on with a letter
+    for character in text:
+        kind = unicodedata.category(character)
+        if kind == "Cf":  # joiners and marks of direction: nothing that is seen
+            continue
+        if kind[0] == "M" and last is not None:
+            last[-1] += character
+        elif kind[0] in "LNM":
+            alone = _UNSPACED.match(character) is not None
+            if joins and not alone:
+                found[-1] += character
+            else:
+                found.append(character)
+            last, joins = found, not alone
+        elif kind[0] == "Z" or kind == "Cc":
+            last, joins = None, False
+        else:
+            signs.append(character)
+            last, joins = signs, False
+    return found or signs
+
+
+class _Words:
+    """`words` where rouge-score takes a tokenizer."""
+
+    tokenize = staticmethod(words)
+
+
 @cache
-def _rouge():
+def _rouge(tokenizer: _Words | None):
     from rouge_score.rouge_scorer import RougeScorer  # here: its own imports take as long as all of ours
 
-    return RougeScorer(["rougeL"])
+    return RougeScorer(["rougeL"], tokenizer=tokenizer)
+
+
+_WORDS = _Words()
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """ROUGE-L F1 of one answer, 0..1."""
-    return _rouge().score(reference, answer)["rougeL"].fmeasure
+    """ROUGE-L F1 of one answer over `words`, 0..1; 1 where neither text has any."""
+    if not words(answer) and not words(reference):
+        return 1.0
+    return _rouge(_WORDS).score(reference, answer)["rougeL"].fmeasure
+
+
+def rouge_l_ascii(answer: str, reference: str) -> float:
+    """ROUGE-L F1 of one answer as rouge-score alone gives it: over runs of a-z and 0-9; 0 where either text has none."""
+    return _rouge(None).score(reference, answer)["rougeL"].fmeasure
 
 
 def exact_match(answer: str, reference: str) -> float:
@@ -38,8 +99,8 @@ def exact_match(answer: str, reference: str) -> float:
 
 
 SCORES: dict[Task, tuple[str, ...]] = {
-    "global": ("rouge_l", "exact_match"),
-    "bbox2caption": ("rouge_l", "exact_match"),
+    "global": ("rouge_l", "rouge_l_ascii", "exact_match"),
+    "bbox2caption": ("rouge_l", "rouge_l_ascii", "exact_match"),
     "caption2bbox": ("acc_iou50", "mean_iou", "unparsable"),
 }
 
@@ -50,7 +111,11 @@ def score(task: Task, answer: str, reference: str, box: Box | None) -> dict[str,
     `box` is the true box relative to the original image (Caption2Bbox), `reference` the true caption (the other tasks).
     """
     if task != "caption2bbox":
-        return {"rouge_l": rouge_l(answer, reference), "exact_match": exact_match(answer, reference)}
+        return {
+            "rouge_l": rouge_l(answer, reference),
+            "rouge_l_ascii": rouge_l_ascii(answer, reference),
+            "exact_match": exact_match(answer, reference),
+        }
     parsed = parse_box(answer)
     overlap = 0.0 if parsed is None else iou(parsed, box)
     return {"acc_iou50": float(overlap >= IOU_THRESHOLD), "mean_iou": overlap, "unparsable": float(parsed is None)}

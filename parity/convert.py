@@ -52,7 +52,7 @@ from granvit.checkpoint.contents import (
 )
 from granvit.checkpoint.layouts import Layout, Spelling
 from granvit.checkpoint.layouts.default import DEFAULT
-from granvit.checkpoint.layouts.llava import LLAVA
+from granvit.checkpoint.layouts.llava import FINAL_DIFFERS, LLAVA
 from granvit.checkpoint.layouts.mindspore import MINDSPORE, CkptFile, CkptWriter
 from granvit.checkpoint.pieces import assemble, whole, whole_shape
 from granvit.checkpoint.source import Source
@@ -164,6 +164,8 @@ def _config(tree: dict[str, Any], source: Source, contents: Contents, target: La
     if target is LLAVA and "image_token_index" not in tree:
         tree["image_token_index"] = contents.language.vocab - 1
         report.notes.append(f"image_token_index is {tree['image_token_index']}, the last token id: let it stand for the image")
+    if target is LLAVA and contents.vision.level == "final":
+        report.notes.append(f"load it with transformers 4.57 alone: {FINAL_DIFFERS}")
     if plan.fillers:
         tree["granvit"] = {"filled": list(plan.fillers)}
     return tree
@@ -328,6 +330,12 @@ def lines(report: Report) -> Iterator[str]:
     )
 
 
+def command() -> int:
+    """`main` of a process of its own, which a SIGTERM ends in order: what is half written is removed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    return main()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -350,5 +358,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit that removes what is half written
-    sys.exit(main())
+    sys.exit(command())

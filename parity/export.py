@@ -12,6 +12,9 @@ pooling head too), `blank` fills them with what passes its input on and leaves t
 are; which of the hidden states these are is in config.json under `granvit` and in the card. LLaVA reads nothing above the
 features: there it is always blank.
 
+A LLaVA of a run whose projector reads the level `final` is refused without --for-transformers-4: transformers 5 and vLLM read
+that hidden state before the closing norm, and answer otherwise without an error. Other levels, and encoders, are read alike.
+
 Exit status: 0 done, 2 refused (DST is not created).
 """
 # It lies beside convert.py, whose plans it completes, and not in granvit/checkpoint: the core does not import parity.
@@ -20,6 +23,7 @@ import json
 import os
 import re
 import resource
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -37,7 +41,7 @@ from granvit.checkpoint.layouts import Layout
 from granvit.checkpoint.layouts.aimv2 import AIMV2
 from granvit.checkpoint.layouts.clip import CLIP
 from granvit.checkpoint.layouts.internvit import INTERNVIT
-from granvit.checkpoint.layouts.llava import LEVELS, LLAVA
+from granvit.checkpoint.layouts.llava import FINAL_DIFFERS, LEVELS, LLAVA
 from granvit.checkpoint.layouts.siglip import SIGLIP
 from granvit.checkpoint.run import Checkpoint, open_checkpoint
 from granvit.checkpoint.source import Source, open_source
@@ -82,6 +86,7 @@ Members = dict[str, tuple[StoredTensors, str]]  # name -> the set that holds it,
 class Tower:
     """A vision model of transformers: its layout, its class, and which of its hidden states is which of our levels.
 
+    `final` is read as `last_hidden_state`: that is behind the closing norm in every version, `hidden_states[-1]` in 4.57 alone.
     `last_alone`: transformers 4.57 hands out its last hidden state and no other. Without a closing norm, that is the features
     where blank blocks pass them on.
     """
@@ -164,13 +169,14 @@ def export(
     start_weights: Path | None = None,
     license_id: str | None = None,
     base_models: Sequence[str] = (),
+    for_transformers_4: bool = False,
     progress: ProgressCallback = lambda what, done, total: None,
 ) -> Report:
     """Exports the run's newest checkpoint, or the checkpoint, at `run` to the directory `destination`.
 
     `top` is what becomes of the encoder's blocks above its level (encoder alone), `start_weights` where the weights lie that the
     first run started from (default: where its configuration says). `license_id` and `base_models` go into the card's front
-    matter. `ValueError` says in one line what is wrong and leaves no destination behind; `OSError` is the disk's.
+    matter. `for_transformers_4` lets a LLaVA be written that other readers misread (`FINAL_DIFFERS`). `ValueError` says in one line what is wrong and leaves no destination behind; `OSError` is the disk's.
     """
     run, destination, began = Path(run), Path(destination), time.perf_counter()
     if os.path.lexists(destination):
@@ -181,6 +187,8 @@ def export(
         raise ValueError("--top belongs to --as encoder: LLaVA reads nothing above the features")
     if start_weights is not None and top != "start":
         raise ValueError("--start-weights belongs to --top start")
+    if kind == "encoder" and for_transformers_4:
+        raise ValueError("--for-transformers-4 belongs to --as llava: an encoder is read alike by every version")
     work = _open(run)
     tower = tower_of(work.vision)
     target = tower.layout if kind == "encoder" else LLAVA
@@ -188,7 +196,7 @@ def export(
     if kind == "encoder":
         plan, card, texts = _encoder(work, tower, top, start_weights, report)
     else:
-        plan, card, texts = _llava(work, tower, report)
+        plan, card, texts = _llava(work, tower, for_transformers_4, report)
     texts["preprocessor_config.json"] = _json(preprocessor_config(work.vision))
     exported = Exported(
         title=f"{destination.name}: {'the vision encoder of a' if kind == 'encoder' else 'a'} GranViT",
@@ -260,7 +268,8 @@ def _encoder(
         raise ValueError(
             f"{path}: its projector reads hidden_states[{state}], and {tower.loader} hands out the last alone; {remedy}"
         )
-    shown_as = "last_hidden_state" if tower.last_alone else f"hidden_states[{state}]"
+    last_alone = tower.last_alone or built.level == "final"
+    shown_as = "last_hidden_state" if last_alone else f"hidden_states[{state}]"
     features = shown_as + ("[:, 1:]" if built.class_token else "")
     work.record |= {"features": features, "top": {"from": top if above else "trained"}}
     start = _find_start(work, start_weights) if top == "start" else None
@@ -289,7 +298,7 @@ def _encoder(
         f"features a language model says what is inside a box. Projector and decoder, through which it was trained, are not in "
         f"this folder."
     )
-    load = LOAD_ENCODER.format(features=features, options="" if tower.last_alone else ", output_hidden_states=True")
+    load = LOAD_ENCODER.format(features=features, options="" if last_alone else ", output_hidden_states=True")
     return plan, {"about": about, "loading": load, "parts": ("vision",), "pipeline": "image-feature-extraction"}, {}
 
 
@@ -391,9 +400,19 @@ def preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
     }
 
 
-def _llava(work: Work, tower: Tower, report: Report) -> tuple[Plan, dict[str, Any], dict[str, str]]:
-    """The plan of LLaVA's files, the card's words, and the texts of the processor and the tokenizer."""
+def _llava(work: Work, tower: Tower, for_transformers_4: bool, report: Report) -> tuple[Plan, dict[str, Any], dict[str, str]]:
+    """The plan of LLaVA's files, the card's words, and the texts of the processor and the tokenizer.
+
+    `ValueError` for the level `final`, unless the LLaVA is stated to be for transformers 4.57.
+    """
     vision, language, config = work.vision, work.source.language, work.checkpoint.config
+    if vision.level == "final":
+        if not for_transformers_4:
+            raise ValueError(
+                f"{work.source.path}: {FINAL_DIFFERS}. --for-transformers-4 writes it all the same; --as encoder is right everywhere"
+            )
+        work.notes.append(f"load it with transformers 4.57 alone: {FINAL_DIFFERS}")
+        work.remarks.append(f"**Load it with transformers 4.57 alone**: {FINAL_DIFFERS}.")
     chat = load_chat(config, language)
     tokenizer, image_token, image_id, said = _image_token(chat, language.vocab)
     appended = list(range(language.vocab, image_id + 1))
@@ -482,6 +501,12 @@ def _json(tree: dict[str, Any]) -> str:
     return json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
 
 
+def command() -> int:
+    """`main` of a process of its own, which a SIGTERM ends in order: what is half written is removed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    return main()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -492,6 +517,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--as", dest="kind", required=True, choices=("encoder", "llava"), help="the encoder alone, or the whole")
     parser.add_argument("--top", choices=("start", "blank"), help="what is above the encoder's features (no default)")
     parser.add_argument("--start-weights", metavar="DIR", type=Path, help="for --top start (default: model.weights_vision)")
+    parser.add_argument("--for-transformers-4", action="store_true", help="for --as llava where the projector reads the level "
+                        "'final': write what transformers 5 and vLLM misread")  # fmt: skip
     parser.add_argument("--license", metavar="ID", help="for the card, as the hub spells it (default: none is stated)")
     parser.add_argument("--base-model", metavar="ID", action="append", default=[], help="for the card, as often as needed")
     options = parser.parse_args(arguments)
@@ -499,7 +526,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with Bar() as bar:
             report = export(
                 options.run, options.destination, options.kind, options.top, options.start_weights, options.license,
-                options.base_model, bar,
+                options.base_model, options.for_transformers_4, bar,
             )  # fmt: skip
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -114,12 +114,12 @@ def refused(capsys, *arguments) -> str:
     "vision, top, features",
     [
         (SIGLIP_TINY, "blank", "hidden_states[-2]"),
-        (changed(SIGLIP_TINY, level="final"), None, "hidden_states[-1]"),
+        (changed(SIGLIP_TINY, level="final"), None, "last_hidden_state"),
         (changed(SIGLIP_TINY, top="final"), None, "hidden_states[-2]"),
         (CLIP_TINY, "blank", "hidden_states[-2][:, 1:]"),
         (changed(CLIP_TINY, level="last"), "blank", "hidden_states[-1][:, 1:]"),
         (AIMV2_TINY, "blank", "hidden_states[-2]"),
-        (changed(AIMV2_TINY, level="final"), None, "hidden_states[-1]"),
+        (changed(AIMV2_TINY, level="final"), None, "last_hidden_state"),
         (INTERNVIT_TINY, "blank", "last_hidden_state[:, 1:]"),
         (changed(INTERNVIT_TINY, level="last"), None, "last_hidden_state[:, 1:]"),
     ],
@@ -215,7 +215,7 @@ def test_llava_answers_as_the_run_does(tmp_path, photograph, vision, language, i
         model["tokenizer"] = str(llama3_tokenizer(tmp_path / "tokenizer.json"))
         language = changed(language, vocab=Chat.from_file(model["tokenizer"], "llama-3").size)
     run, out = write_run(tmp_path / "run", vision, language, stage="stage2", model=model), tmp_path / "llava"
-    export(run, out, "llava")
+    export(run, out, "llava", for_transformers_4=vision.level == "final")
     assert_loads_whole(transformers.LlavaForConditionalGeneration, out)
     found = as_the_card_says(out, picture=photograph, question=QUESTION)
 
@@ -343,6 +343,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path, capsys):
     assert "--top belongs to --as encoder" in refused(capsys, run, out, "--as", "llava", "--top", "blank")
     assert "--start-weights belongs to" in refused(capsys, run, out, "--as", "llava", "--start-weights", run)
     assert "exists already" in refused(capsys, run, run, "--as", "llava")
+    assert "--for-transformers-4 belongs to --as llava" in refused(capsys, run, out, "--as", "encoder", "--for-transformers-4")
     assert "is a directory" in refused(capsys, run, tmp_path / "a.safetensors", "--as", "llava")
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     assert "no checkpoint is there" in refused(capsys, tmp_path / "empty", out, "--as", "llava")
@@ -361,6 +362,15 @@ def test_what_cannot_be_exported_is_refused(tmp_path, capsys):
     export(run, tmp_path / "done", "encoder", "blank")
     assert "not a run's directory" in refused(capsys, tmp_path / "done", out, "--as", "llava")
     assert not out.exists() and not list(tmp_path.glob(".tmp-*"))
+
+
+def test_a_llava_that_other_readers_misread_is_stated(tmp_path, capsys):
+    run, out = write_run(tmp_path / "run", changed(SIGLIP_TINY, level="final")), tmp_path / "out"
+    error = refused(capsys, run, out, "--as", "llava")
+    assert "transformers 5 and vLLM" in error and "--for-transformers-4" in error and not out.exists()
+    assert main([str(run), str(out), "--as", "llava", "--for-transformers-4"]) == 0
+    assert "note: load it with transformers 4.57 alone" in capsys.readouterr().out
+    assert "**Load it with transformers 4.57 alone**" in (out / "README.md").read_text()
 
 
 def test_a_model_is_the_same_from_a_run_from_its_own_directory_and_from_an_export(tmp_path):

@@ -1,11 +1,13 @@
 """Scores against slow or published definitions, and the evaluation's sums over ranks."""
 import json
+import string
+import unicodedata
 
 import numpy as np
 import pytest
 
 from granvit.evaluate import evaluate, evaluation_file
-from granvit.metrics import SCORES, exact_match, iou, rouge_l, score
+from granvit.metrics import SCORES, exact_match, iou, rouge_l, rouge_l_ascii, score, words
 from granvit.stages import REGION_TASKS
 from tests.helpers import run_config
 
@@ -55,6 +57,45 @@ def test_rouge_l_against_brute_force():
     for _ in range(100):
         answer, reference = (" ".join(words[rng.integers(0, 5, rng.integers(1, 8))]) for _ in range(2))
         assert rouge_l(answer, reference) == pytest.approx(slow_rouge_l(answer, reference))
+
+
+def test_both_rouge_l_are_one_number_for_ascii_captions():
+    rng = np.random.default_rng(2)
+    pieces = np.array([*string.printable, *["cup", "Red", "42", "don't", "x_1", "a-b"] * 20, *[" "] * 60])
+    different = 0
+    for _ in range(2000):
+        answer, reference = ("cup" + "".join(rng.choice(pieces, rng.integers(0, 30))) for _ in range(2))
+        assert rouge_l(answer, reference) == rouge_l_ascii(answer, reference)
+        different += 0 < rouge_l(answer, reference) < 1
+    assert different > 1000
+    assert rouge_l("", "a cup") == rouge_l_ascii("", "a cup") == rouge_l("...", "a cup") == rouge_l_ascii("...", "a cup") == 0
+
+
+SCRIPTS = {
+    "Chinese": "一个红色的圆圈", "Japanese": "赤い円とがいこつ", "Cyrillic": "красный круг", "Greek": "κόκκινος κύκλος", "Hebrew": "עיגול אדום",
+    "Arabic": "دائرة حمراء", "Hindi": "लाल वृत्त", "Thai": "วงกลมสีแดง", "Korean": "빨간 원", "accents": "café à la crème",
+    "symbols": "★ → €", "emoji": "👩\u200d🚀🇫🇷", "ASCII symbols": "!?", "nothing": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_equal_captions_score_1_in_any_script(script):
+    text = SCRIPTS[script]
+    assert rouge_l(text, text) == 1
+    assert rouge_l(text.upper(), f" {unicodedata.normalize('NFD', text)}\n") == 1  # case, composition and space do not count
+    for other, there in SCRIPTS.items():
+        assert other == script or rouge_l(text, there) < 0.5
+
+
+def test_words_of_each_kind_of_script():
+    assert words("A red_cup, don't!") == ["a", "red", "cup", "don", "t"]
+    assert words("红色CUP杯 2個") == ["红", "色", "cup", "杯", "2", "個"]
+    assert words("लाल वृत्त") == ["लाल", "वृत्त"]  # vowel signs are marks, and part of the word
+    assert words("ที่นี่") == ["ที่", "นี่"]
+    assert words("ＲＥＤ ｶﾞ Straße") == ["red", "ガ", "strasse"]
+    assert words("caf\u00e9") == words("cafe\u0301") != words("caf")
+    assert words("★ bar") == ["bar"] and words("★→") == ["★", "→"]
+    assert rouge_l("红色的杯", "红色杯子") == pytest.approx(0.75)  # 红色杯 of four
 
 
 def test_exact_match_ignores_case_and_surrounding_space_alone():

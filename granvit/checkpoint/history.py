@@ -62,15 +62,15 @@ def _past(checkpoint: Checkpoint, went_on: bool = False) -> PastRun:
     run = checkpoint.path.parents[1]
     averaged: deque[dict] = deque(maxlen=LAST_STEPS)
     if (run / "metrics.jsonl").exists():
-        with open(run / "metrics.jsonl") as file:
+        with open(run / "metrics.jsonl", errors="replace") as file:
             for line in file:
                 try:
                     record = json.loads(line)
-                except ValueError:
+                    if record["step"] > checkpoint.step:
+                        break
+                    averaged.append({name: float(record[name]) for name in LOSSES})
+                except (ValueError, KeyError, TypeError):
                     break  # the line that a killed run was writing
-                if record["step"] > checkpoint.step:
-                    break
-                averaged.append(record)
     losses = {name: sum(record[name] for record in averaged) / len(averaged) for name in LOSSES if averaged}
     names = [path.name for path in (run / "eval").glob("step_*.json")]
     steps = [int(found[1]) for name in names if (found := re.fullmatch(r"step_(\d+)\.json", name))]
@@ -81,6 +81,7 @@ def _past(checkpoint: Checkpoint, went_on: bool = False) -> PastRun:
 
 def _read_table(path: Path) -> Table:
     try:
-        return json.loads(path.read_text())["table"]
-    except (ValueError, KeyError, TypeError) as error:
+        table = json.loads(path.read_text())["table"]
+        return {task: {name: float(value) for name, value in scores.items()} for task, scores in table.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not an evaluation ({error}); move it away to export without it") from None

@@ -25,8 +25,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from pydantic import Field, NonNegativeInt
 
 from granvit.checkpoint.tensors import (
     TensorSet,
@@ -38,9 +40,9 @@ from granvit.checkpoint.tensors import (
     write_set,
     write_synced,
 )
-from granvit.config import RunConfig, differences, parse_config
+from granvit.config import RunConfig, differences, validate
 from granvit.engine import Group, TrainEngine
-from granvit.models import PARTS, LanguageConfig, Shapes, VisionConfig, parameter_shapes, part_of, vision_shapes
+from granvit.models import PARTS, LanguageConfig, Shapes, Strict, VisionConfig, parameter_shapes, part_of, vision_shapes
 
 FORMAT = 1
 # What a resumed run may change: none of these enters a weight. Number of ranks and framework are not in the configuration.
@@ -63,6 +65,29 @@ class Part:
     hash: str
     start: str
     distance: float
+
+
+class PartState(Strict):
+    """A `Part` in state.json."""
+
+    trained: bool
+    hash: str = Field(pattern="^[0-9a-f]{64}$")
+    start: str = Field(pattern="^[0-9a-f]{64}$")
+    distance: float = Field(ge=0)
+
+
+class State(Strict):
+    """state.json without its checksum."""
+
+    format: int
+    step: NonNegativeInt
+    data_position: NonNegativeInt
+    counters: dict[str, int]
+    parts: dict[Literal["vision", "projector", "language"], PartState] = Field(min_length=len(PARTS))
+    versions: dict[str, str]
+    config: RunConfig
+    vision: VisionConfig
+    language: LanguageConfig
 
 
 @dataclass(frozen=True)
@@ -147,23 +172,24 @@ def open_checkpoint(path: Path) -> Checkpoint:
         path = path.resolve()  # its run's directory is two above, also where the path is `.`
     file = path / "state.json"
     try:
-        state = json.loads(file.read_text())
-        stated = state.pop("sha256")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        tree = json.loads(file.read_text())
+        stated = tree.pop("sha256")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{file}: cannot be read ({error}); the checkpoint is damaged") from None
-    if _state_digest(state) != stated:
+    if _state_digest(tree) != stated:
         raise ValueError(f"{file}: its contents are not those that were written (checksum)")
-    if state["format"] != FORMAT:
-        raise ValueError(f"{file}: checkpoint format {state['format']}; this version of granvit reads format {FORMAT}")
+    if tree.get("format") != FORMAT:
+        raise ValueError(f"{file}: checkpoint format {tree.get('format')!r}; this version of granvit reads format {FORMAT}")
+    state = validate(State, tree, str(file))
     return Checkpoint(
         path=path,
-        step=state["step"],
-        config=parse_config(state["config"], str(file)),
-        vision=VisionConfig(**state["vision"]),
-        language=LanguageConfig(**state["language"]),
-        parts={name: Part(**part) for name, part in state["parts"].items()},
-        counters=state["counters"],
-        versions=state["versions"],
+        step=state.step,
+        config=state.config,
+        vision=state.vision,
+        language=state.language,
+        parts={name: Part(**vars(part)) for name, part in state.parts.items()},
+        counters=state.counters,
+        versions=state.versions,
     )
 
 

@@ -120,7 +120,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A file's JSON object; `ValueError` names the file that holds none."""
     try:
         tree = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: not a JSON object")

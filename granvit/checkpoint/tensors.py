@@ -33,6 +33,7 @@ OTHER_BYTES = {
 CHUNK_BYTES = 16 << 20
 SHARD_BYTES = 5_000_000_000
 MAX_HEADER = 100_000_000  # the format's own limit
+MAX_SIZE = 1 << 48  # no dimension and no file is as large
 
 
 def tensor_digest(array: np.ndarray) -> str:
@@ -178,9 +179,12 @@ def _read_header(path: Path) -> dict[str, dict]:
             header = json.loads(file.read(length), object_pairs_hook=_unique)
             header.pop("__metadata__", None)
             entries = {n: (e["dtype"], tuple(map(int, e["shape"])), *map(int, e["data_offsets"])) for n, e in header.items()}
-            if any(len(entry) != 4 for entry in entries.values()):
-                raise ValueError("data_offsets that are not two")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            for name, (tag, shape, *offsets) in entries.items():
+                if not isinstance(tag, str) or not name.isprintable():
+                    raise ValueError(f"dtype {tag!r} of tensor {name!r}")
+                if len(offsets) != 2 or not all(0 <= number < MAX_SIZE for number in (*shape, *offsets)):
+                    raise ValueError(f"shape or data_offsets of tensor {name!r}")
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path}: the safetensors header does not parse ({error}); the file is damaged") from None
     item_bytes = {tag: dtype.itemsize for tag, dtype in DTYPES.items()} | OTHER_BYTES
     table, end = {}, 0
@@ -263,8 +267,10 @@ class TensorSet(StoredTensors):
         if index.exists():
             try:
                 listed = dict(json.loads(index.read_text())["weight_map"])
+                if not all(isinstance(file, str) for file in listed.values()):
+                    raise ValueError("a file's name that is no text")
                 files = sorted(set(listed.values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
                 raise ValueError(f"{index}: not a safetensors index ({error})") from None
         elif single.exists():
             files = [single.name]
@@ -288,7 +294,9 @@ class TensorSet(StoredTensors):
         path = self.directory / f"{self.stem}.sha256.json"
         try:
             digests = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
+                raise ValueError("not an object of checksums")
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: cannot be read ({error}); the checkpoint is damaged") from None
         if digests.keys() != self.entries.keys():
             odd = sorted(digests.keys() ^ self.entries.keys())[0]

@@ -38,10 +38,12 @@ from typing import TextIO, TypeVar, get_args
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt
 from rich.progress import Progress
 
-from granvit.config import DataSection
+from granvit.config import DataSection, validate
 from granvit.data.records import BboxFrame, BoxUnit, Conversation, ImageRecord, Region, image_box, make_record
+from granvit.models import Strict
 from granvit.stages import REGION_TASKS, Task
 
 VERSION = 1
@@ -51,22 +53,62 @@ _BUILD = (
     "where it is to hold conversations"
 )
 _NAMED = 10  # refused items named on the console
+_TEXT_SIDE = ("texts.bin", "text_ends.u8", "region_starts.i8")
+_CHUNK = 1 << 20  # numbers looked at together
 _REFUSED = "refused.jsonl"  # beside the data, no part of it
 Record = ImageRecord | Conversation
 Input = TypeVar("Input")
 
 
+class Shard(Strict):
+    """One shard in the manifest."""
+
+    file: str
+    images: PositiveInt
+
+
+class Manifest(Strict):
+    """What every manifest.json states; no value is converted from another type. `bytes` are the sizes of all files."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: str
+    version: PositiveInt
+    bbox_frame: BboxFrame | None
+    refused: dict[str, PositiveInt]
+    shards: list[Shard]
+    bytes: dict[str, NonNegativeInt]
+
+
+class RegionManifest(Manifest):
+    """With the counts of a region store."""
+
+    images: PositiveInt
+    regions: NonNegativeInt
+    globals: NonNegativeInt
+
+
+class ConversationManifest(Manifest):
+    """With the counts of a store of conversations."""
+
+    conversations: PositiveInt
+    turns: PositiveInt
+    images: NonNegativeInt
+
+
 @dataclass(frozen=True)
 class Kind:
-    """What a store holds: its name in the manifest, the tasks that can be asked, and what the manifest counts, records first."""
+    """What a store holds: its name in the manifest, the tasks that can be asked, what the manifest counts, records first, and
+    all that it states."""
 
     format: str
     tasks: tuple[Task, ...]
     counts: tuple[str, ...]
+    manifest: type[Manifest]
 
 
-REGIONS = Kind("granvit-regions", REGION_TASKS, ("images", "regions", "globals"))
-CONVERSATIONS = Kind("granvit-conversations", ("conversation",), ("conversations", "turns", "images"))
+REGIONS = Kind("granvit-regions", REGION_TASKS, ("images", "regions", "globals"), RegionManifest)
+CONVERSATIONS = Kind("granvit-conversations", ("conversation",), ("conversations", "turns", "images"), ConversationManifest)
 KINDS = {kind.format: kind for kind in (REGIONS, CONVERSATIONS)}
 
 
@@ -313,61 +355,107 @@ def build_store(
     return write_items(items(), out, REGIONS, frame, shard_bytes)
 
 
+def _read_manifest(path: Path) -> tuple[Manifest, bytes]:
+    """A store's manifest.json, which names every file once and whose counts add up, and its bytes; `ValueError` where it does
+    not."""
+    file = path / "manifest.json"
+    try:
+        data = file.read_bytes()
+        tree = json.loads(data)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"store {path}: no readable manifest.json, so this is no region store; {_BUILD} ({error})") from None
+    if not isinstance(tree, dict) or not isinstance(tree.get("format"), str) or tree["format"] not in KINDS:
+        raise ValueError(f"store {path}: manifest.json is of another format than {', '.join(KINDS)}; {_BUILD}")
+    if isinstance(tree.get("version"), int) and tree["version"] > VERSION:
+        raise ValueError(f"store {path}: version {tree['version']} is newer than {VERSION}; update granvit")
+    kind = KINDS[tree["format"]]
+    try:
+        manifest = validate(kind.manifest, tree, str(file))
+        _check_manifest(manifest, kind)
+    except ValueError as error:
+        raise ValueError(f"store {path}: {error}; copy manifest.json again or rebuild the store") from None
+    return manifest, data
+
+
+def _check_manifest(manifest: Manifest, kind: Kind) -> None:
+    """`ValueError` where the manifest contradicts itself."""
+    shards = [shard.file for shard in manifest.shards]
+    for name in (*shards, *manifest.bytes):
+        if Path(name).name != name or "\0" in name:
+            raise ValueError(f"manifest.json names {name!r}, which is not the name of a file in the store")
+    if len(set(shards)) < len(shards):
+        raise ValueError("manifest.json names a shard twice")
+    if lacking := [name for name in (*shards, *_TEXT_SIDE) if name not in manifest.bytes]:
+        raise ValueError(f"manifest.json states no size of {lacking[0]!r} under 'bytes'")
+    if odd := [name for name in manifest.bytes if name not in (*shards, *_TEXT_SIDE, "sizes.u4")]:
+        raise ValueError(f"manifest.json states the size of {odd[0]!r}, which is no file of a store")
+    count = kind.counts[0]
+    records, stated = sum(shard.images for shard in manifest.shards), getattr(manifest, count)
+    if records != stated:
+        raise ValueError(f"manifest.json counts {stated} under {count!r} and {records} in its shards")
+
+
 class Store:
-    """A store opened for reading; cheap to open and to send to another process.
+    """A store opened for reading; cheap to send to another process.
 
     `images` counts records (images, or conversations with and without one), `regions` and `globals` what can be asked about
     them beside; `kind` says which tasks there are. `region_starts` int64 `[images + 1]` and `text_ends` uint64
     `[images + regions + 1]` are mapped. The texts of image i are numbers `region_starts[i] + i` (its global caption) and the
     following (its regions). `sizes` uint32 `[images, 2]`, mapped too, are widths and heights; None in a store that was built
     before they were kept. Raises `ValueError`, with the path and the remedy, for a directory that is missing, empty, of
-    another format or version, or has a file that is missing or not of the size that the manifest states.
+    another format or version, whose manifest does not hold together, or that has a file which is missing, not of the size that the
+    manifest states, or damaged.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, check: bool = True):
+        """`check` reads the offsets of the text side once (8 bytes a text); a copy sent to another process does without."""
         self.path = path = Path(path)
         if not path.is_dir():
             raise ValueError(f"store {path}: no such directory; {_BUILD}")
         if not any(path.iterdir()):
             raise ValueError(f"store {path}: the directory is empty; {_BUILD}")
-        try:
-            data = (path / "manifest.json").read_bytes()
-            manifest = json.loads(data)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"store {path}: no readable manifest.json, so this is no region store; {_BUILD} ({error})") from None
-        if not isinstance(manifest, dict) or manifest.get("format") not in KINDS:
-            raise ValueError(f"store {path}: manifest.json is of another format than {', '.join(KINDS)}; {_BUILD}")
-        self.kind = KINDS[manifest["format"]]
-        if manifest["version"] > VERSION:
-            raise ValueError(f"store {path}: version {manifest['version']} is newer than {VERSION}; update granvit")
-        for name, size in manifest["bytes"].items():
+        manifest, data = _read_manifest(path)
+        self.kind = KINDS[manifest.format]
+        for name, size in manifest.bytes.items():
             found = (path / name).stat().st_size if (path / name).is_file() else None
             if found != size:
                 state = "is missing" if found is None else f"has {found} bytes instead of {size} (truncated?)"
                 raise ValueError(f"store {path}: {name} {state}; copy it again or rebuild the store")
-        self.images = manifest[self.kind.counts[0]]
-        self.regions, self.globals = manifest.get("regions", 0), manifest.get("globals", 0)
-        self.bbox_frame: BboxFrame | None = manifest["bbox_frame"]
+        self.images = getattr(manifest, self.kind.counts[0])
+        self.regions, self.globals = getattr(manifest, "regions", 0), getattr(manifest, "globals", 0)
+        self.bbox_frame: BboxFrame | None = manifest.bbox_frame
         self.region_starts = np.memmap(path / "region_starts.i8", "<i8", "r")
         self.text_ends = np.memmap(path / "text_ends.u8", "<u8", "r")
         if len(self.region_starts) != self.images + 1 or len(self.text_ends) != self.images + self.regions + 1:
             raise ValueError(f"store {path}: the text side does not match the manifest's counts; rebuild the store")
         self.sizes = None
-        if "sizes.u4" in manifest["bytes"]:
+        if "sizes.u4" in manifest.bytes:
             self.sizes = np.memmap(path / "sizes.u4", "<u4", "r").reshape(-1, 2)
             if len(self.sizes) != self.images:
                 raise ValueError(f"store {path}: sizes.u4 does not match the manifest's counts; rebuild the store")
+        if check:
+            self._check_rising("region_starts.i8", self.region_starts, self.regions)
+            self._check_rising("text_ends.u8", self.text_ends, manifest.bytes["texts.bin"])
         self.fingerprint = hashlib.sha256(data).hexdigest()[:16]
-        self._shards = ArrayRecordDataSource([f"{path / s['file']}[0:{s['images']}]" for s in manifest["shards"]])
+        self._shards = ArrayRecordDataSource([f"{path / s.file}[0:{s.images}]" for s in manifest.shards])
 
     def __reduce__(self):
-        return Store, (self.path,)
+        return Store, (self.path, False)
+
+    def _check_rising(self, name: str, numbers: np.ndarray, last: int) -> None:
+        """`ValueError` where the numbers in a file do not rise from 0 to `last`: they are offsets, and would lead anywhere."""
+        rises = numbers[0] == 0 and numbers[-1] == last
+        for first in range(0, len(numbers) - 1, _CHUNK):
+            chunk = numbers[first : first + _CHUNK + 1]
+            rises = rises and bool((chunk[1:] >= chunk[:-1]).all())
+        if not rises:
+            raise ValueError(f"store {self.path}: {name} is damaged (it does not rise from 0 to {last}); copy it again or rebuild")
 
     def record(self, index: int) -> Record:
         """Record `index`; `ValueError` with the reason where its bytes are damaged."""
         try:
             return _decode(self._shards[index])
-        except (RuntimeError, ValueError, KeyError, TypeError, struct.error):  # RuntimeError: ArrayRecord's checksums
+        except (RuntimeError, ValueError, IndexError, KeyError, TypeError, struct.error):  # RuntimeError: ArrayRecord's checksums
             raise ValueError("record is damaged in its shard") from None
 
     def texts(self, first: int, last: int) -> list[str]:
@@ -376,7 +464,12 @@ class Store:
         with open(self.path / "texts.bin", "rb") as file:
             file.seek(ends[0])
             data = file.read(ends[-1] - ends[0])
-        return [data[a - ends[0] : b - ends[0]].decode() for a, b in pairwise(ends)]
+        try:
+            return [data[a - ends[0] : b - ends[0]].decode() for a, b in pairwise(ends)]
+        except UnicodeDecodeError:
+            raise ValueError(
+                f"store {self.path}: texts.bin is damaged (texts {first} to {last - 1} are no UTF-8); copy it again or rebuild"
+            ) from None
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,7 +16,8 @@ from granvit.data.images import decode
 from granvit.data.prompts import parse_box
 from granvit.data.records import ImageRecord
 from granvit.data.store import MAX_PIXELS, Store
-from granvit.metrics import iou
+from granvit.evaluate import evaluation_file
+from granvit.metrics import SCORES, iou
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -45,6 +46,10 @@ class Evaluation:
         return 100 * self.table["bbox2caption"]["rouge_l"]
 
     @property
+    def rouge_l_ascii(self) -> float:
+        return 100 * self.table["bbox2caption"]["rouge_l_ascii"]
+
+    @property
     def exact_match(self) -> float:
         return 100 * self.table["bbox2caption"]["exact_match"]
 
@@ -54,10 +59,15 @@ class Evaluation:
 
 
 def evaluations(run: Path) -> list[Evaluation]:
-    """A run's evaluations in order of steps; `ValueError` where it has none."""
+    """A run's evaluations in order of steps; `ValueError` where it has none, or one that an earlier version scored."""
     found = [Evaluation(**json.loads(path.read_text())) for path in sorted((run / "eval").glob("step_*.json"))]
     if not found:
         raise ValueError(f"{run}: no evaluation in {run / 'eval'}; `python scripts/demo.py` makes it")
+    for evaluation in found:
+        for task, scores in evaluation.table.items():
+            if lacking := set(SCORES[task]) - scores.keys():
+                file = evaluation_file(run, evaluation.step)
+                raise ValueError(f"{file}: no {min(lacking)} of {task}: an earlier version wrote it; run the demo in another --out")
     return found
 
 
@@ -101,6 +111,7 @@ def _text(root: Path, last: dict[str, Evaluation], framework: str, seconds: dict
         "| % | " + " | ".join(TITLES[name] for name in COLUMNS) + " |",
         "|---|" + "---|" * len(COLUMNS),
         row("Bbox2Caption, ROUGE-L", [last[n].rouge_l for n in COLUMNS]),
+        row("the same over rouge-score's own tokens (a-z, 0-9)", [last[n].rouge_l_ascii for n in COLUMNS]),
         row("Bbox2Caption, exact match", [last[n].exact_match for n in COLUMNS]),
         row("Caption2Bbox, ACC@IoU0.5", [last[n].acc_iou50 for n in COLUMNS]),
         row("Caption2Bbox, unparsable answers", [100 * last[n].table["caption2bbox"]["unparsable"] for n in COLUMNS]),

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from granvit.data.store import Store, build_store, main, write_store
@@ -144,6 +145,12 @@ def _manifest(path, **changes):
     (path / "manifest.json").write_text(json.dumps({**manifest, **changes}))
 
 
+def _entry(path, name, index, value):
+    numbers = np.fromfile(path / name, "<i8")
+    numbers[index] = value
+    numbers.tofile(path / name)
+
+
 def _cut(path, name):
     (path / name).write_bytes((path / name).read_bytes()[:-100])
 
@@ -160,7 +167,16 @@ def _cut(path, name):
         (lambda p: _cut(p, "shard-00000.array_record"), r"shard-00000.array_record has \d+ bytes instead of \d+ .truncated"),
         (lambda p: _cut(p, "text_ends.u8"), "text_ends.u8 has"),
         (lambda p: (p / "texts.bin").unlink(), "texts.bin is missing"),
-        (lambda p: _manifest(p, images=3), "does not match the manifest"),
+        (lambda p: _manifest(p, images=3), "counts 3 under 'images' and 4 in its shards; copy manifest.json again"),
+        (lambda p: _manifest(p, regions=11), "text side does not match the manifest"),
+        (lambda p: _manifest(p, regions="12"), "manifest.json: regions: Input should be a valid integer"),
+        (lambda p: _manifest(p, bbox_frames="image"), "unknown key 'bbox_frames'; did you mean 'bbox_frame'"),
+        (lambda p: _manifest(p, shards=[{"fil": "a", "images": 4}]), "unknown key 'shards.0.fil'; did you mean 'shards.0.file'"),
+        (lambda p: _manifest(p, shards=[{"file": "../x", "images": 4}]), "'../x', which is not the name of a file"),
+        (lambda p: _manifest(p, shards=[{"file": "x", "images": 4}]), "states no size of 'x'"),
+        (lambda p: _manifest(p, bytes={}), "states no size of 'shard-00000.array_record'"),
+        (lambda p: _entry(p, "region_starts.i8", 2, 1 << 40), "region_starts.i8 is damaged"),
+        (lambda p: _entry(p, "text_ends.u8", 3, 0), "text_ends.u8 is damaged"),
     ],
 )
 def test_a_store_that_cannot_be_used_says_where_and_what_to_do(tmp_path, damage, message):

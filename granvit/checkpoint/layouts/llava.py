@@ -22,12 +22,18 @@ TOWERS = {"siglip_vision_model": siglip, "clip_vision_model": clip, "aimv2_visio
 PIXELS = {
     "siglip_vision_model": siglip.SIGLIP.pixels, "clip_vision_model": clip.CLIP.pixels, "aimv2_vision_model": aimv2.AIMV2.pixels,
 }  # fmt: skip
-# `vision_feature_layer`. In transformers 4.57 the last hidden state is behind the closing norm, but CLIP's is before it.
+# `vision_feature_layer`. In transformers 4.57 the last hidden state is behind the closing norm, but CLIP's is before it. See
+# `FINAL_DIFFERS`: other readers take `final` before the norm.
 LEVELS = {
     "siglip_vision_model": {-2: "penultimate", -1: "final"},
     "clip_vision_model": {-2: "penultimate", -1: "last"},
     "aimv2_vision_model": {-2: "penultimate", -1: "final"},
 }
+# No weights make `final` the same to all: a pre-norm block adds to its input and cannot replace it by a norm of it.
+FINAL_DIFFERS = (
+    "this LLaVA reads the level 'final' as its tower's last hidden state. transformers 4.57 hands that out behind the closing "
+    "norm, as it was trained; transformers 5 and vLLM hand it out before that norm, and give other answers without an error"
+)
 PROJECTOR = Spelling(
     tuple((f"multi_modal_projector.linear_{n}.{{p}}", f"projector.linear_{n}.{{p}}") for n in (1, 2)),
 )

@@ -1,0 +1,198 @@
+"""The demo: a tiny GranViT from nothing to a table and pictures. `scripts/demo.py` or `granvit-demo`; `make demo` runs it.
+
+Parts, in order; a finished part is kept, an interrupted one resumes:
+  data            scenes on photographs, training and held-out, and a tokenizer trained on their texts
+  pretrain_text   the small decoder learns from text alone                             } the pretrained pair
+  pretrain_image  the small encoder learns from whole images and global captions       } (granvit/demo/pretrained.py)
+  stage1          encoder and projector, decoder frozen: Bbox2Caption, self-distillation
+  stage1_mixed    stage 1 goes on with Caption2Bbox mixed in, as the paper's Fig. 4 did: what a frozen decoder cannot learn
+  guesser         the decoder without the image: the floor
+  stage2          projector and decoder, encoder frozen: Caption2Bbox and a little Bbox2Caption
+  report          report.md with the table and pictures
+"""
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from granvit.cli import train_command
+from granvit.config import CONFIGS, RunConfig, dump_config, load_config, resolve_models
+from granvit.data import prompts
+from granvit.data.batch import Packer
+from granvit.data.chat import SYSTEM, train_tokenizer
+from granvit.data.records import ImageRecord
+from granvit.data.store import Store, write_store
+from granvit.demo.pretrained import GROUND, WHERE, compose_text, place, publish_language, publish_vision
+from granvit.demo.scenes import scenes
+
+ROOT = Path("runs/demo")  # what configs/demo writes in its paths
+SCENES = {"train": 12_000, "heldout": 200}
+TOKENIZER_SCENES = 1_000
+# Wording that the tokenizer need not spell out: a question is 30 tokens instead of 55, and the demo half as long.
+PHRASES = (
+    prompts.BBOX2CAPTION.partition("{box}")[0] + "[0.",
+    "]" + prompts.BBOX2CAPTION.partition("{box}")[2],
+    prompts.CAPTION2BBOX.partition(" {caption}")[0],
+    prompts.GLOBAL,
+    "[0.",
+    ", 0.",
+    WHERE,
+    "rows ",
+    " to ",
+    " columns ",
+)
+# Share of the whole that a part takes, in seconds on the 2-core machine of docs/demo.md: for the time left.
+PARTS = {"data": 21, "pretrain_text": 270, "pretrain_image": 72, "stage1": 174, "stage1_mixed": 86, "guesser": 143,
+         "stage2": 482, "report": 3}  # fmt: skip
+PREPARE = ("data", "pretrain_text", "pretrain_image")
+RUNS = ("pretrain_text", "pretrain_image", "stage1", "stage1_mixed", "guesser", "stage2")
+STAGES = {"stage1_mixed": "stage1"}  # of parts that are called otherwise
+
+
+class Demo:
+    """One demo in one directory: its configurations and what is finished."""
+
+    def __init__(self, root: Path, seed: int, framework: str):
+        self.root, self.seed, self.framework = root, seed, framework
+        self.finished_path = root / "parts.json"
+        self.finished: dict[str, dict] = json.loads(self.finished_path.read_text()) if self.finished_path.exists() else {}
+
+    def overrides(self, part: str) -> list[str]:
+        """`key=value` that lead the part's configuration into this demo's directory, with this demo's seed."""
+        config = load_config(CONFIGS / "demo" / f"{part}.yaml")
+        moved = lambda path: str(self.root / Path(path).relative_to(ROOT))  # noqa: E731
+        found = [f"seed={self.seed}", f"output={moved(config.output)}"]
+        found += [f"data.sources=[{{path: {moved(config.data.sources[0].path)}}}]"]
+        for key in ("weights_vision", "weights_language", "tokenizer", "init_from"):
+            if key in config.model.model_fields_set:
+                found.append(f"model.{key}={moved(getattr(config.model, key))}")
+        return found if config.eval.source is None else [*found, f"eval.source={moved(config.eval.source)}"]
+
+    def config(self, part: str) -> RunConfig:
+        return load_config(CONFIGS / "demo" / f"{part}.yaml", self.overrides(part))
+
+    def key(self, part: str) -> str:
+        """Changes with whatever the part's result depends on: its configuration, and the part before it."""
+        names = list(PARTS)
+        before = self.key(names[names.index(part) - 1]) if part != "data" else ""
+        own = dump_config(self.config(part)) if part in RUNS else repr((SCENES, TOKENIZER_SCENES, self.seed))
+        return hashlib.sha256(f"{before}\0{self.framework if part in RUNS else ''}\0{own}".encode()).hexdigest()[:16]
+
+    def run(self, parts: list[str]) -> None:
+        """Runs what is not finished of `parts`."""
+        for number, part in enumerate(parts):
+            if part != "report" and self.finished.get(part, {}).get("key") == self.key(part):
+                print(f"== {part}: finished before, in {self.finished[part]['seconds']:.0f} s", flush=True)
+                continue
+            left = sum(PARTS[p] for p in parts[number:] if p == part or self.finished.get(p, {}).get("key") != self.key(p))
+            print(f"== {part} ({number + 1} of {len(parts)}); about {left / 60:.0f} min left in all on 2 cores", flush=True)
+            began = time.monotonic()
+            self._make(part)
+            seconds = time.monotonic() - began
+            print(f"== {part}: {seconds:.0f} s", flush=True)
+            if part != "report":
+                self.finished[part] = {"key": self.key(part), "seconds": seconds}
+                self.finished_path.write_text(json.dumps(self.finished, indent=1))
+
+    def _make(self, part: str) -> None:
+        if part == "data":
+            self._make_data()
+        elif part == "report":
+            from granvit.demo.report import write_report  # matplotlib: the ranks of a run do without
+
+            seconds = {name: self.finished[name]["seconds"] for name in PARTS if name in self.finished}
+            path = write_report(self.root, self.framework, seconds)
+            print(path.read_text().split("## Caption2Bbox", 1)[0])
+            print(f"{path} and its pictures are written")
+        else:
+            self._train(part)
+            vision, language = resolve_models(self.config(part))
+            if part == "pretrain_text":
+                publish_language(self.root / part, language, self.root / "tokenizer.json", self.root / "pretrained" / "language")
+            elif part == "pretrain_image":
+                publish_vision(self.root / part, vision, self.root / "pretrained" / "vision")
+
+    def _make_data(self) -> None:
+        for split, count in SCENES.items():
+            out = self.root / "data" / split
+            shutil.rmtree(out, ignore_errors=True)
+            print(f"{split}: {count} scenes into {out}", flush=True)
+            write_store(scenes(split, count, self.seed), out)
+        store, language = Store(self.root / "data" / "train"), resolve_models(self.config("stage1"))[1]
+        texts = [text for i in range(TOKENIZER_SCENES) for text in _texts(store.record(i))]
+        train_tokenizer(texts, language.vocab, language.chat, PHRASES).save(str(self.root / "tokenizer.json"))
+
+    def _train(self, part: str) -> None:
+        """The part's run with two ranks under the framework's launcher; `SystemExit` where it fails."""
+        port = _free_port()
+        bin_directory = Path(sys.executable).parent
+        if self.framework == "mindspore":
+            launcher = [str(bin_directory / "msrun"), "--worker_num", "2", "--local_worker_num", "2", "--master_port", str(port),
+                        "--bind_core", "True", "--join", "True", "--log_dir", str(self.root / part / "msrun")]  # fmt: skip
+        else:
+            launcher = [str(bin_directory / "torchrun"), "--nproc_per_node", "2", "--master_port", str(port)]
+        script = [Path(sys.argv[0]).resolve(), "rank", part]  # a launcher starts a file: the one that this was started by
+        config = ["--config", CONFIGS / "demo" / f"{part}.yaml", "--framework", self.framework, *self.overrides(part)]
+        command = [str(word) for word in (*launcher, *script, *config)]
+        print(" ".join(command), flush=True)
+        # Two ranks share the cores; MindSpore's workers warn at every attempt to reach each other (hundreds of lines), and
+        # leave in steps of 3 to 5 s (2 s instead of 7 to 10 with steps of 1 s); msrun starts the first `python` of PATH.
+        search = f"{bin_directory}{os.pathsep}{os.environ['PATH']}"
+        own = {"OMP_NUM_THREADS": "1", "GLOG_v": "3", "MS_RETRY_INTERVAL_LOWER": "0", "MS_RETRY_INTERVAL_UPPER": "1"}
+        environment = {**own, **os.environ, "PATH": search}
+        child = subprocess.Popen(command, env=environment)
+        try:
+            status = child.wait()
+        except KeyboardInterrupt:
+            child.send_signal(signal.SIGINT)
+            child.wait()
+            raise
+        if status:
+            raise SystemExit(f"{part} failed (exit status {status}); the lines above and {self.root / part / 'log'} say why")
+
+
+def _texts(record: ImageRecord) -> list[str]:
+    """Every text that the demo asks or answers about a scene, for the tokenizer."""
+    found = [f"system\n{SYSTEM}", "user\n", "assistant\n", GROUND, place(0, 1, 2, 3), prompts.GLOBAL, record.global_caption]
+    for region in record.regions:
+        found.append(WHERE + region.caption)
+        for task in ("bbox2caption", "caption2bbox"):
+            found.append(prompts.question_text(task, region.box, region.caption))
+            found.append(prompts.answer_text(task, region.box, region.caption))
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["rank"]:  # one rank of a part's run
+        part = sys.argv[2]
+        compose = compose_text if part == "pretrain_text" else Packer.row
+        return train_command(STAGES.get(part, part), sys.argv[3:], compose, f"{sys.argv[0]} rank {part}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("all", "prepare", "report"), default="all",
+                        help="all (default); prepare: data and the pretrained pair; report: write the report again")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes, the weights and the order of data (default: 0)")
+    parser.add_argument("--framework", choices=("mindspore", "torch"), default="mindspore", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help="directory (default: runs/demo, with the seed's number unless that is 0)")
+    options = parser.parse_args()
+    root = options.out or (ROOT if options.seed == 0 else Path(f"{ROOT}-{options.seed}"))
+    root.mkdir(parents=True, exist_ok=True)
+    parts = {"all": list(PARTS), "prepare": list(PREPARE), "report": ["report"]}[options.what]
+    Demo(root, options.seed, options.framework).run(parts)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
