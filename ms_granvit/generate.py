@@ -25,7 +25,7 @@ class Prefill(nn.Cell):
         empty = ops.zeros((self.layers, B, self.kv_heads, S + room, self.head_dim), decoder.dtype)
         shown = ops.ones((B,), ms.float32)
         inputs, _ = self.model.inputs(pixels_B3RR, shown, token_ids_BS, image_positions_BN)
-        positions = ops.broadcast_to(ops.expand_dims(ops.cast(ops.arange(S), ms.int32), 0), (B, S))
+        positions = ops.broadcast_to(ops.expand_dims(ops.arange(S, dtype=ms.int32), 0), (B, S))
         valid = positions < ops.expand_dims(lengths_B, 1)
         hidden, keys, values = decoder.forward_cached(inputs, positions, valid, empty, empty)
         logits = decoder.head(take(hidden, ops.expand_dims(lengths_B - 1, 1)))
@@ -49,7 +49,7 @@ class Decode(nn.Cell):
 
 def choose_token(logits_B1V: Tensor) -> Tensor:
     """The most probable token, int32 `[B, 1]`."""
-    return ops.cast(ops.argmax(ops.cast(logits_B1V, ms.float32), -1), ms.int32)
+    return ops.Argmax(-1, ms.int32)(ops.cast(logits_B1V, ms.float32))
 
 
 def greedy(prefill: Prefill, decode: Decode, prompts: PromptBatch, max_new_tokens: int, stop_token: int,

@@ -171,7 +171,7 @@ class CausalDecoder(Module):
         Slots of tokens that are not valid (padding) stay empty. Returns hidden states and the caches.
         """
         cos, sin = self.rotary(positions_BS)
-        slots, at = ops.arange(keys.shape[3]), ops.expand_dims(positions_BS, -1)
+        slots, at = ops.arange(keys.shape[3], dtype=positions_BS.dtype), ops.expand_dims(positions_BS, -1)
         mask = ops.expand_dims(slots <= at, 1)
         slots_BSL = ops.logical_and(slots == at, ops.expand_dims(valid_BS, -1))
         # Taken apart at once: on CPU a slice of an array of five axes takes longer than the rest of a layer.

@@ -22,8 +22,8 @@ from ms_granvit.vision import VisionEncoder
 
 def row_offsets(positions_BN: Tensor, length: int) -> Tensor:
     """Positions in rows of `length` as indices `[B N]` into the flattened rows."""
-    rows = ops.expand_dims(ops.arange(positions_BN.shape[0]), 1)
-    return (positions_BN + ops.cast(rows * length, positions_BN.dtype)).reshape(-1)
+    rows = ops.expand_dims(ops.arange(positions_BN.shape[0], dtype=positions_BN.dtype), 1)
+    return (positions_BN + rows * length).reshape(-1)
 
 
 def take(hidden_BSC: Tensor, positions_BA: Tensor) -> Tensor:

@@ -141,7 +141,8 @@ class Introspector:
         inputs = [torch.from_numpy(array).to(self.engine.device) for array in arrays]
         inputs = [x.to(self.engine.dtype) if x.is_floating_point() else x for x in inputs]
         of = [x.requires_grad_() for x in inputs[:differentiate]]
-        out = _operator(operator, self.engine.config, self.engine.device, options)(*inputs)
+        with torch.device(self.engine.device):  # for what an operator builds
+            out = _operator(operator, self.engine.config, self.engine.device, options)(*inputs)
         if not of:
             return to_numpy(out), []
         gradients = torch.autograd.grad(out, of, torch.from_numpy(cotangent).to(out))

@@ -46,7 +46,7 @@ class VisionEmbeddings(Module):
         self.class_embedding = nn.Parameter(torch.empty(c.width)) if c.class_token else None
         self.position_embedding = Embedding(c.patches + c.class_token, c.width)
         grid = image_size // c.patch_size
-        resample = None if grid == c.grid else torch.from_numpy(position_matrix(c.grid, grid))
+        resample = None if grid == c.grid else torch.tensor(position_matrix(c.grid, grid))  # on torch.device
         self.register_buffer("resample", resample, persistent=False)
 
     def resampled(self, table: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ def shared_prefix_mask(segments_BS: Tensor) -> Tensor:
     B, S = segments_BS.shape
     keys = ops.broadcast_to(ops.expand_dims(segments_BS, 1), (B, S, S))
     queries = ops.broadcast_to(ops.expand_dims(segments_BS, 2), (B, S, S))
-    order = ops.arange(S)
+    order = ops.arange(S, dtype=segments_BS.dtype)
     causal = ops.broadcast_to(ops.expand_dims(order, 0) <= ops.expand_dims(order, 1), (B, S, S))
     return ops.expand_dims(ops.logical_and(causal, ops.logical_or(keys == 0, keys == queries)), 1)
 
@@ -66,14 +66,17 @@ def flash(q_BHSD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, mask: Tensor | None) -
     width = q_BHSD.shape[-1]
     padding = -width % 16
     if padding:
-        q_BHSD, k_BGLD, v_BGLD = (
-            ops.pad(q_BHSD, (0, padding)), ops.pad(k_BGLD, (0, padding)), ops.pad(v_BGLD, (0, padding)),
-        )  # fmt: skip
+        q_BHSD, k_BGLD, v_BGLD = widened(q_BHSD, padding), widened(k_BGLD, padding), widened(v_BGLD, padding)
     discarded = None if mask is None else ops.logical_not(mask)
     out = ops.flash_attention_score(
         q_BHSD, k_BGLD, v_BGLD, q_BHSD.shape[1], attn_mask=discarded, scalar_value=width**-0.5, input_layout="BNSD"
     )
     return out[..., :width] if padding else out
+
+
+def widened(x_BHSD: Tensor, by: int) -> Tensor:
+    """`x` with zeros appended along its last axis (`ops.pad` does not compile in bfloat16)."""
+    return ops.cat((x_BHSD, ops.zeros((*x_BHSD.shape[:-1], by), x_BHSD.dtype)), -1)
 
 
 COMPOSED = Composed()

@@ -31,13 +31,13 @@ def tile_matrix(low_BK: Tensor, high_BK: Tensor, grid: int, cells: int, tiles_BT
 
 def sample_points(low: Tensor, high: Tensor, grid: int, cells: int | Tensor) -> Tensor:
     """Where the samples of `grid` bins lie, in cells, `[..., p]`."""
-    ticks = (ops.cast(ops.arange(grid * SAMPLES), ms.float32) + 0.5) / (grid * SAMPLES)
+    ticks = (ops.arange(grid * SAMPLES, dtype=ms.float32) + 0.5) / (grid * SAMPLES)
     return (ops.expand_dims(low, -1) + ops.expand_dims(high - low, -1) * ticks) * cells - 0.5
 
 
 def average_weights(at: Tensor, cells: int) -> Tensor:
     """Bilinear weights of samples at `at` `[..., p]`, averaged over each bin, `[..., p / 2, cells]`."""
-    weights = ops.relu(1 - ops.abs(ops.expand_dims(at, -1) - ops.cast(ops.arange(cells), ms.float32)))
+    weights = ops.relu(1 - ops.abs(ops.expand_dims(at, -1) - ops.arange(cells, dtype=ms.float32)))
     return ops.mean(weights.reshape(*at.shape[:-1], at.shape[-1] // SAMPLES, SAMPLES, cells), -2)
 
 
@@ -60,7 +60,7 @@ def roi_align_tiled(tiles_BTHWC: Tensor, grids_B2: Tensor, boxes_BK4: Tensor, gr
     B, T, H, W, C = tiles_BTHWC.shape
     K = boxes_BK4.shape[1]
     rows_BT, columns_BT = ops.broadcast_to(grids_B2[:, :1], (B, T)), ops.broadcast_to(grids_B2[:, 1:], (B, T))
-    number = ops.broadcast_to(ops.expand_dims(ops.cast(ops.arange(T), grids_B2.dtype), 0), (B, T))
+    number = ops.broadcast_to(ops.expand_dims(ops.arange(T, dtype=grids_B2.dtype), 0), (B, T))
     rows = tile_matrix(boxes_BK4[..., 1], boxes_BK4[..., 3], grid, H, rows_BT, ops.floor_divide(number, columns_BT))
     columns = tile_matrix(boxes_BK4[..., 0], boxes_BK4[..., 2], grid, W, columns_BT, ops.floor_mod(number, columns_BT))
     features, rows = tiles_BTHWC.reshape(B * T, H, W, C), rows.reshape(B * T, K, grid, H)
