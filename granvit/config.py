@@ -150,10 +150,13 @@ class DistillSection(Strict):
 
 
 class EvalSection(Strict):
-    """Generation over a held-out store every `every` steps (0: never) and at the end."""
+    """The model on a held-out store, every `every` steps (0: never) and at the end: the loss of about `rows` rows of the training's
+    objective (rounded up to whole global batches; 0: no loss), and answers to the questions of `tasks` about `images` images,
+    scored (no task: no answers)."""
 
     source: str | None = None
     every: int = Field(0, ge=0)
+    rows: int = Field(256, ge=0)
     images: int = Field(256, gt=0)
     batch: int = Field(8, gt=0)
     max_new_tokens: int = Field(64, gt=0)
@@ -249,7 +252,7 @@ class RunConfig(Strict):
         if spec.plain and about_regions:
             raise ValueError(
                 f"{self.stage} shows an image and then its caption, without a question: data.mix and eval.tasks cannot name "
-                f"{', '.join(about_regions)}"
+                f"{', '.join(about_regions)}; eval.tasks=[] asks for the held-out loss alone"
             )
         return self
 

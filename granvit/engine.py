@@ -41,6 +41,9 @@ class Scalars:
         return max(self.tokens, 1), max(self.boxes, 1)
 
 
+UNDIVIDED = Scalars(step=1, learning_rate=0.0, alpha=0.0, tokens=1, boxes=1)  # losses stay sums
+
+
 @dataclass(frozen=True)
 class StepResult:
     """Of the global batch. The losses are what `train.loss_reduction` makes of it.
@@ -92,6 +95,11 @@ class TrainEngine(Protocol):
         """Forward and backward over this rank's micro-batches, all-reduce (sum), clip, AdamW, EMA.
 
         Raises `NonFiniteLoss` on every rank, before any weight changes, where the global loss or gradient norm is not finite.
+        """
+
+    def loss_sums(self, micro_batches: Iterable[Batch]) -> np.ndarray:
+        """Caption and distillation loss summed over the supervised tokens and the valid boxes of some batches, `[2]`, undivided, of
+        this rank alone. Forward only: nothing changes.
         """
 
     def all_sum(self, values: np.ndarray) -> np.ndarray:

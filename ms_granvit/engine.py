@@ -12,7 +12,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
-from granvit.engine import Group, NonFiniteLoss, Scalars, StepResult
+from granvit.engine import UNDIVIDED, Group, NonFiniteLoss, Scalars, StepResult
 from granvit.models import PARTS, LanguageConfig, VisionConfig, part_of
 from ms_granvit import distributed
 from ms_granvit.arrays import DTYPES, fill, to_numpy, to_tensor
@@ -67,6 +67,18 @@ class MicroBatch(nn.Cell):
         return terms + ops.stack((caption, distill, variance)), loss
 
 
+class LossSums(nn.Cell):
+    """Forward alone: the sums so far `[2]` (caption, distillation) with a batch's added to them."""
+
+    def __init__(self, losses: Losses):
+        super().__init__(auto_prefix=False)
+        self.losses = losses
+
+    def construct(self, sums: Tensor, *inputs) -> Tensor:
+        _, caption, distill, _ = self.losses(*inputs)
+        return sums + ops.stack((caption, distill))
+
+
 class Engine:
     """`granvit.engine.TrainEngine` over MindSpore, replicated data parallel."""
 
@@ -103,6 +115,7 @@ class Engine:
         self.gradients = self.trained.clone("gradient", init="zeros")
         own_grid = config.crop_size(vision) // vision.patch_size
         self.micro_batch = MicroBatch(Losses(self.model, self.teacher, config, own_grid), self.trained, self.gradients)
+        self.held_out = LossSums(self.micro_batch.losses)
         self.reduce = distributed.ReduceGradients(self.gradients, self.world)
         self.update = AdamW(self.trained, self.gradients, config.optimizer)
         self.ema = None if self.teacher is None else EMA(self.teacher, self.model.vision)
@@ -114,7 +127,7 @@ class Engine:
         """How often each graph was compiled: MindSpore's own cache, which holds one entry for each."""
         graphs = {
             "micro_batch": self.micro_batch, "reduce": self.reduce, "update": self.update, "ema": self.ema, "all_sum": self.sum,
-            "prefill": self.prefill, "decode": self.decode,
+            "held_out": self.held_out, "prefill": self.prefill, "decode": self.decode,
         }  # fmt: skip
         return {name: len(graph.compile_cache) for name, graph in graphs.items() if graph is not None and graph.compile_cache}
 
@@ -157,6 +170,13 @@ class Engine:
             arrays += [boxes, batch.boxes_BK4, batch.box_weights_BK, batch.crops_BK3rr]
             arrays += [] if batch.grids_B2 is None else [batch.grids_B2]
         return [Tensor(array) for array in arrays]
+
+    def loss_sums(self, micro_batches: Iterable[Batch]) -> np.ndarray:
+        """Caption and distillation loss summed over tokens and boxes, `[2]`; the device is read once."""
+        sums = Tensor(np.zeros(2, np.float32))
+        for batch in micro_batches:
+            sums = self.held_out(sums, *self.inputs(batch, UNDIVIDED))
+        return sums.asnumpy()
 
     def all_sum(self, values: np.ndarray) -> np.ndarray:
         """Sum of a small float32 vector over the ranks."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
-from granvit.engine import Group, NonFiniteLoss, Scalars, StepResult
+from granvit.engine import UNDIVIDED, Group, NonFiniteLoss, Scalars, StepResult
 from granvit.models import LanguageConfig, VisionConfig, part_of
 from pt_granvit import distributed
 from pt_granvit.arrays import DTYPES, fill, to_numpy, to_torch
@@ -97,6 +97,15 @@ class Engine:
         distill, variance = distill_sums(top, target, boxes_BK4, weights_BK, self.config.distill.loss, *grids)
         distill = distill / boxes
         return caption + self.config.distill.weight * distill, caption, distill, variance
+
+    @torch.no_grad()
+    def loss_sums(self, micro_batches: Iterable[Batch]) -> np.ndarray:
+        """Caption and distillation loss summed over tokens and boxes, `[2]`; the device is read once."""
+        sums = self.trained.values.new_zeros(2)
+        for batch in micro_batches:
+            _, caption, distill, _ = self.losses(batch, UNDIVIDED)
+            sums += torch.stack((caption, distill))
+        return to_numpy(sums)
 
     def all_sum(self, values: np.ndarray) -> np.ndarray:
         """Sum of a small float32 vector over the ranks."""
