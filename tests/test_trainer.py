@@ -61,9 +61,18 @@ def uninterrupted(tmp_path):
 def test_a_run_writes_every_step_and_keeps_the_newest_checkpoints(uninterrupted):
     lines = metrics(uninterrupted)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert not [name for name in lines[0] if name.startswith("lr_")]
     assert list(lines[0])[:8] == ["step", "loss", "loss_caption", "loss_distill", "grad_norm", "lr", "regions", "skipped"]
     assert sorted(p.name for p in (uninterrupted / "checkpoints").iterdir()) == ["step_0000006", "step_0000009"]
     assert list((uninterrupted / "tensorboard").iterdir())
+
+
+def test_the_rates_of_parts_that_differ_are_in_the_metrics(tmp_path):
+    parts = {"vision": {"lr": 2e-3}, "projector": {"weight_decay": 0.5}}
+    trainer, _ = trainer_in(tmp_path, configuration(optimizer={"lr": 1e-2, "parts": parts}))
+    trainer.run(None)
+    for line in metrics(tmp_path):
+        assert line["lr_vision"] == pytest.approx(0.2 * line["lr"]) and "lr_projector" not in line
 
 
 def test_metrics_read_back_exactly(tmp_path):
