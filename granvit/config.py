@@ -150,9 +150,9 @@ class DistillSection(Strict):
 
 
 class EvalSection(Strict):
-    """The model on a held-out store, every `every` steps (0: never) and at the end: the loss of about `rows` rows of the training's
-    objective (rounded up to whole global batches; 0: no loss), and answers to the questions of `tasks` about `images` images,
-    scored (no task: no answers)."""
+    """The model on a held-out store, every `every` steps (0: never) and at the end: the training's loss on about `rows` rows
+    (rounded up to whole global batches; 0: no loss), and answers to the questions of `tasks` about `images` images, scored (no
+    task: no answers)."""
 
     source: str | None = None
     every: int = Field(0, ge=0)

@@ -46,7 +46,7 @@ UNDIVIDED = Scalars(step=1, learning_rate=0.0, alpha=0.0, tokens=1, boxes=1)  # 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of the global batch. The losses are what `train.loss_reduction` makes of it.
+    """Of the global batch, its losses averaged as `train.loss_reduction` says.
 
     `feature_std` is how far the teacher's features spread over the cells of a box: the root of their variance over the cells, per
     channel, averaged over channels and valid boxes. 0 means that all cells of a box hold one vector: a collapsed teacher (or no
@@ -98,8 +98,9 @@ class TrainEngine(Protocol):
         """
 
     def loss_sums(self, micro_batches: Iterable[Batch]) -> np.ndarray:
-        """Caption and distillation loss summed over the supervised tokens and the valid boxes of some batches, `[2]`, undivided, of
-        this rank alone. Forward only: nothing changes.
+        """Caption and distillation loss summed over the supervised tokens and the valid boxes of some batches, undivided, `[2]`.
+
+        Of this rank alone, float32. Forward only: nothing changes.
         """
 
     def all_sum(self, values: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ Table = dict[str, dict[str, float]]  # task -> "samples" and the mean of each sc
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`held_out`: loss, loss_caption, loss_distill and what they are of (empty: none were computed). `table`: scores of answers."""
+    """`held_out`: loss, loss_caption, loss_distill and how many questions they are of, or nothing. `table`: scores of answers."""
 
     held_out: dict[str, float]
     table: Table

@@ -21,8 +21,8 @@ from granvit.data.batch import Batch
 from granvit.engine import NonFiniteLoss, Scalars, StepResult, TrainEngine
 from granvit.evaluate import Evaluation
 from granvit.logs import MetricsFile, TensorBoard, log
-from granvit.progress import Progress, StepTimes
 from granvit.models import PARTS
+from granvit.progress import Progress, StepTimes
 from granvit.schedule import alphas, learning_rates
 
 BAD_AFTER = 1000  # items after which data.max_bad_fraction is enforced
@@ -259,7 +259,7 @@ class Trainer:
         return bool(self.engine.all_sum(np.array([flag], np.float32))[0] > 0)
 
     def _leave_out(self, step: int, micro_batches: Sequence[Batch], error: NonFiniteLoss) -> str:
-        """Counts and logs a step that is left out, on all ranks; returns what happened and where: ranks, and this rank's records."""
+        """Counts and logs a step that is left out, on all ranks; returns what happened and where (ranks, this rank's records)."""
         records = [i for m in error.micro_batches for i in micro_batches[m].record_ids if i]
         culprit = np.zeros(self.engine.world, np.float32)
         culprit[self.engine.rank] = len(error.micro_batches)

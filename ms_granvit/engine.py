@@ -52,8 +52,8 @@ class Losses(nn.Cell):
 
 
 class MicroBatch(nn.Cell):
-    """Forward and backward; adds the gradients to the accumulators. Returns the terms so far `[3]` (caption, distillation, feature
-    variance) with its own added to them, and its own loss."""
+    """Forward and backward; adds the gradients to the accumulators. Returns the terms so far `[3]` (caption, distillation,
+    feature variance) with its own added to them, and its own loss."""
 
     def __init__(self, losses: Losses, parameters: ParameterTuple, gradients: ParameterTuple):
         super().__init__(auto_prefix=False)

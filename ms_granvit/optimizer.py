@@ -30,8 +30,8 @@ class AdamW(nn.Cell):
     def construct(self, keeps: Tensor, rates: Tensor, correction2: Tensor, grad_norm: Tensor) -> Tensor:
         """One update from the accumulated gradients, which are clipped to `clip_norm` and then zeroed.
 
-        `keeps` `[3]` holds 1 - learning_rate * weight_decay of each of `PARTS`, `rates` `[3]` their learning_rate / (1 - beta1^t);
-        `correction2` is 1 - beta2^t.
+        `keeps` `[3]` holds 1 - learning_rate * weight_decay of each of `PARTS`, `rates` `[3]` their learning_rate /
+        (1 - beta1^t); `correction2` is 1 - beta2^t.
         """
         keep, rate = (keeps[0], keeps[1], keeps[2]), (rates[0], rates[1], rates[2])
         scale = ops.minimum(self.clip_norm / (grad_norm + 1e-6), ops.ones_like(grad_norm))

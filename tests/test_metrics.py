@@ -88,8 +88,9 @@ class Parrot:
     def loss_sums(self, micro_batches):
         micro_batches = list(micro_batches)
         self.rows += [i for batch in micro_batches for i in batch.record_ids if i]
-        sums = [((b.answer_targets_BA * b.answer_weights_BA).sum(), b.boxes_BK4[b.box_weights_BK > 0].sum()) for b in micro_batches]
-        return np.sum(sums, 0).astype(np.float32)
+        answers = [(b.answer_targets_BA * b.answer_weights_BA).sum() for b in micro_batches]
+        boxes = [b.boxes_BK4[b.box_weights_BK > 0].sum() for b in micro_batches]
+        return np.array([sum(answers), sum(boxes)]).astype(np.float32)
 
     def generate(self, prompts, max_new_tokens, stop_token):
         ids = [*self.chat.answer_ids(self.answer)][:max_new_tokens]

@@ -260,10 +260,11 @@ def test_a_rank_that_dies_ends_all_and_the_log_says_which(framework, home, store
 
 @pytest.mark.parametrize("framework", ["torch", "mindspore"])
 def test_steps_that_are_not_finite_on_one_rank_are_left_out_on_all_and_the_run_recovers(framework, home, store, monkeypatch):
-    """Step 2 by itself; then one more in a row than is allowed, which stops the run; the same command ends it (in MindSpore on one
-    rank, which takes half the compiling)."""
+    """Step 2 by itself; then one more in a row than is allowed, which stops the run; the same command ends it (in MindSpore on
+    one rank, which takes half the compiling)."""
     monkeypatch.setenv("POISON", "1:2,4,5,6")
-    config, directory = configuration(home, f"nan-{framework}", store, train={"steps": 8, "skip_non_finite": 2}, data=ONE_BUCKET)
+    allowed = {"steps": 8, "skip_non_finite": 2}
+    config, directory = configuration(home, f"nan-{framework}", store, train=allowed, data=ONE_BUCKET)
     logs = home / "logs" / directory.name
     process = launch(framework, 2, config, logs, script="tests/poisoned.py")
     output, _ = process.communicate(timeout=LIMIT)

@@ -149,7 +149,8 @@ def test_a_step_that_is_not_finite_is_left_out_and_counts_as_no_update(tmp_path)
             np.testing.assert_array_equal(found, value, err_msg=name)
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    assert [line["step"] for line in lines if "loss" not in line] == [line["step"] for line in lines if "non_finite" in line] == [2, 5]
+    assert [line["step"] for line in lines if "loss" not in line] == [2, 5]
+    assert [line["step"] for line in lines if "non_finite" in line] == [2, 5]
     assert newest_checkpoint(tmp_path / "run").counters == {"questions": 2 * STEPS, "skipped": 0, "non_finite": 2}
 
     def crash(step, batch):
@@ -317,7 +318,7 @@ class Evaluations:
 
 @pytest.mark.parametrize("every, dies_in_step, dies_in_evaluation", [(4, None, None), (4, 5, None), (3, None, 6), (2, None, 9)])
 def test_evaluations_are_made_once_and_their_lines_survive_a_crash(tmp_path, every, dies_in_step, dies_in_evaluation):
-    """Step 5: behind the evaluation after 4, whose line the resumed run's cut takes. 6 and 9: between checkpoint and evaluation."""
+    """Step 5: behind the evaluation after 4, whose line the resumed run cuts off. 6 and 9: between checkpoint and evaluation."""
 
     def crash(step, batch):
         if step == dies_in_step:
