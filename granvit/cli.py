@@ -25,7 +25,7 @@ from granvit.data.chat import Chat, byte_tokenizer
 from granvit.data.images import decode, to_views
 from granvit.data.loader import Compose, Loader
 from granvit.data.prompts import Box, parse_box, question_text
-from granvit.evaluate import evaluate, evaluation_file
+from granvit.evaluate import Evaluator
 from granvit.launch import Guard, Launch, RunLock, check_launcher, check_port, detect, load_engine_class
 from granvit.logs import log, to_console, to_file
 from granvit.models import PARTS, LanguageConfig, VisionConfig, part_of
@@ -168,14 +168,10 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
     if launch.rank:
         to_file(run, launch.rank)  # only now is it certain that rank 0 holds the directory
     _log_start(config, engine, options.framework, chat, loader, writer)
+    evaluator = Evaluator(engine, config, vision, chat, run, compose) if config.eval.source else None
 
     # 4. Train.
-    trainer = Trainer(
-        config, engine, loader, run, writer,
-        should_stop=lambda: guard[0].stop_requested,
-        evaluate=(lambda step: evaluate(engine, config, vision, chat, run, step)[0]) if config.eval.source else None,
-        evaluated=lambda step: evaluation_file(run, step).exists(),
-    )  # fmt: skip
+    trainer = Trainer(config, engine, loader, run, writer, lambda: guard[0].stop_requested, evaluator)
     complete = trainer.run(checkpoint)
     log.info(f"compilations: {engine.compilations or 'none (eager)'}")
     log.info(f"run {run} is complete" if complete else f"run {run}: the same command resumes it")

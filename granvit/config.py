@@ -73,7 +73,16 @@ class DataSection(Strict):
 class TrainSection(Strict):
     """`global_batch` counts questions over all ranks, a conversation as the `data.regions_per_row` that its row could hold;
     `micro_batch` counts rows of one forward pass on one rank. `freeze` names parts that the stage would train and this run does
-    not (the encoder in sft: paper, Table 10)."""
+    not (the encoder in sft: paper, Table 10).
+
+    `loss_reduction` says how losses are averaged. `global`, the default: the sum over all supervised tokens (boxes) of the global
+    batch, divided by their number. Every token weighs the same, and neither the number of devices nor `micro_batch` enters the
+    result: a run may go on with other ones. `per_device`: the mean over micro-batches of each one's mean, as the LLaVA framework
+    computes it (cross-entropy averaged per device, gradients averaged by DDP and over accumulation steps). A token of a
+    micro-batch with few of them weighs more there. The paper trains with that framework and does not say how it averages.
+
+    `skip_non_finite`: so many steps in a row whose loss or gradient is not finite are left out; one more stops the run. Those
+    steps are in the state, so the same command goes on behind them."""
 
     global_batch: int = Field(256, gt=0)
     micro_batch: int = Field(2, gt=0)
@@ -83,11 +92,28 @@ class TrainSection(Strict):
     checkpoint_every: int = Field(1000, gt=0)
     keep_checkpoints: int = Field(3, gt=0)
     freeze: tuple[Literal["vision", "projector", "language"], ...] = ()
+    loss_reduction: Literal["global", "per_device"] = "global"
+    skip_non_finite: int = Field(3, ge=0)
+
+
+class PartSection(Strict):
+    """What one part of the model does not share with the others."""
+
+    lr: float | None = Field(None, gt=0)
+    weight_decay: float | None = Field(None, ge=0)
+
+
+class PartsSection(Strict):
+    """Learning rate and weight decay by part; what is not stated is `optimizer.lr` and `optimizer.weight_decay`."""
+
+    vision: PartSection = PartSection()
+    projector: PartSection = PartSection()
+    language: PartSection = PartSection()
 
 
 class OptimizerSection(Strict):
     """AdamW. The paper states the learning rate alone; the rest is SPEC's reading. Decay applies to matrices, never to
-    biases, norms and layer scales."""
+    biases, norms and layer scales. `parts` states what differs for single parts; they share warm-up and schedule."""
 
     lr: float = Field(1e-5, gt=0)
     warmup: float = Field(0.03, ge=0, le=1)  # share of the steps
@@ -97,6 +123,13 @@ class OptimizerSection(Strict):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(1.0, gt=0)
+    parts: PartsSection = PartsSection()
+
+    def of_part(self, part: str) -> tuple[float, float]:
+        """Learning rate (before warm-up and schedule) and weight decay of one part."""
+        own: PartSection = getattr(self.parts, part)
+        lr = self.lr if own.lr is None else own.lr
+        return lr, self.weight_decay if own.weight_decay is None else own.weight_decay
 
     @model_validator(mode="after")
     def _cools_from_a_constant(self) -> "OptimizerSection":
@@ -120,10 +153,13 @@ class DistillSection(Strict):
 
 
 class EvalSection(Strict):
-    """Generation over a held-out store every `every` steps (0: never) and at the end."""
+    """The model on a held-out store, every `every` steps (0: never) and at the end: the training's loss on about `rows` rows
+    (rounded up to whole global batches; 0: no loss), and answers to the questions of `tasks` about `images` images, scored (no
+    task: no answers)."""
 
     source: str | None = None
     every: int = Field(0, ge=0)
+    rows: int = Field(256, ge=0)
     images: int = Field(256, gt=0)
     batch: int = Field(8, gt=0)
     max_new_tokens: int = Field(64, gt=0)
@@ -203,6 +239,15 @@ class RunConfig(Strict):
         return self
 
     @model_validator(mode="after")
+    def _sets_rates_of_what_trains(self) -> "RunConfig":
+        trains = self.stage_spec.trains
+        for part in PARTS:
+            if getattr(self.optimizer.parts, part) != PartSection() and part not in trains:
+                named = ", ".join(part for part in PARTS if part in trains)
+                raise ValueError(f"optimizer.parts.{part} is stated, but this {self.stage} trains {named} alone; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _plain_asks_nothing(self) -> "RunConfig":
         spec = self.stage_spec
         asked = [task for task, share in spec.mix.items() if share > 0] + list(self.eval.tasks if self.eval.source else ())
@@ -210,7 +255,7 @@ class RunConfig(Strict):
         if spec.plain and about_regions:
             raise ValueError(
                 f"{self.stage} shows an image and then its caption, without a question: data.mix and eval.tasks cannot name "
-                f"{', '.join(about_regions)}"
+                f"{', '.join(about_regions)}; eval.tasks=[] asks for the held-out loss alone"
             )
         return self
 

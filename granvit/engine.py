@@ -15,8 +15,10 @@ Group = Literal["model", "teacher", "first_moment", "second_moment"]
 class Scalars:
     """What changes from step to step without changing the graph.
 
-    `tokens` and `boxes` are the supervised tokens and valid boxes of the GLOBAL batch (all ranks, all micro-batches): each
-    loss is a sum divided by its own count. `step` counts optimizer steps from 1 (AdamW's bias correction).
+    `step` counts the updates made so far, this one included, for AdamW's bias correction: a step that was left out
+    (`NonFiniteLoss`) is none. `learning_rate` is that of `optimizer.lr`; parts with their own scale it. `tokens` and `boxes` are
+    the supervised tokens and valid boxes of the GLOBAL batch (all ranks, all micro-batches). `means` is 0 under
+    `train.loss_reduction: global`, else the number of the global batch's micro-batches.
     """
 
     step: int
@@ -24,11 +26,32 @@ class Scalars:
     alpha: float
     tokens: float
     boxes: float
+    means: int = 0
+
+    def divisors(self, batch: Batch) -> tuple[float, float]:
+        """What the sums over one micro-batch's tokens and boxes are divided by, so that the micro-batches' shares add up to the
+        global batch's loss.
+
+        `global`: the global counts. `per_device`: the micro-batch's own counts times the number of micro-batches, as a framework
+        does that averages gradients over devices and accumulation steps, each the gradient of a mean. A micro-batch without a
+        token or without a box adds 0 to that mean and counts as one of its members.
+        """
+        if self.means:
+            return max(batch.tokens, 1) * self.means, max(batch.boxes, 1) * self.means
+        return max(self.tokens, 1), max(self.boxes, 1)
+
+
+UNDIVIDED = Scalars(step=1, learning_rate=0.0, alpha=0.0, tokens=1, boxes=1)  # losses stay sums
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of the global batch, after division by the counts. `feature_std` is the teacher's, over the valid boxes (0 without)."""
+    """Of the global batch, its losses averaged as `train.loss_reduction` says.
+
+    `feature_std` is how far the teacher's features spread over the cells of a box: the root of their variance over the cells, per
+    channel, averaged over channels and valid boxes. 0 means that all cells of a box hold one vector: a collapsed teacher (or no
+    box in the batch, or an ROI grid of one cell).
+    """
 
     loss: float
     loss_caption: float
@@ -72,6 +95,12 @@ class TrainEngine(Protocol):
         """Forward and backward over this rank's micro-batches, all-reduce (sum), clip, AdamW, EMA.
 
         Raises `NonFiniteLoss` on every rank, before any weight changes, where the global loss or gradient norm is not finite.
+        """
+
+    def loss_sums(self, micro_batches: Iterable[Batch]) -> np.ndarray:
+        """Caption and distillation loss summed over the supervised tokens and the valid boxes of some batches, undivided, `[2]`.
+
+        Of this rank alone, float32. Forward only: nothing changes.
         """
 
     def all_sum(self, values: np.ndarray) -> np.ndarray:

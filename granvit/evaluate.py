@@ -1,29 +1,129 @@
-"""Generation over a held-out store, scored: the table that a run prints and RUN/eval/step_XXXXXXX.json with every answer."""
+"""The model on held-out data: the training's loss, and answers that are scored. RUN/eval/step_XXXXXXX.json keeps both."""
 import json
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from granvit.config import RunConfig
+from granvit.config import RunConfig, Source
+from granvit.data.batch import Batch, Packer
 from granvit.data.chat import Chat
-from granvit.data.loader import held_out
-from granvit.data.store import Store
+from granvit.data.loader import Compose, Loader, held_out
+from granvit.data.store import REGIONS, Store
 from granvit.engine import TrainEngine
+from granvit.logs import log
 from granvit.metrics import SCORES, score
 from granvit.models import VisionConfig
 
 Table = dict[str, dict[str, float]]  # task -> "samples" and the mean of each score
 
 
-def evaluate(
+@dataclass(frozen=True)
+class Evaluation:
+    """`held_out`: loss, loss_caption, loss_distill and how many questions they are of, or nothing. `table`: scores of answers."""
+
+    held_out: dict[str, float]
+    table: Table
+
+
+class Evaluator:
+    """Evaluates one run on `eval.source`, once after each step that it is asked for.
+
+    The losses are of the training's objective, parts and task shares, over `eval.rows` rows: the same ones at every step, for
+    every seed and any number of ranks. What cannot be done with the store is logged and left out: losses of the tasks that it
+    does not hold, answers where it holds conversations. `ValueError` where nothing is left.
+    """
+
+    def __init__(self, engine: TrainEngine, config: RunConfig, vision: VisionConfig, chat: Chat, run: Path,
+                 compose: Compose = Packer.row):  # fmt: skip
+        self.engine, self.config, self.vision, self.chat, self.run = engine, config, vision, chat, run
+        store = Store(config.eval.source)
+        self.answers = store.kind == REGIONS and bool(config.eval.tasks)
+        if config.eval.tasks and not self.answers:
+            log.info(f"eval.source {store.path} is a {store.kind.format} store: held-out loss alone, no answers")
+        asked = {task: share for task, share in config.stage_spec.mix.items() if share > 0}
+        held = {task: share for task, share in asked.items() if task in store.kind.tasks}
+        self.loader: Loader | None = None
+        if held and config.eval.rows:
+            if len(held) < len(asked):
+                log.info(f"held-out loss of {', '.join(held)} alone: eval.source {store.path} does not hold the other tasks")
+            try:
+                self.loader = _held_out_rows(config, held, vision, chat, engine.rank, engine.world, compose)
+            except ValueError as error:
+                raise ValueError(f"eval.source {store.path}: no held-out loss can be computed ({error})") from None
+        elif config.eval.rows:
+            log.info(f"no held-out loss: eval.source {store.path} holds none of the tasks that are trained: {', '.join(asked)}")
+        if self.loader is None and not self.answers:
+            raise ValueError(
+                f"eval.source {store.path} is a {store.kind.format} store, on which a run that trains {', '.join(asked)} with "
+                f"eval.rows {config.eval.rows} and eval.tasks {list(config.eval.tasks)} cannot be evaluated"
+            )
+
+    def __call__(self, step: int) -> Evaluation | None:
+        """The evaluation after `step`. One that was kept before an interruption is read, and rank 0 alone has it."""
+        rank, path = self.engine.rank, evaluation_file(self.run, step)
+        if self.engine.all_sum(np.array([rank == 0 and path.exists()], np.float32))[0]:
+            return read_evaluation(path) if rank == 0 else None
+        losses = self._losses() if self.loader is not None else {}
+        table: Table = {}
+        predictions: list[dict[str, Any]] = []
+        if self.answers:
+            table, predictions = _answer(self.engine, self.config, self.vision, self.chat, self.run, step)
+        if rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".tmp")
+            found = {"step": step, "table": table, "held_out": losses, "predictions": predictions}
+            temporary.write_text(json.dumps(found, indent=1, allow_nan=False))
+            os.replace(temporary, path)
+        return Evaluation(losses, table)
+
+    def _losses(self) -> dict[str, float]:
+        """Losses over all held-out rows: sums over sums, each divided by its own count. A loss that is not finite is left out."""
+        counts = np.zeros(4, np.float32)  # tokens, boxes, questions, skipped
+
+        def rows() -> Iterator[Batch]:
+            for micro_batches in self.loader.batches():
+                for batch in micro_batches:
+                    counts[:] += batch.tokens, batch.boxes, batch.questions, len(batch.skipped)
+                    yield batch
+
+        sums = self.engine.loss_sums(rows())
+        caption, distill, tokens, boxes, questions, skipped = self.engine.all_sum(np.concatenate([sums, counts])).tolist()
+        if not tokens:
+            raise ValueError(f"eval.source {self.config.eval.source}: no supervised token in {self.config.eval.rows} rows")
+        caption, distill = caption / tokens, distill / max(boxes, 1)
+        losses = {"loss": caption + self.config.distill.weight * distill, "loss_caption": caption, "loss_distill": distill}
+        if not np.isfinite(list(losses.values())).all():
+            log.warning(f"the held-out loss is not finite: {losses}")
+            losses = {}
+        return losses | {"questions": questions, "skipped": skipped}
+
+
+def _held_out_rows(config: RunConfig, mix: dict, vision: VisionConfig, chat: Chat, rank: int, world: int,
+                   compose: Compose) -> Loader:  # fmt: skip
+    """The training's loader turned to `eval.source`, for as many of the first steps of its first epoch as hold `eval.rows` rows.
+
+    Rows that an epoch does not fill are of weight zero. Steps have the training's size, so that graphs are the training's shapes.
+    """
+    sources = (Source(path=config.eval.source),)
+    data = config.data.model_copy(update={"sources": sources, "mix": mix, "workers": 0})
+    train = config.train.model_copy(update={"epochs": 1, "steps": None})
+    loader = Loader(config.model_copy(update={"data": data, "train": train, "seed": 0}), vision, chat, rank, world, compose)
+    rows_per_step = config.train.global_batch // config.data.regions_per_row
+    loader.steps = min(-(-config.eval.rows // rows_per_step), loader.steps)
+    return loader
+
+
+def _answer(
     engine: TrainEngine, config: RunConfig, vision: VisionConfig, chat: Chat, run: Path, step: int
 ) -> tuple[Table, list[dict[str, Any]]]:
     """Answers the questions of `eval.tasks` about `eval.images` images of `eval.source`, shared out over the ranks.
 
-    Every rank gets the table; rank 0 gets all predictions, in the store's order, and writes both to RUN/eval. Each rank's own
-    predictions pass through a file in that directory, which all ranks must see.
+    Every rank gets the table; rank 0 gets all predictions, in the store's order. Each rank's own predictions pass through a file
+    in RUN/eval, which all ranks must see.
     """
     own: list[tuple[int, dict[str, Any]]] = []
     batches = held_out(
@@ -48,10 +148,6 @@ def evaluate(
     files = [_rank_file(folder, step, rank) for rank in range(engine.world)]
     merged = sorted((item for file in files for item in json.loads(file.read_text())), key=lambda item: item[0])
     predictions = [prediction for _, prediction in merged]
-    path = evaluation_file(run, step)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"step": step, "table": table, "predictions": predictions}, indent=1))
-    os.replace(temporary, path)
     for file in files:
         file.unlink()
     return table, predictions
@@ -60,6 +156,17 @@ def evaluate(
 def evaluation_file(run: Path, step: int) -> Path:
     """Where the evaluation after `step` is kept."""
     return run / "eval" / f"step_{step:07d}.json"
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """What an evaluation's file keeps, less the predictions; `ValueError` where it is none."""
+    try:
+        kept = json.loads(path.read_text())
+        held_out = kept.get("held_out", {})  # earlier versions kept no held-out losses
+        table = {task: {name: float(value) for name, value in scores.items()} for task, scores in kept["table"].items()}
+        return Evaluation({name: float(value) for name, value in held_out.items()}, table)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not an evaluation ({error}); move it away to do without it") from None
 
 
 def _rank_file(folder: Path, step: int, rank: int) -> Path:

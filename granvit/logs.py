@@ -42,19 +42,26 @@ def to_file(run: Path, rank: int) -> None:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one object per optimizer step, floats in Python's shortest form that reads back exactly."""
+    """`metrics.jsonl`: one object per step, floats in Python's shortest form that reads back exactly.
+
+    An object without `loss` is no step's loss: one with `non_finite` is a step that was left out, one with `held_out` follows the
+    object of the step after which the model was evaluated. `last` is the newest object (of an earlier start too), or empty.
+    """
 
     def __init__(self, path: Path, after_step: int):
         """Opens for appending behind `after_step`; later lines (of steps that a resumed run repeats) are cut off."""
         kept = []
+        self.last: dict[str, Any] = {}
         if path.exists():
             for line in path.read_text(errors="replace").splitlines():
                 try:
-                    if json.loads(line)["step"] > after_step:
+                    record = json.loads(line)
+                    if record["step"] > after_step:
                         break
                 except (ValueError, KeyError, TypeError):
                     break  # the line that a killed run was writing
                 kept.append(line + "\n")
+                self.last = record
         temporary = path.with_name(f".{path.name}.tmp")
         with open(temporary, "w") as file:
             file.writelines(kept)
@@ -64,9 +71,10 @@ class MetricsFile:
         self._file = open(path, "a")  # noqa: SIM115 (closed by close)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Appends one step's object and hands it to the system."""
+        """Appends one object and hands it to the system."""
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
+        self.last = record
 
     def close(self) -> None:
         self._file.close()

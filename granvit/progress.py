@@ -26,26 +26,30 @@ class Progress:
     def __init__(self, steps: int, log_every: int):
         self.steps, self.log_every = steps, log_every
         self.recent: deque[StepTimes] = deque(maxlen=WINDOW)
+        self.held_out: float | None = None  # the newest held-out loss
         console = Console(stderr=True)
         self.live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
         if self.live:
             self.live.start()
 
     def step(self, record: dict, times: StepTimes) -> None:
-        """Takes in one step (`record` as in metrics.jsonl) and shows it when it is due."""
+        """Takes in one step (`record` as in metrics.jsonl) and shows it when it is due; one that was left out has no losses."""
         self.recent.append(times)
+        if "loss" not in record:
+            return
         if self.live:
             self.live.update(self.line(record))
         elif record["step"] % self.log_every == 0 or record["step"] in (1, self.steps):
             log.info(self.line(record))
 
     def line(self, record: dict) -> str:
-        """Loss parts, learning rate, regions/s, tokens/s, share of time waiting for data, time left."""
+        """Loss parts, newest held-out loss, learning rate, regions/s, tokens/s, share of time waiting for data, time left."""
         seconds = max(sum(t.seconds for t in self.recent), 1e-9)
         left = (self.steps - record["step"]) * seconds / len(self.recent)
+        held_out = "" if self.held_out is None else f"held-out {self.held_out:.4f}  "
         return (
             f"step {record['step']}/{self.steps}  loss {record['loss']:.4f} = caption {record['loss_caption']:.4f}, "
-            f"distill {record['loss_distill']:.4f}  grad {record['grad_norm']:.3g}  lr {record['lr']:.3g}  "
+            f"distill {record['loss_distill']:.4f}  {held_out}grad {record['grad_norm']:.3g}  lr {record['lr']:.3g}  "
             f"{sum(t.regions for t in self.recent) / seconds:.1f} regions/s  "
             f"{sum(t.row_tokens for t in self.recent) / seconds:.0f} tokens/s  "
             f"data {sum(t.waiting for t in self.recent) / seconds:.0%}  left {_duration(left)}"

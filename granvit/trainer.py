@@ -1,7 +1,8 @@
 """The one training loop, for every stage and both frameworks.
 
 A step: this rank's micro-batches; what the global batch holds, summed over the ranks; the engine's step; one line of
-metrics; evaluation and checkpoint where they are due. Everything that ranks must agree on (counts, the wish to stop, whether a
+metrics; checkpoint and evaluation where they are due. A step whose loss is not finite is left out: it has its data and its
+line, but no update. Everything that ranks must agree on (counts, the wish to stop, whether a
 checkpoint was written) passes through `engine.all_sum`, so no rank waits for one that has left.
 """
 import time
@@ -18,7 +19,9 @@ from granvit.checkpoint.run import Checkpoint, CheckpointWriter
 from granvit.config import RunConfig
 from granvit.data.batch import Batch
 from granvit.engine import NonFiniteLoss, Scalars, StepResult, TrainEngine
+from granvit.evaluate import Evaluation
 from granvit.logs import MetricsFile, TensorBoard, log
+from granvit.models import PARTS
 from granvit.progress import Progress, StepTimes
 from granvit.schedule import alphas, learning_rates
 
@@ -66,6 +69,15 @@ class Output:
         self.board.write(record["step"], {f"train/{k}": v for k, v in record.items() if k != "step"})
         self.progress.step(record, times)
 
+    def evaluation(self, step: int, found: Evaluation) -> None:
+        """Shows and keeps what was found after `step`; metrics.jsonl has a line of its own for it, once."""
+        self.progress.held_out = found.held_out.get("loss")
+        if self.metrics.last.get("step") == step and "held_out" in self.metrics.last:
+            return
+        self.metrics.write({"step": step, "held_out": {**found.held_out, **found.table}})
+        scores = {f"{task}/{name}": value for task, of_task in found.table.items() for name, value in of_task.items()}
+        self.board.write(step, {f"eval/{name}": value for name, value in {**found.held_out, **scores}.items()})
+
     def close(self) -> None:
         self.progress.close()
         self.board.close()
@@ -75,17 +87,20 @@ class Output:
 class Trainer:
     """Drives one engine through one run.
 
-    `writer` is None on ranks other than 0. `should_stop` says whether this rank was asked to stop. `evaluate(step)` scores the
-    model on held-out data (None: the run has none); `evaluated(step)` says whether that was done before.
+    `writer` is None on ranks other than 0. `should_stop` says whether this rank was asked to stop. `evaluate` is the run's
+    `granvit.evaluate.Evaluator` (None: it has none).
+
+    `non_finite` counts the steps that were left out, over the whole run. The learning rate follows the steps, whose number is the
+    run's; AdamW's bias correction and the warm-up of the EMA rate count updates, which are the steps less those.
     """
 
     def __init__(self, config: RunConfig, engine: TrainEngine, loader: Batches, run: Path, writer: CheckpointWriter | None,
-                 should_stop: Callable[[], bool], evaluate: Callable[[int], dict[str, dict[str, float]]] | None = None,
-                 evaluated: Callable[[int], bool] = lambda step: False):  # fmt: skip
+                 should_stop: Callable[[], bool], evaluate: Callable[[int], Evaluation | None] | None = None):  # fmt: skip
         self.config, self.engine, self.loader, self.run_directory, self.writer = config, engine, loader, run, writer
-        self.should_stop, self.evaluate, self.evaluated = should_stop, evaluate, evaluated
+        self.should_stop, self.evaluate = should_stop, evaluate
         self.step = 0
-        self.questions = self.skipped = 0  # over the whole run, all ranks
+        self.questions = self.skipped = self.non_finite = 0  # over the whole run, all ranks
+        self.in_a_row = 0  # of the newest steps, how many were left out since this start
         self.skipped_here: Counter[str] = Counter()  # reasons, this rank, since its start
         self.output: Output | None = None
 
@@ -100,30 +115,35 @@ class Trainer:
         batches = self.loader.batches(self.step)
         stop = False
         try:
+            if checkpoint is not None:
+                self._evaluate()  # where the interruption came between the checkpoint and its evaluation
             for step in range(self.step + 1, steps + 1):
                 began = time.perf_counter()
                 micro_batches = next(batches)
                 waiting = time.perf_counter() - began
                 counts = self._count(micro_batches)
                 self._check_data(step, counts)
-                scalars = Scalars(step, rates[step - 1], ema_rates[step - 1], counts.tokens, counts.boxes)
+                means = engine.world * len(micro_batches) if config.train.loss_reduction == "per_device" else 0
+                update = step - self.non_finite
+                scalars = Scalars(update, rates[step - 1], ema_rates[update - 1], counts.tokens, counts.boxes, means)
+                result, left_out = None, ""
                 try:
                     result = engine.step(micro_batches, scalars)
+                    self.in_a_row = 0
                 except NonFiniteLoss as error:
-                    self._stop_non_finite(step, micro_batches, error)
+                    left_out = self._leave_out(step, micro_batches, error)
                 self.step = step
                 self.questions += int(counts.questions)
                 self.skipped += int(counts.skipped)
                 self._record(result, scalars, counts, time.perf_counter() - began, waiting)
+                if self.in_a_row > config.train.skip_non_finite:
+                    self._stop_non_finite(left_out, checkpoint)
                 stop = counts.stop > 0 and step < steps
-                if step % config.train.checkpoint_every == 0 or step == steps or stop:
+                if (step % config.train.checkpoint_every == 0 and result is not None) or step == steps or stop:
                     self._save()
-                if config.eval.every and step % config.eval.every == 0 and not stop:
-                    self._evaluate()
                 if stop:
                     log.info(f"asked to stop: saved step {step} of {steps}")
                     break
-            if not stop:
                 self._evaluate()
             self._log_skipped()
         finally:
@@ -138,6 +158,7 @@ class Trainer:
             self.engine.load(group, checkpoint.tensors(group))
         self.step = checkpoint.step
         self.questions, self.skipped = checkpoint.counters["questions"], checkpoint.counters["skipped"]
+        self.non_finite = checkpoint.counters.get("non_finite", 0)  # earlier versions left no step out
         log.info(f"resumed from {checkpoint.path}")
 
     def _count(self, micro_batches: Sequence[Batch]) -> Counts:
@@ -174,43 +195,56 @@ class Trainer:
                 f"and chat template do not match the model, or data.buckets are too short for every question"
             )
 
-    def _record(self, result: StepResult, scalars: Scalars, counts: Counts, seconds: float, waiting: float) -> None:
+    def _record(self, result: StepResult | None, scalars: Scalars, counts: Counts, seconds: float, waiting: float) -> None:
+        """One line of metrics. That of a step that was left out (`result` None) has no losses and names itself `non_finite`."""
         if self.output is None:
             return
-        variance = result.feature_std**2
-        record = {
-            "step": scalars.step,
-            "loss": result.loss,
-            "loss_caption": result.loss_caption,
-            "loss_distill": result.loss_distill,
-            "grad_norm": result.grad_norm,
-            "lr": float(scalars.learning_rate),
+        rate, rates = float(scalars.learning_rate), self.config.optimizer
+        record: dict[str, float] = {"step": self.step}
+        if result is None:
+            record["non_finite"] = 1
+        else:
+            record["loss"], record["loss_caption"] = result.loss, result.loss_caption
+            record["loss_distill"], record["grad_norm"] = result.loss_distill, result.grad_norm
+        record |= {
+            "lr": rate,
             "regions": int(counts.questions),  # questions answered, the global ones included
             "skipped": int(counts.skipped),
             "seconds": seconds,
             "tokens": int(counts.tokens),
             "boxes": int(counts.boxes),
-            "feature_std": result.feature_std,
-            "distill_relative": result.loss_distill / variance if variance > 0 else 0.0,  # to the teacher's variance
         }
+        if result is not None:
+            variance = result.feature_std**2
+            record["feature_std"] = result.feature_std
+            # To the teacher's variance: 1 is what the mean over a box's cells, put in place of each cell, would reach with `mse`.
+            record["distill_relative"] = result.loss_distill / variance if variance > 0 else 0.0
+        shares = {part: rates.of_part(part)[0] / rates.lr for part in PARTS if part in self.config.stage_spec.trains}
+        record |= {f"lr_{part}": rate * share for part, share in shares.items() if share != 1}
         self.output.step(record, StepTimes(seconds, waiting, counts.questions, counts.row_tokens))
 
     def _evaluate(self) -> None:
-        """Scores the model after the current step, unless that was done before an interruption."""
-        if self.evaluate is None or self._any_rank(self.engine.rank == 0 and self.evaluated(self.step)):
+        """Evaluates the model where that is due after the current step; what an interrupted run kept is not computed again."""
+        every = self.config.eval.every
+        due = self.step == self.loader.steps or (every and self.step % every == 0)
+        if self.evaluate is None or not due:
             return
-        for task, scores in self.evaluate(self.step).items():
-            if self.output is not None:
-                self.output.board.write(self.step, {f"eval/{task}/{name}": value for name, value in scores.items()})
-            line = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
-            log.info(f"step {self.step} held-out {task}: {line}")
+        found = self.evaluate(self.step)
+        if found is None or self.output is None:
+            return
+        self.output.evaluation(self.step, found)
+        for name, values in (("loss", found.held_out), *found.table.items()):
+            if values:
+                line = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
+                log.info(f"step {self.step} held-out {name}: {line}")
 
     def _save(self) -> None:
         """Rank 0 writes (all ranks hold the same weights); the others wait for its word, and go down with it if it fails."""
         error: Exception | None = None
         if self.writer is not None:
             try:
-                saved = self.writer.save(self.engine, self.step, {"questions": self.questions, "skipped": self.skipped})
+                counters = {"questions": self.questions, "skipped": self.skipped, "non_finite": self.non_finite}
+                saved = self.writer.save(self.engine, self.step, counters)
                 parts = "; ".join(
                     f"{name} {part.hash[:12]} ({f'moved {part.distance:.6g}' if part.trained else 'frozen'})"
                     for name, part in saved.parts.items()
@@ -224,18 +258,34 @@ class Trainer:
     def _any_rank(self, flag: bool) -> bool:
         return bool(self.engine.all_sum(np.array([flag], np.float32))[0] > 0)
 
-    def _stop_non_finite(self, step: int, micro_batches: Sequence[Batch], error: NonFiniteLoss) -> None:
-        """Keeps the state before the step, names ranks and records, stops all ranks."""
+    def _leave_out(self, step: int, micro_batches: Sequence[Batch], error: NonFiniteLoss) -> str:
+        """Counts and logs a step that is left out, on all ranks; returns what happened and where (ranks, this rank's records)."""
         records = [i for m in error.micro_batches for i in micro_batches[m].record_ids if i]
         culprit = np.zeros(self.engine.world, np.float32)
         culprit[self.engine.rank] = len(error.micro_batches)
         ranks = np.flatnonzero(self.engine.all_sum(culprit)).tolist()
-        self._save()
-        self._log_skipped()
-        here = f" records of rank {self.engine.rank}: {', '.join(records)};" if records else ""
+        self.non_finite, self.in_a_row = self.non_finite + 1, self.in_a_row + 1
+        here = f"; records of rank {self.engine.rank}: {', '.join(records)}" if records else ""
         where = f"rank(s) {', '.join(map(str, ranks))}" if ranks else "no rank's own loss (the gradient overflowed)"
-        kept = f"the state before it is saved as step {self.step}"
-        raise TrainingStopped(f"step {step}: {error}; from {where};{here} {kept}") from error
+        what = f"step {step}: {error}; from {where}{here}"
+        log.warning(f"left out: {what}")
+        return what
+
+    def _stop_non_finite(self, what: str, checkpoint: Checkpoint | None) -> None:
+        """Stops all ranks after too many steps in a row were left out, and keeps the state, in which they are counted.
+
+        Not where every step since `checkpoint` was left out: then the weights may be at fault, and a run that is restarted again
+        and again would replace its good checkpoints by copies of the same weights.
+        """
+        limit = f"train.skip_non_finite allows {self.config.train.skip_non_finite} in a row"
+        self._log_skipped()
+        if checkpoint is not None and self.step - checkpoint.step == self.in_a_row:
+            raise TrainingStopped(
+                f"{what}; {limit}, and no step since {checkpoint.path} was finite. Nothing is saved: go back to an earlier "
+                f"checkpoint by moving this one away, or raise train.skip_non_finite"
+            )
+        self._save()
+        raise TrainingStopped(f"{what}; {limit}; saved as step {self.step}: the same command goes on behind it")
 
     def _log_skipped(self) -> None:
         """Logs how much could not be used since this start, by reason, summed over the ranks, which all call it together."""

@@ -39,7 +39,8 @@ def student_features(student_BNC: Tensor, boxes_BK4: Tensor, grid: int, grids_B2
 
 def distill_sums(student_BNC: Tensor, teacher_BKggC: Tensor, boxes_BK4: Tensor, weights_BK: Tensor,
                  loss: str, grids_B2: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Summed distillation loss over the valid boxes, and the summed variance of the teacher's features (for the log), float32.
+    """Summed distillation loss over the valid boxes, and for the log the summed variance of the teacher's features: over a box's
+    cells, per channel, then averaged over the channels. Both float32.
 
     `mse`: mean over a box's elements of the squared difference. `cosine`: mean over its cells of 1 - cosine.
     """
@@ -50,7 +51,7 @@ def distill_sums(student_BNC: Tensor, teacher_BKggC: Tensor, boxes_BK4: Tensor, 
     else:
         lengths = ops.sqrt(ops.sum(ops.square(teacher), -1) * ops.sum(ops.square(student), -1) + 1e-12)
         per_box = ops.mean(1 - ops.sum(teacher * student, -1) / lengths, (2, 3))
-    centred = teacher - ops.mean(teacher, (2, 3, 4), True)
+    centred = teacher - ops.mean(teacher, (2, 3), True)
     variance = ops.mean(ops.square(centred), (2, 3, 4))
     return ops.sum(per_box * weights_BK), ops.sum(variance * weights_BK)
 

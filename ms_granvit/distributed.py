@@ -113,7 +113,8 @@ class SumOfSquares(nn.Cell):
 
 
 class ReduceGradients(nn.Cell):
-    """Sums the accumulated gradients over the ranks, in place, joined into few large all-reduces; returns their global norm."""
+    """Sums the accumulated gradients over the ranks, in place, joined into few large all-reduces, and a vector of terms beside
+    them; returns the terms with the gradients' global norm behind them, and that norm."""
 
     def __init__(self, gradients: ms.ParameterTuple, world: int):
         super().__init__(auto_prefix=False)
@@ -122,12 +123,13 @@ class ReduceGradients(nn.Cell):
         self.sum_of_squares = SumOfSquares()
         self.chunks = chunks([g.size for g in gradients])
 
-    def construct(self) -> Tensor:
+    def construct(self, terms: Tensor) -> tuple[Tensor, Tensor]:
         squares = 0.0
         if self.reduce is None:
             for i in range(len(self.gradients)):
                 squares = squares + self.sum_of_squares(self.gradients[i].reshape(-1))
-            return ops.sqrt(squares)
+            norm = ops.sqrt(squares)
+            return ops.cat((terms, norm.reshape(1))), norm
         for chunk in self.chunks:
             joined = ()
             for i in chunk:
@@ -138,7 +140,8 @@ class ReduceGradients(nn.Cell):
             for i in chunk:
                 ops.assign(self.gradients[i], flat[at : at + self.gradients[i].size].reshape(self.gradients[i].shape))
                 at += self.gradients[i].size
-        return ops.sqrt(squares)
+        norm = ops.sqrt(squares)
+        return ops.cat((self.reduce(terms), norm.reshape(1))), norm
 
 
 def finalise(world: int) -> None:

@@ -1,8 +1,8 @@
 """The MindSpore engine: one training step in static graphs, state in and out, generation (see `granvit.engine.TrainEngine`).
 
 A step launches four graphs: `micro_batch` (forward, backward, accumulate; compiled once per row shape), `reduce` (sum over
-the ranks, global norm), `update` (clip, AdamW) and `ema`. Between the second and the third the host looks whether the loss and
-the norm are finite. What changes from step to step enters as tensors, so nothing is compiled again.
+the ranks, global norm), `update` (clip, AdamW) and `ema`. Between the second and the third the host reads loss and norm, once,
+and looks whether they are finite. What changes from step to step enters as tensors, so nothing is compiled again.
 """
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -12,8 +12,8 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
-from granvit.engine import Group, NonFiniteLoss, Scalars, StepResult
-from granvit.models import LanguageConfig, VisionConfig, part_of
+from granvit.engine import UNDIVIDED, Group, NonFiniteLoss, Scalars, StepResult
+from granvit.models import PARTS, LanguageConfig, VisionConfig, part_of
 from ms_granvit import distributed
 from ms_granvit.arrays import DTYPES, fill, to_numpy, to_tensor
 from ms_granvit.distill import EMA, distill_sums, teacher_features
@@ -37,7 +37,8 @@ class Losses(nn.Cell):
     def construct(self, pixels_B3RR, image_weights_B, token_ids_BS, positions_BS, segments_BS, image_positions_BN,
                   answer_positions_BA, answer_targets_BA, answer_weights_BA, tokens, boxes=None, boxes_BK4=None,
                   box_weights_BK=None, crops_BK3rr=None, grids_B2=None):  # fmt: skip
-        """Loss, caption loss, distillation loss, variance of the teacher's features: each a sum over the global count."""
+        """Loss, caption loss, distillation loss: the batch's sums over `tokens` and `boxes` (`Scalars.divisors`). Summed variance
+        of the teacher's features."""
         logits, top = self.model(
             pixels_B3RR, image_weights_B, token_ids_BS, positions_BS, segments_BS, image_positions_BN, answer_positions_BA
         )
@@ -47,22 +48,35 @@ class Losses(nn.Cell):
         target = teacher_features(self.teacher, crops_BK3rr, self.grid)
         distill, variance = distill_sums(top, target, boxes_BK4, box_weights_BK, self.kind, grids_B2)
         distill = distill / boxes
-        return caption + self.weight * distill, caption, distill, variance / boxes
+        return caption + self.weight * distill, caption, distill, variance
 
 
 class MicroBatch(nn.Cell):
-    """Forward and backward; adds the gradients to the accumulators and returns the loss and its terms, `[4]`."""
+    """Forward and backward; adds the gradients to the accumulators. Returns the terms so far `[3]` (caption, distillation,
+    feature variance) with its own added to them, and its own loss."""
 
     def __init__(self, losses: Losses, parameters: ParameterTuple, gradients: ParameterTuple):
         super().__init__(auto_prefix=False)
         self.losses, self.parameters, self.gradients = losses, parameters, gradients
         self.differentiate = ms.value_and_grad(losses, None, parameters, has_aux=True)
 
-    def construct(self, *inputs):
-        terms, gradients = self.differentiate(*inputs)
+    def construct(self, terms: Tensor, *inputs) -> tuple[Tensor, Tensor]:
+        (loss, caption, distill, variance), gradients = self.differentiate(*inputs)
         for i in range(len(self.gradients)):
             ops.assign_add(self.gradients[i], gradients[i])
-        return ops.stack(terms)
+        return terms + ops.stack((caption, distill, variance)), loss
+
+
+class LossSums(nn.Cell):
+    """Forward alone: the sums so far `[2]` (caption, distillation) with a batch's added to them."""
+
+    def __init__(self, losses: Losses):
+        super().__init__(auto_prefix=False)
+        self.losses = losses
+
+    def construct(self, sums: Tensor, *inputs) -> Tensor:
+        _, caption, distill, _ = self.losses(*inputs)
+        return sums + ops.stack((caption, distill))
 
 
 class Engine:
@@ -101,6 +115,7 @@ class Engine:
         self.gradients = self.trained.clone("gradient", init="zeros")
         own_grid = config.crop_size(vision) // vision.patch_size
         self.micro_batch = MicroBatch(Losses(self.model, self.teacher, config, own_grid), self.trained, self.gradients)
+        self.held_out = LossSums(self.micro_batch.losses)
         self.reduce = distributed.ReduceGradients(self.gradients, self.world)
         self.update = AdamW(self.trained, self.gradients, config.optimizer)
         self.ema = None if self.teacher is None else EMA(self.teacher, self.model.vision)
@@ -112,41 +127,56 @@ class Engine:
         """How often each graph was compiled: MindSpore's own cache, which holds one entry for each."""
         graphs = {
             "micro_batch": self.micro_batch, "reduce": self.reduce, "update": self.update, "ema": self.ema, "all_sum": self.sum,
-            "prefill": self.prefill, "decode": self.decode,
+            "held_out": self.held_out, "prefill": self.prefill, "decode": self.decode,
         }  # fmt: skip
         return {name: len(graph.compile_cache) for name, graph in graphs.items() if graph is not None and graph.compile_cache}
 
     memory = staticmethod(distributed.memory)
 
     def step(self, micro_batches: Sequence[Batch], scalars: Scalars) -> StepResult:
-        """Forward and backward over the micro-batches, sum over ranks, clip, AdamW, EMA."""
-        own = [self.micro_batch(*self.inputs(batch, scalars)) for batch in micro_batches]
-        own = np.stack([terms.asnumpy() for terms in own])
-        _, caption, distill, variance = map(float, self.all_sum(own.sum(0)))
-        grad_norm = self.reduce()
-        loss, norm = caption + self.config.distill.weight * distill, float(grad_norm.asnumpy())
+        """Forward and backward over the micro-batches, sum over ranks, clip, AdamW, EMA.
+
+        The device is read once, before the update; where the loss is not finite, its micro-batches' losses are read as well.
+        """
+        terms, own_losses = Tensor(np.zeros(3, np.float32)), []
+        for batch in micro_batches:
+            terms, own = self.micro_batch(terms, *self.inputs(batch, scalars))
+            own_losses.append(own)
+        read, grad_norm = self.reduce(terms)
+        caption, distill, variance, norm = read.asnumpy().tolist()
+        loss = caption + self.config.distill.weight * distill
         if not np.isfinite([loss, norm]).all():
             for gradient in self.gradients:
                 gradient.set_data(ops.zeros_like(gradient))
-            culprits = np.flatnonzero(~np.isfinite(own[:, 0])).tolist()
+            culprits = [i for i, own in enumerate(own_losses) if not np.isfinite(own.asnumpy())]
             raise NonFiniteLoss(f"loss {loss}, gradient norm {norm}", culprits)
         c, t = self.config.optimizer, scalars.step
-        rates = 1 - scalars.learning_rate * c.weight_decay, scalars.learning_rate / (1 - c.betas[0] ** t), 1 - c.betas[1] ** t
-        self.update(*map(scalar, rates), grad_norm)
+        own_rates, decays = np.array([c.of_part(part) for part in PARTS]).T
+        rates = scalars.learning_rate * (own_rates / c.lr)
+        per_part = (1 - rates * decays, rates / (1 - c.betas[0] ** t))
+        self.update(*(Tensor(values.astype(np.float32)) for values in per_part), scalar(1 - c.betas[1] ** t), grad_norm)
         if self.ema is not None:
             self.ema(scalar(scalars.alpha), scalar(1 - scalars.alpha))
-        return StepResult(loss, caption, distill, norm, variance**0.5)
+        return StepResult(loss, caption, distill, norm, (variance / max(scalars.boxes, 1)) ** 0.5)
 
     def inputs(self, batch: Batch, scalars: Scalars) -> list[Tensor]:
+        tokens, boxes = map(np.float32, scalars.divisors(batch))
         arrays = [
             batch.pixels_B3RR, batch.image_weights_B, batch.token_ids_BS, batch.positions_BS, batch.segments_BS,
             batch.image_positions_BN, batch.answer_positions_BA, batch.answer_targets_BA, batch.answer_weights_BA,
-            np.float32(max(scalars.tokens, 1)),
+            tokens,
         ]  # fmt: skip
         if self.teacher is not None:
-            arrays += [np.float32(max(scalars.boxes, 1)), batch.boxes_BK4, batch.box_weights_BK, batch.crops_BK3rr]
+            arrays += [boxes, batch.boxes_BK4, batch.box_weights_BK, batch.crops_BK3rr]
             arrays += [] if batch.grids_B2 is None else [batch.grids_B2]
         return [Tensor(array) for array in arrays]
+
+    def loss_sums(self, micro_batches: Iterable[Batch]) -> np.ndarray:
+        """Caption and distillation loss summed over tokens and boxes, `[2]`; the device is read once."""
+        sums = Tensor(np.zeros(2, np.float32))
+        for batch in micro_batches:
+            sums = self.held_out(sums, *self.inputs(batch, UNDIVIDED))
+        return sums.asnumpy()
 
     def all_sum(self, values: np.ndarray) -> np.ndarray:
         """Sum of a small float32 vector over the ranks."""

@@ -36,7 +36,8 @@ def student_features(student_BNC: Tensor, boxes_BK4: Tensor, grid: int, grids_B2
 
 def distill_sums(student_BNC: Tensor, teacher_BKggC: Tensor, boxes_BK4: Tensor, weights_BK: Tensor,
                  loss: str, grids_B2: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Summed distillation loss over the valid boxes, and the summed variance of the teacher's features (for the log), float32.
+    """Summed distillation loss over the valid boxes, and for the log the summed variance of the teacher's features: over a box's
+    cells, per channel, then averaged over the channels. Both float32.
 
     `mse`: mean over a box's elements of the squared difference. `cosine`: mean over its cells of 1 - cosine.
     """
@@ -48,7 +49,7 @@ def distill_sums(student_BNC: Tensor, teacher_BKggC: Tensor, boxes_BK4: Tensor, 
         lengths = (teacher.square().sum(-1) * student.square().sum(-1) + 1e-12).sqrt()
         per_box = (1 - (teacher * student).sum(-1) / lengths).mean((2, 3))
     weights = weights_BK.to(per_box.dtype)
-    return (per_box * weights).sum(), (teacher.var((2, 3, 4), correction=0) * weights).sum()
+    return (per_box * weights).sum(), (teacher.var((2, 3), correction=0).mean(-1) * weights).sum()
 
 
 @torch.no_grad()

@@ -1,5 +1,10 @@
-"""Data parallelism under torchrun: the process group, and sums over ranks."""
+"""Data parallelism under torchrun: the process group, and sums over ranks.
+
+Gradients are summed on the devices. Small vectors of the host (counts, flags) are summed by gloo, so that they neither wait for
+the device nor are copied to it.
+"""
 import os
+from functools import cache
 
 import numpy as np
 import torch
@@ -49,12 +54,22 @@ def all_sum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def all_sum(values: np.ndarray, device: str) -> np.ndarray:
-    """Sum of a small float32 vector over the ranks."""
-    return all_sum_(torch.from_numpy(values.astype(np.float32)).to(device)).cpu().numpy()
+def all_sum(values: np.ndarray) -> np.ndarray:
+    """Sum of a small float32 vector of the host over the ranks, which call it together."""
+    values = torch.from_numpy(values.astype(np.float32))
+    if dist.is_initialized():
+        dist.all_reduce(values, group=_host_group())
+    return values.numpy()
+
+
+@cache
+def _host_group() -> dist.ProcessGroup | None:
+    """The group of all ranks that sums on the host; None, which means the default one, where that one does."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 def finalise() -> None:
     """Leaves the process group."""
     if dist.is_initialized():
+        _host_group.cache_clear()
         dist.destroy_process_group()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
-from granvit.engine import Group, NonFiniteLoss, Scalars, StepResult
+from granvit.engine import UNDIVIDED, Group, NonFiniteLoss, Scalars, StepResult
 from granvit.models import LanguageConfig, VisionConfig, part_of
 from pt_granvit import distributed
 from pt_granvit.arrays import DTYPES, fill, to_numpy, to_torch
@@ -53,7 +53,10 @@ class Engine:
     memory = staticmethod(distributed.memory)
 
     def step(self, micro_batches: Sequence[Batch], scalars: Scalars) -> StepResult:
-        """Forward and backward over the micro-batches, sum over ranks, clip, AdamW, EMA."""
+        """Forward and backward over the micro-batches, sum over ranks, clip, AdamW, EMA.
+
+        The device is read once, before the update; where the loss is not finite, once more for the culprits.
+        """
         sums = self.trained.values.new_zeros(3)  # caption, distillation, feature variance
         own_losses = []
         for batch in micro_batches:
@@ -64,39 +67,49 @@ class Engine:
         distributed.all_sum_(sums)
         distributed.all_sum_(self.trained.gradients)
         grad_norm = self.trained.gradient_norm()
-        caption, distill, variance = sums.tolist()
+        caption, distill, variance, norm = torch.cat((sums, grad_norm.reshape(1))).tolist()
         loss = caption + self.config.distill.weight * distill
-        if not np.isfinite([loss, grad_norm.item()]).all():
+        if not np.isfinite([loss, norm]).all():
             self.trained.gradients.zero_()
-            culprits = [i for i, own in enumerate(own_losses) if not torch.isfinite(own)]
-            raise NonFiniteLoss(f"loss {loss}, gradient norm {grad_norm.item()}", culprits)
+            culprits = np.flatnonzero(~np.isfinite(torch.stack(own_losses).tolist())).tolist()
+            raise NonFiniteLoss(f"loss {loss}, gradient norm {norm}", culprits)
         self.optimizer.step(scalars.step, scalars.learning_rate, grad_norm)
         if self.teacher is not None:
             ema_(list(self.teacher.parameters()), list(self.model.vision.parameters()), scalars.alpha)
-        return StepResult(loss, caption, distill, grad_norm.item(), variance**0.5)
+        return StepResult(loss, caption, distill, norm, (variance / max(scalars.boxes, 1)) ** 0.5)
 
     def losses(self, batch: Batch, scalars: Scalars) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss, caption loss, distillation loss, variance of the teacher's features: the batch's sums over the global counts."""
+        """Loss, caption loss, distillation loss: the batch's sums over `Scalars.divisors`. Summed variance of the teacher's
+        features."""
         logits, top = self.model(
             self._put(batch.pixels_B3RR), self._put(batch.image_weights_B), self._ids(batch.token_ids_BS),
             self._ids(batch.positions_BS), self._ids(batch.segments_BS), self._ids(batch.image_positions_BN),
             self._ids(batch.answer_positions_BA),
         )  # fmt: skip
-        caption = caption_sum(logits, self._ids(batch.answer_targets_BA), self._put(batch.answer_weights_BA))
-        caption = caption / max(scalars.tokens, 1)
+        tokens, boxes = scalars.divisors(batch)
+        caption = caption_sum(logits, self._ids(batch.answer_targets_BA), self._put(batch.answer_weights_BA)) / tokens
         if self.teacher is None:
             return caption, caption, torch.zeros_like(caption), torch.zeros_like(caption)
         own_grid = self.config.crop_size(self.vision) // self.vision.patch_size
         target = teacher_features(self.teacher, self._put(batch.crops_BK3rr), self.config.distill.grid or own_grid)
-        boxes, weights = self._put(batch.boxes_BK4), self._put(batch.box_weights_BK)
+        boxes_BK4, weights_BK = self._put(batch.boxes_BK4), self._put(batch.box_weights_BK)
         grids = () if batch.grids_B2 is None else (self._ids(batch.grids_B2),)
-        sums = distill_sums(top, target, boxes, weights, self.config.distill.loss, *grids)
-        distill, variance = (total / max(scalars.boxes, 1) for total in sums)
+        distill, variance = distill_sums(top, target, boxes_BK4, weights_BK, self.config.distill.loss, *grids)
+        distill = distill / boxes
         return caption + self.config.distill.weight * distill, caption, distill, variance
+
+    @torch.no_grad()
+    def loss_sums(self, micro_batches: Iterable[Batch]) -> np.ndarray:
+        """Caption and distillation loss summed over tokens and boxes, `[2]`; the device is read once."""
+        sums = self.trained.values.new_zeros(2)
+        for batch in micro_batches:
+            _, caption, distill, _ = self.losses(batch, UNDIVIDED)
+            sums += torch.stack((caption, distill))
+        return to_numpy(sums)
 
     def all_sum(self, values: np.ndarray) -> np.ndarray:
         """Sum of a small float32 vector over the ranks."""
-        return distributed.all_sum(values, self.device)
+        return distributed.all_sum(values)
 
     def tensors(self, group: Group) -> Iterator[tuple[str, np.ndarray]]:
         """One group's tensors under the parameters' names."""
@@ -127,7 +140,11 @@ class Engine:
         return self.trained.views(moment)
 
     def _put(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+        return self._to_device(torch.from_numpy(array))
 
     def _ids(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).long().to(self.device)
+        return self._to_device(torch.from_numpy(array).long())
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        """A copy that the host does not wait for, where the device is CUDA's."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device == "cuda" else tensor.to(self.device)

@@ -4,11 +4,13 @@ Every trained parameter, its gradient and its two moments are views into flat bu
 update are each one pass over memory.
 """
 from collections.abc import Iterable
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from granvit.config import OptimizerSection
+from granvit.models import part_of
 
 
 class FlatParameters:
@@ -39,23 +41,35 @@ class FlatParameters:
 
 
 class AdamW:
-    """Decoupled weight decay (Loshchilov & Hutter 2019), bias-corrected, on float32 masters."""
+    """Decoupled weight decay (Loshchilov & Hutter 2019), bias-corrected, on float32 masters; parts may have their own rates."""
 
     def __init__(self, parameters: FlatParameters, config: OptimizerSection):
         self.parameters, self.config = parameters, config
         self.first_moment = torch.zeros_like(parameters.values)
         self.second_moment = torch.zeros_like(parameters.values)
+        self.slices: list[tuple[slice, float, float]] = []  # of the flat buffer: share of the learning rate, weight decay
+        first = 0
+        for (rate, decay), members in groupby(parameters.named, lambda named: config.of_part(part_of(named[0]))):
+            last = first + sum(p.numel() for _, p in members)
+            self.slices.append((slice(first, last), rate / config.lr, decay))
+            first = last
 
     @torch.no_grad()
     def step(self, step: int, learning_rate: float, grad_norm: Tensor) -> None:
-        """One update from the accumulated gradients, which are clipped to `clip_norm` and then zeroed; `step` counts from 1."""
+        """One update from the accumulated gradients, which are clipped to `clip_norm` and then zeroed.
+
+        `step` counts updates from 1; `learning_rate` is that of `optimizer.lr` now.
+        """
         c, p = self.config, self.parameters
         g, m, v = p.gradients, self.first_moment, self.second_moment
         g.mul_((c.clip_norm / (grad_norm + 1e-6)).clamp(max=1.0))
         m.lerp_(g, 1 - c.betas[0])
         v.mul_(c.betas[1]).addcmul_(g, g, value=1 - c.betas[1])
-        if c.weight_decay:
-            p.values[: p.decayed].mul_(1 - learning_rate * c.weight_decay)
         correction1, correction2 = 1 - c.betas[0] ** step, 1 - c.betas[1] ** step
-        p.values.addcdiv_(m, (v / correction2).sqrt_().add_(c.eps), value=-learning_rate / correction1)
+        denominator = (v / correction2).sqrt_().add_(c.eps)
+        for own, share, decay in self.slices:
+            rate = learning_rate * share
+            if decay:
+                p.values[own.start : min(own.stop, p.decayed)].mul_(1 - rate * decay)
+            p.values[own].addcdiv_(m[own], denominator[own], value=-rate / correction1)
         g.zero_()

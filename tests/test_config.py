@@ -90,6 +90,12 @@ def test_stage_1_starts_from_the_projectors_run_or_says_how_to_do_without(config
     assert "model.weights_vision: no directory weights/siglip2-so400m-patch16-512" in capsys.readouterr().err
 
 
+def test_a_part_has_the_rates_it_states_and_else_the_others():
+    stated = ["optimizer.parts.vision.lr=2e-6", "optimizer.parts.language.weight_decay=0.1"]
+    rates = load_config(CONFIGS / "sft.yaml", stated).optimizer
+    assert [rates.of_part(part) for part in ("vision", "projector", "language")] == [(2e-6, 0.0), (1e-5, 0.0), (1e-5, 0.1)]
+
+
 @pytest.mark.parametrize(
     "stage, override, message",
     [
@@ -97,6 +103,8 @@ def test_stage_1_starts_from_the_projectors_run_or_says_how_to_do_without(config
         ("projector", "train.freeze=[projector]", "train.freeze leaves projector nothing to train"),
         ("stage1", "train.freeze=[vision]", "self-distillation trains it; state distill.weight 0"),
         ("sft", "train.freeze=[teacher]", r"train.freeze.0: Input should be 'vision', 'projector' or 'language'"),
+        ("stage2", "optimizer.parts.vision.lr=1e-6", r"optimizer\.parts\.vision is stated, but this stage2 trains projector, la"),
+        ("sft", "optimizer.parts={vison: {lr: 1e-6}}", "unknown key 'optimizer.parts.vison'; did you mean"),
         ("projector", "data.mix={global: 1.0, bbox2caption: 0.1}", "without a question: .* cannot name bbox2caption"),
         ("projector", "eval.source=data_store/held_out", "cannot name bbox2caption, caption2bbox"),
         ("sft", "eval.tasks=[conversation]", "eval.tasks.0"),

@@ -303,6 +303,7 @@ def test_the_card_tells_the_runs_and_what_they_measured(tmp_path, published):
     moved = dict(newest_checkpoint(first).tensors("model"))
     run = write_run(tmp_path / "stage-two", start=moved, stage="stage2", model={"init_from": str(first)})
     lines = [{"step": s, "loss": s / 2, "loss_caption": s / 4, "loss_distill": 0.0} for s in (1, 2, 3)]  # 3: after the checkpoint
+    lines[2:2] = [{"step": 2, "held_out": {"loss": 9.0}}]  # an evaluation is not a step
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
     (run / "eval").mkdir()
     for step, score in ((1, 0.1), (2, 0.25), (3, 0.9)):

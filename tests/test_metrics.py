@@ -2,11 +2,12 @@
 import json
 import string
 import unicodedata
+from collections import Counter
 
 import numpy as np
 import pytest
 
-from granvit.evaluate import evaluate, evaluation_file
+from granvit.evaluate import Evaluator, evaluation_file, read_evaluation
 from granvit.metrics import SCORES, exact_match, iou, rouge_l, rouge_l_ascii, score, words
 from granvit.stages import REGION_TASKS
 from tests.helpers import run_config
@@ -123,7 +124,14 @@ class Parrot:
 
     def __init__(self, chat, answer: str, rank: int = 0, world: int = 1, other: list | None = None):
         self.chat, self.answer, self.rank, self.world, self.others = chat, answer, rank, world, other or []
-        self.sent = []
+        self.sent, self.rows = [], []
+
+    def loss_sums(self, micro_batches):
+        micro_batches = list(micro_batches)
+        self.rows += [i for batch in micro_batches for i in batch.record_ids if i]
+        answers = [(b.answer_targets_BA * b.answer_weights_BA).sum() for b in micro_batches]
+        boxes = [b.boxes_BK4[b.box_weights_BK > 0].sum() for b in micro_batches]
+        return np.array([sum(answers), sum(boxes)]).astype(np.float32)
 
     def generate(self, prompts, max_new_tokens, stop_token):
         ids = [*self.chat.answer_ids(self.answer)][:max_new_tokens]
@@ -138,19 +146,56 @@ class Parrot:
 def test_two_ranks_evaluate_what_one_does(store, vision, chat, tmp_path):
     """Rank 1 first: its sums are played to rank 0, which finds rank 1's file beside its own and merges."""
     tasks = ["global", "bbox2caption", "caption2bbox"]
-    config = run_config(eval={"source": str(store.path), "images": 7, "batch": 3, "max_new_tokens": 40, "tasks": tasks})
-    single, predictions = evaluate(Parrot(chat, "[0.1, 0.1, 0.9, 0.9]"), config, vision, chat, tmp_path / "one", 5)
+    config = run_config(
+        data={"buckets": [{"length": 400, "answers": 96}, {"length": 480, "answers": 128}]},
+        train={"global_batch": 8, "micro_batch": 2},
+        distill={"weight": 0.5},
+        eval={"source": str(store.path), "images": 7, "batch": 3, "max_new_tokens": 40, "tasks": tasks, "rows": 10},
+    )
+    alone = Parrot(chat, "[0.1, 0.1, 0.9, 0.9]")
+    single = Evaluator(alone, config, vision, chat, tmp_path / "one")(5)
     second = Parrot(chat, "[0.1, 0.1, 0.9, 0.9]", 1, 2)
-    evaluate(second, config, vision, chat, tmp_path / "two", 5)
+    Evaluator(second, config, vision, chat, tmp_path / "two")(5)
     first = Parrot(chat, "[0.1, 0.1, 0.9, 0.9]", 0, 2, second.sent)
-    double, merged = evaluate(first, config, vision, chat, tmp_path / "two", 5)
+    evaluator = Evaluator(first, config, vision, chat, tmp_path / "two")
+    double = evaluator(5)
+    assert Counter(alone.rows) == Counter(first.rows + second.rows) and len(alone.rows) == 12  # 10, in whole batches of 4
+    assert first.rows and second.rows
+    assert double.held_out == pytest.approx(single.held_out, rel=1e-6) and single.held_out["questions"] > 12
+    assert single.held_out["loss"] == single.held_out["loss_caption"] + 0.5 * single.held_out["loss_distill"]
     for task in tasks:
-        assert double[task] == pytest.approx(single[task], rel=1e-6)
-    assert merged == predictions and len(predictions) > 10
+        assert double.table[task] == pytest.approx(single.table[task], rel=1e-6)
+    single = single.table
     assert [p.name for p in (tmp_path / "two/eval").iterdir()] == ["step_0000005.json"]
-    written = json.loads(evaluation_file(tmp_path / "two", 5).read_text())
-    assert written["table"] == double and written["predictions"] == json.loads(json.dumps(predictions))
+    written, of_one = (json.loads(evaluation_file(tmp_path / name, 5).read_text()) for name in ("two", "one"))
+    predictions = written["predictions"]
+    assert written["table"] == double.table and predictions == of_one["predictions"] and len(predictions) > 10
+    first.rows.clear()
+    assert read_evaluation(evaluation_file(tmp_path / "two", 5)) == double
+    first.others = []
+    assert evaluator(5) == double and not first.rows, "an evaluation that was kept is read"
     boxes = [p for p in predictions if p["task"] == "caption2bbox"]
     expected = np.mean([iou((0.1, 0.1, 0.9, 0.9), p["box"]) >= 0.5 for p in boxes])
     assert single["caption2bbox"]["acc_iou50"] == pytest.approx(expected)
     assert {p["answer"] for p in predictions} == {"[0.1, 0.1, 0.9, 0.9]"}
+
+
+def test_what_a_held_out_store_cannot_answer_is_left_out_or_refused(store, chat_store, vision, chat, tmp_path):
+    """Conversations have a loss alone; regions in a stage of conversations answers alone; nothing in common is an error."""
+    made = {"train": {"global_batch": 2}, "data": {"regions_per_row": 1, "buckets": [{"length": 480, "answers": 128}]}}
+
+    def evaluator(stage, source, **evaluation):
+        held = {"source": str(source.path), "images": 2, "max_new_tokens": 4, "rows": 4, **evaluation}
+        config = run_config(stage=stage, eval=held, **made)
+        return Evaluator(Parrot(chat, "no"), config, vision, chat, tmp_path / f"{stage}-{source.kind.format}")
+
+    talk = evaluator("sft", chat_store)(1)
+    assert talk.table == {} and talk.held_out["loss"] == talk.held_out["loss_caption"] > 0 == talk.held_out["loss_distill"]
+    regions = evaluator("sft", store)(1)
+    assert regions.held_out == {} and set(regions.table) == {"bbox2caption", "caption2bbox"}
+    assert evaluator("stage1", store, rows=0)(1).held_out == {}
+    assert evaluator("stage2", store, tasks=[])(1).table == {}
+    with pytest.raises(ValueError, match=r"eval\.source .* is a granvit-conversations store, on which a run that trains global"):
+        evaluator("stage1", chat_store)
+    with pytest.raises(ValueError, match=r"eval\.rows 4 and eval\.tasks \[\] cannot be evaluated"):
+        evaluator("sft", store, tasks=[])

@@ -32,8 +32,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def command(framework: str, ranks: int, config: Path, logs: Path, *overrides: str, port: int | None = None) -> list[str]:
-    script = [str(ROOT / "scripts" / "stage1.py"), "--framework", framework, "--config", str(config), *overrides]
+def command(framework: str, ranks: int, config: Path, logs: Path, *overrides: str, port: int | None = None,
+            script: str = "scripts/stage1.py") -> list[str]:  # fmt: skip
+    script = [str(ROOT / script), "--framework", framework, "--config", str(config), *overrides]
     port = port or free_port()
     if ranks == 1:
         return [sys.executable, *script]
@@ -258,11 +259,35 @@ def test_a_rank_that_dies_ends_all_and_the_log_says_which(framework, home, store
 
 
 @pytest.mark.parametrize("framework", ["torch", "mindspore"])
-def test_a_loss_that_is_not_finite_names_rank_step_and_records_and_keeps_the_state(framework, home, store):
-    config, directory = configuration(home, f"nan-{framework}", store, optimizer={"lr": 1e30, "warmup": 0.0}, data=ONE_BUCKET)
-    process = launch(framework, 1, config, home / "logs" / directory.name)
+def test_steps_that_are_not_finite_on_one_rank_are_left_out_on_all_and_the_run_recovers(framework, home, store, monkeypatch):
+    """Step 2 by itself; then one more in a row than is allowed, which stops the run; the same command ends it (in MindSpore on
+    one rank, which takes half the compiling)."""
+    monkeypatch.setenv("POISON", "1:2,4,5,6")
+    allowed = {"steps": 8, "skip_non_finite": 2}
+    config, directory = configuration(home, f"nan-{framework}", store, train=allowed, data=ONE_BUCKET)
+    logs = home / "logs" / directory.name
+    process = launch(framework, 2, config, logs, script="tests/poisoned.py")
     output, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 1
-    done = len(metrics(directory))
-    assert f"step {done + 1}: loss" in output and "rank(s) 0" in output and "image" in output
-    assert (directory / "checkpoints" / f"step_{done:07d}" / "state.json").exists()
+    assert "step 6: loss nan" in output and "rank(s) 1" in output and "saved as step 6" in output, output[-4000:]
+    log = (directory / "log" / "rank_00001.txt").read_text()
+    assert "left out: step 2: loss nan" in log and "; records of rank 1: image" in log
+    assert [line["step"] for line in metrics(directory) if "loss" not in line] == [2, 4, 5, 6]
+    run(framework, 2 if framework == "torch" else 1, config, logs, script="tests/poisoned.py")
+    lines = metrics(directory)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert [line["step"] for line in lines if "non_finite" in line] == [2, 4, 5, 6]
+    state = json.loads((directory / "checkpoints" / "step_0000008" / "state.json").read_text())
+    assert state["counters"]["non_finite"] == 4
+
+
+def test_per_device_is_the_same_on_two_ranks_as_in_two_micro_batches(home, store):
+    """And another loss than the global one, with which it shares data and start weights."""
+    curves = []
+    for ranks, reduction in ((1, "per_device"), (2, "per_device"), (1, "global")):
+        config, directory = configuration(home, f"{reduction}{ranks}", store, data=ONE_BUCKET,
+                                          train={"steps": 3, "loss_reduction": reduction})  # fmt: skip
+        run("torch", ranks, config, home / "logs" / directory.name)
+        curves.append(metrics(directory))
+    assert_curves_agree(curves[1], curves[0], 1e-5)
+    assert abs(curves[0][0]["loss_caption"] / curves[2][0]["loss_caption"] - 1) > 1e-4

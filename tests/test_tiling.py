@@ -296,7 +296,7 @@ def test_both_stages_train_evaluate_and_answer(framework, tmp_path):
         )
         (tmp_path / f"{stage}.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
         said = run_script(f"{stage}.py", "--framework", framework, "--config", str(tmp_path / f"{stage}.yaml"))
-        assert "is complete" in said and ("held-out caption2bbox" in said) == scored, said
+        assert "is complete" in said and ("held-out caption2bbox" in said) == ("held-out loss" in said) == scored, said
         assert framework == "torch" or "'micro_batch': 1," in said, said
     (tmp_path / "picture.png").write_bytes(encoded_image(77, 33))
     said = run_script("predict.py", "--framework", framework, "--run", str(tmp_path / "stage2"), "--text", "a cup",

@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from granvit import trainer as trainer_module
 from granvit.checkpoint.pretrained import start_weights
 from granvit.checkpoint.run import CheckpointNotSaved, CheckpointWriter, newest_checkpoint
 from granvit.config import DistillSection, OptimizerSection, language_config, vision_config
+from granvit.evaluate import Evaluation
 from granvit.logs import MetricsFile
 from granvit.schedule import alphas, learning_rates
 from granvit.trainer import Trainer, TrainingStopped
@@ -59,9 +61,18 @@ def uninterrupted(tmp_path):
 def test_a_run_writes_every_step_and_keeps_the_newest_checkpoints(uninterrupted):
     lines = metrics(uninterrupted)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert not [name for name in lines[0] if name.startswith("lr_")]
     assert list(lines[0])[:8] == ["step", "loss", "loss_caption", "loss_distill", "grad_norm", "lr", "regions", "skipped"]
     assert sorted(p.name for p in (uninterrupted / "checkpoints").iterdir()) == ["step_0000006", "step_0000009"]
     assert list((uninterrupted / "tensorboard").iterdir())
+
+
+def test_the_rates_of_parts_that_differ_are_in_the_metrics(tmp_path):
+    parts = {"vision": {"lr": 2e-3}, "projector": {"weight_decay": 0.5}}
+    trainer, _ = trainer_in(tmp_path, configuration(optimizer={"lr": 1e-2, "parts": parts}))
+    trainer.run(None)
+    for line in metrics(tmp_path):
+        assert line["lr_vision"] == pytest.approx(0.2 * line["lr"]) and "lr_projector" not in line
 
 
 def test_metrics_read_back_exactly(tmp_path):
@@ -114,20 +125,104 @@ def test_a_complete_run_trains_no_further(uninterrupted):
     assert (final_bytes(uninterrupted), metrics(uninterrupted)) == before
 
 
-def poisoned(batch):
-    weights = batch.answer_weights_BA.copy()
-    weights[0, 0] = np.nan
-    return type(batch)(**{**vars(batch), "answer_weights_BA": weights})
+def poisoned(*steps):
+    """A change that makes the loss of these steps NaN."""
+    return lambda step, batch: replace(batch, boxes_BK4=batch.boxes_BK4 * np.nan) if step in steps else batch
 
 
-def test_nan_names_rank_step_and_records_and_keeps_the_state_before(tmp_path, uninterrupted):
-    trainer, _ = trainer_in(tmp_path, configuration(), lambda step, batch: poisoned(batch) if step == 5 else batch)
-    with pytest.raises(TrainingStopped, match=r"step 5.*rank\(s\) 0; records of rank 0: image-4-0, image-4-1.*saved as step 4"):
+def test_a_step_that_is_not_finite_is_left_out_and_counts_as_no_update(tmp_path):
+    """AdamW's correction and the EMA rate's warm-up count updates; the learning rate and the data follow the steps."""
+    config = configuration(distill={"alpha": 0.8, "alpha_warmup": 6})
+    trainer, _ = trainer_in(tmp_path / "run", config, poisoned(2, 5))
+    seen, step = [], trainer.engine.step
+    trainer.engine.step = lambda batches, scalars: seen.append(scalars) or step(batches, scalars)
+    assert trainer.run(None)
+    assert [s.step for s in seen] == [1, 2, 2, 3, 4, 4, 5, 6, 7]
+    expected = ToyEngine(config, VISION, LANGUAGE, start_weights(config, VISION, LANGUAGE))
+    rates, ema_rates = learning_rates(config.optimizer, STEPS), alphas(config.distill, STEPS)
+    for update, number in enumerate((1, 3, 4, 6, 7, 8, 9), 1):
+        (batches,) = list(ToyLoader(number).batches(number - 1))
+        scalars = replace(seen[0], step=update, learning_rate=rates[number - 1], alpha=ema_rates[update - 1])
+        expected.step(batches, scalars)
+    for group in ("model", "teacher", "first_moment", "second_moment"):
+        for (name, found), (_, value) in zip(trainer.engine.tensors(group), expected.tensors(group), strict=True):
+            np.testing.assert_array_equal(found, value, err_msg=name)
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines if "loss" not in line] == [2, 5]
+    assert [line["step"] for line in lines if "non_finite" in line] == [2, 5]
+    assert newest_checkpoint(tmp_path / "run").counters == {"questions": 2 * STEPS, "skipped": 0, "non_finite": 2}
+
+    def crash(step, batch):
+        if step == 8:
+            raise KeyboardInterrupt
+        return poisoned(2, 5)(step, batch)
+
+    trainer, _ = trainer_in(tmp_path / "crashed", config, crash)
+    with pytest.raises(KeyboardInterrupt):
         trainer.run(None)
-    assert newest_checkpoint(tmp_path).step == 4
-    trainer, checkpoint = trainer_in(tmp_path, configuration())
-    trainer.run(checkpoint)
-    assert final_bytes(tmp_path) == final_bytes(uninterrupted)
+    trainer, checkpoint = trainer_in(tmp_path / "crashed", config)
+    assert checkpoint.counters["non_finite"] == 2 and trainer.run(checkpoint)
+    assert metrics(tmp_path / "crashed") == lines
+    assert final_bytes(tmp_path / "crashed") == final_bytes(tmp_path / "run")
+
+
+def test_too_many_in_a_row_stop_the_run_and_the_same_command_goes_on_behind_them(tmp_path):
+    change = poisoned(1, 4, 5, 6, 7)
+    trainer, _ = trainer_in(tmp_path, configuration(), change)
+    stopped = r"^step 7: loss nan; from rank\(s\) 0; records of rank 0: image-6-0, image-6-1; .*3 in a row; saved as step 7"
+    with pytest.raises(TrainingStopped, match=stopped):
+        trainer.run(None)
+    trainer, checkpoint = trainer_in(tmp_path, configuration(), change)
+    assert (checkpoint.step, checkpoint.counters["non_finite"]) == (7, 5)
+    assert trainer.run(checkpoint)
+    assert [line["step"] for line in metrics(tmp_path) if "loss" in line] == [2, 3, 8, 9]
+
+
+def test_a_loss_that_is_never_finite_again_replaces_no_good_checkpoint(tmp_path):
+    config, change = configuration(), poisoned(*range(4, STEPS + 1))
+    config = config.model_copy(update={"train": config.train.model_copy(update={"skip_non_finite": 0})})
+    trainer, _ = trainer_in(tmp_path, config, change)
+    with pytest.raises(TrainingStopped, match="saved as step 4"):
+        trainer.run(None)
+    for _ in range(2):
+        trainer, checkpoint = trainer_in(tmp_path, config, change)
+        with pytest.raises(TrainingStopped, match=r"step 5: .*no step since .*step_0000004 was finite\. Nothing is saved"):
+            trainer.run(checkpoint)
+        assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["step_0000003", "step_0000004"]
+
+
+def test_a_checkpoint_of_an_earlier_version_has_left_no_step_out(uninterrupted):
+    trainer, checkpoint = trainer_in(uninterrupted, configuration())
+    counters = {name: checkpoint.counters[name] for name in ("questions", "skipped")}
+    assert trainer.run(replace(checkpoint, counters=counters)) and trainer.non_finite == 0
+
+
+def test_one_ranks_loss_leaves_the_step_out_on_all_and_both_reductions_are_told_to_the_engine(tmp_path, monkeypatch):
+    logged = Messages()
+    monkeypatch.setattr(trainer_module.log, "handlers", [logged])
+
+    def run(rank, reduction, change):
+        config = configuration()
+        config = config.model_copy(update={"train": config.train.model_copy(update={"loss_reduction": reduction})})
+        start, folder = start_weights(config, VISION, LANGUAGE), tmp_path / reduction
+        folder.mkdir(exist_ok=True)
+        writer = CheckpointWriter(folder / "run", config, VISION, LANGUAGE) if rank == 0 else None
+        engine = ToyEngine(config, VISION, LANGUAGE, start if writer is None else writer.record_start(start), rank, 2, folder)
+        means, step = set(), engine.step
+        engine.step = lambda batches, scalars: means.add(scalars.means) or step(batches, scalars)
+        assert Trainer(config, engine, ToyLoader(STEPS, change), folder / "run", writer, lambda: False).run(None)
+        return means, {name: array.copy() for name, array in engine.tensors("model")}
+
+    for reduction, expected in (("global", {0}), ("per_device", {2})):  # two ranks of one micro-batch
+        with ThreadPoolExecutor(2) as pool:
+            ran = [pool.submit(run, rank, reduction, poisoned(5) if rank else lambda step, batch: batch) for rank in range(2)]
+            (means, weights), (_, others) = (one.result() for one in ran)
+        assert means == expected
+        for name, array in weights.items():
+            np.testing.assert_array_equal(array, others[name])
+    assert sum(line.startswith("left out: step 5: loss nan; from rank(s) 1") for line in logged.kept) == 4
+    assert any("records of rank 1: image-4-0, image-4-1" in line for line in logged.kept)
 
 
 def with_skipped(batch, skipped):
@@ -195,7 +290,7 @@ def test_few_bad_records_do_not_stop_a_run(tmp_path, monkeypatch):
     config = configuration(data={"max_bad_fraction": 0.2})
     trainer, _ = trainer_in(tmp_path, config, lambda step, batch: with_skipped(batch, [("a", "b")] if step == 5 else []))
     assert trainer.run(None)
-    assert newest_checkpoint(tmp_path).counters == {"questions": 2 * STEPS, "skipped": 1}
+    assert newest_checkpoint(tmp_path).counters == {"questions": 2 * STEPS, "skipped": 1, "non_finite": 0}
 
 
 def test_a_batch_without_any_supervised_token_is_an_error(tmp_path):
@@ -207,15 +302,50 @@ def test_a_batch_without_any_supervised_token_is_an_error(tmp_path):
         trainer.run(None)
 
 
-def test_evaluation_is_due_every_so_often_and_at_the_end_and_not_repeated(tmp_path):
-    done = []
-    arguments = {"evaluate": lambda step: done.append(step) or {"bbox2caption": {"samples": 1.0}}, "evaluated": done.__contains__}
-    trainer, _ = trainer_in(tmp_path, configuration(eval={"source": "held", "every": 4}), **arguments)
-    trainer.run(None)
-    assert done == [4, 8, 9]
-    trainer, checkpoint = trainer_in(tmp_path, configuration(eval={"source": "held", "every": 4}), **arguments)
+class Evaluations:
+    """An evaluator that keeps what it found, as the real one does on disk, and dies once in the evaluation after `dies`."""
+
+    def __init__(self, dies: int | None = None):
+        self.kept, self.dies = {}, dies
+
+    def __call__(self, step):
+        if step == self.dies:
+            self.dies = None
+            raise KeyboardInterrupt
+        assert list(self.kept) == sorted(self.kept)
+        return self.kept.setdefault(step, Evaluation({"loss": step / 3}, {"bbox2caption": {"samples": 1.0}}))
+
+
+@pytest.mark.parametrize("every, dies_in_step, dies_in_evaluation", [(4, None, None), (4, 5, None), (3, None, 6), (2, None, 9)])
+def test_evaluations_are_made_once_and_their_lines_survive_a_crash(tmp_path, every, dies_in_step, dies_in_evaluation):
+    """Step 5: behind the evaluation after 4, whose line the resumed run cuts off. 6 and 9: between checkpoint and evaluation."""
+
+    def crash(step, batch):
+        if step == dies_in_step:
+            raise KeyboardInterrupt
+        return batch
+
+    config, evaluate = configuration(eval={"source": "held", "every": every}), Evaluations(dies_in_evaluation)
+    trainer, checkpoint = trainer_in(tmp_path, config, crash, evaluate=evaluate)
+    if dies_in_step or dies_in_evaluation:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run(None)
+        trainer, checkpoint = trainer_in(tmp_path, config, evaluate=evaluate)
     trainer.run(checkpoint)
-    assert done == [4, 8, 9]
+    expected = []
+    for step in range(1, STEPS + 1):
+        expected += [(step, False)] + [(step, True)] * (step % every == 0 or step == STEPS)
+    assert [(line["step"], "held_out" in line) for line in metrics(tmp_path)] == expected
+    assert list(evaluate.kept) == [step for step, evaluated in expected if evaluated]
+    line = next(line for line in metrics(tmp_path) if "held_out" in line)
+    assert line["held_out"] == {"loss": line["step"] / 3, "bbox2caption": {"samples": 1.0}}
+    progress = trainer.output.progress
+    assert progress.held_out == STEPS / 3
+    assert not progress.recent or f"  held-out {STEPS / 3:.4f}  " in progress.line(metrics(tmp_path)[0])
+    before = metrics(tmp_path)
+    trainer, checkpoint = trainer_in(tmp_path, config, evaluate=evaluate)
+    trainer.run(checkpoint)
+    assert metrics(tmp_path) == before
 
 
 def test_a_failed_save_ends_the_run_and_says_why(tmp_path, monkeypatch):

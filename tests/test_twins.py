@@ -111,6 +111,82 @@ def test_accumulation_equals_one_batch(engine, batch):
     assert_same_gradients(split_gradients, whole_gradients, 2e-5)
 
 
+def test_each_reduction_is_what_it_says(engine, batch):
+    """Two micro-batches, one of them with few tokens and no box, against the sums of each by itself."""
+    compiled = dict(engine.compilations)
+    few = replace(batch, box_weights_BK=0 * batch.box_weights_BK, answer_weights_BA=batch.answer_weights_BA.copy())
+    few.answer_weights_BA[:, 2:] = 0
+    none = replace(batch, box_weights_BK=0 * batch.box_weights_BK, answer_weights_BA=0 * batch.answer_weights_BA)
+    results, found = {}, {}
+    for name, one in (("batch", batch), ("few", few)):
+        results[name], found[name] = gradients(engine, [one])  # means over one micro-batch's own tokens and boxes
+    caption = {name: result.loss_caption for name, result in results.items()}
+    assert abs(caption["few"] - caption["batch"]) > 0.01 and batch.tokens > 3 * few.tokens
+
+    together, _ = gradients(engine, [batch, few])
+    summed = sum(caption[name] * one.tokens for name, one in (("batch", batch), ("few", few)))
+    assert together.loss_caption == pytest.approx(summed / (batch.tokens + few.tokens), rel=1e-5)
+    assert together.loss_distill == pytest.approx(results["batch"].loss_distill, rel=1e-5)
+
+    def per_device(batches, members):
+        reset(engine)
+        result = engine.step(batches, replace(scalars(1, batch, few), means=members))
+        return result, {n: m / np.float32(0.1) for n, m in engine.tensors("first_moment")}
+
+    meant, of_means = per_device([batch, few], 2)
+    assert meant.loss_caption == pytest.approx((caption["batch"] + caption["few"]) / 2, rel=1e-5)
+    assert meant.loss_distill == pytest.approx(results["batch"].loss_distill / 2, rel=1e-5)
+    assert meant.feature_std == together.feature_std == results["batch"].feature_std
+    assert_same_gradients(of_means, {n: (found["batch"][n] + found["few"][n]) / 2 for n in of_means}, 2e-5)
+    empty, _ = per_device([batch, none], 2)
+    assert empty.loss == pytest.approx(results["batch"].loss / 2, rel=1e-5)
+    ranks = [per_device([one], 2) for one in (batch, few)]  # what two ranks of one micro-batch sum
+    assert sum(result.loss for result, _ in ranks) == pytest.approx(meant.loss, rel=1e-5)
+    assert_same_gradients({n: ranks[0][1][n] + ranks[1][1][n] for n in of_means}, of_means, 2e-5)
+    if compiled:
+        assert {k: engine.compilations[k] for k in compiled} == compiled
+
+
+def test_held_out_sums_are_the_losses_undivided_and_change_nothing(engine, batch):
+    few = replace(batch, box_weights_BK=batch.box_weights_BK.copy(), answer_weights_BA=batch.answer_weights_BA.copy())
+    few.answer_weights_BA[:, 2:], few.box_weights_BK[0] = 0, 0
+    result, _ = gradients(engine, [batch, few])
+    reset(engine)
+    groups = ("model", "teacher", "first_moment", "second_moment")
+    before = [dict(engine.tensors(group)) for group in groups]
+    for batches in ([batch, few], [few, batch]):
+        caption, distill = engine.loss_sums(iter(batches)).tolist()
+        assert caption == pytest.approx(result.loss_caption * (batch.tokens + few.tokens), rel=1e-5)
+        assert distill == pytest.approx(result.loss_distill * (batch.boxes + few.boxes), rel=1e-5)
+    for group, tensors in zip(groups, before, strict=True):
+        for name, value in engine.tensors(group):
+            np.testing.assert_array_equal(value, tensors[name], err_msg=name)
+    again, _ = gradients(engine, [batch, few])
+    assert again == result and engine.compilations.get("held_out", 1) == 1
+
+
+@pytest.mark.parametrize("framework", ["torch", "mindspore"])
+def test_a_collapsed_teacher_has_no_spread(framework):
+    """One vector in all cells, however unlike its channels; and the spread of another map against numpy."""
+    rng = np.random.default_rng(0)
+    spread = rng.normal(size=(2, 3, 4, 4, 8)).astype(np.float32)
+    collapsed = np.broadcast_to(rng.normal(size=(2, 3, 1, 1, 8)), spread.shape).astype(np.float32)
+    weights = np.array([[1, 1, 0], [1, 0, 0]], np.float32)
+    boxes = np.tile(np.array([0, 0, 1, 1], np.float32), (2, 3, 1))
+    if framework == "torch":
+        from torch import from_numpy as tensor
+
+        from pt_granvit.distill import distill_sums
+    else:
+        from mindspore import Tensor as tensor
+
+        from ms_granvit.distill import distill_sums
+    for teacher, expected in ((collapsed, 0.0), (spread, (spread.var((2, 3)).mean(-1) * weights).sum())):
+        student = tensor(np.zeros((2, 16, 8), np.float32))
+        _, variance = distill_sums(student, tensor(teacher), tensor(boxes), tensor(weights), "mse")
+        assert float(variance) == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
 def test_a_row_without_boxes_contributes_nothing(engine, batch):
     compiled = dict(engine.compilations)
     weights = batch.box_weights_BK.copy()
@@ -208,12 +284,34 @@ def test_other_stages_train_what_they_say(stage, trained, batch):
         assert moved == trained
 
 
-def test_the_twins_follow_one_curve(batch):
-    settings = {"optimizer": {"weight_decay": 0.1, "clip_norm": 0.5}, "distill": {"grid": 2, "crop_size": 32}}
-    curves = []
+def adamw(step: int, rate: float, decay: float, before: dict, after: dict) -> dict[str, np.ndarray]:
+    """One tensor's first and second moment, and its value, after an update; float64, from the formula (algorithm 2 of Loshchilov
+    & Hutter 2019). The clipped gradient is what moved the first moment."""
+    gradient = (after["first_moment"] - 0.9 * before["first_moment"]) / 0.1
+    second = 0.999 * before["second_moment"] + 0.001 * gradient**2
+    kept = before["model"] * (1 - rate * (decay if gradient.ndim >= 2 else 0))
+    moved = after["first_moment"] / (1 - 0.9**step) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+    return {"second_moment": second, "model": kept - rate * moved}
+
+
+def test_the_twins_follow_one_curve_with_the_rates_of_their_parts(batch):
+    """The encoder has thrice the learning rate and its own decay; every tensor's update is AdamW's at its part's rates."""
+    parts = {"vision": {"lr": 3e-2, "weight_decay": 0.7}}
+    settings = {"optimizer": {"weight_decay": 0.1, "clip_norm": 0.5, "parts": parts}, "distill": {"grid": 2, "crop_size": 32}}
+    rates = {"vision": (3e-3, 0.7), "projector": (1e-3, 0.1)}  # the scalars' learning rate is 1e-3, of an optimizer.lr of 1e-2
+    groups, curves = ("model", "first_moment", "second_moment"), []
     for framework in ("torch", "mindspore"):
-        one = make_engine(framework, **settings)
-        curves.append([one.step([batch], scalars(step, batch, lr=1e-3)) for step in range(1, 6)])
+        one, curve = make_engine(framework, **settings), []
+        for step in range(1, 6):
+            before = {group: dict(one.tensors(group)) for group in groups}
+            curve.append(one.step([batch], scalars(step, batch, lr=1e-3)))
+            after = {group: dict(one.tensors(group)) for group in groups}
+            for name in after["first_moment"]:
+                was, found = ({g: tensors[g][name].astype(np.float64) for g in groups} for tensors in (before, after))
+                for group, value in adamw(step, *rates[part_of(name)], was, found).items():
+                    scale = 1e-3 if group == "model" else np.abs(value).max()  # a weight moves by about its rate
+                    np.testing.assert_allclose(found[group], value, rtol=2e-7, atol=1e-3 * scale, err_msg=f"{name} {group}")
+        curves.append(curve)
     for a, b in zip(*curves, strict=True):
         for field in ("loss", "loss_caption", "loss_distill", "grad_norm", "feature_std"):
             assert getattr(a, field) == pytest.approx(getattr(b, field), rel=1e-4), field

@@ -105,13 +105,15 @@ def _stage(number: int, run: PastRun) -> str:
     sources = ", ".join(f"`{shown(s.path)}`" + (f" ({s.rate:g} of its regions)" if s.rate != 1 else "") for s in data.sources)
     mix = ", ".join(f"{task} {share:g}" for task, share in stage.mix.items())
     decay = f", weight decay {rate.weight_decay:g}" if rate.weight_decay else ""
+    own = [f"{part} {rate.of_part(part)[0]:g}" for part in PARTS if rate.of_part(part)[0] != rate.lr]
+    rates = f"{rate.lr:g}" + (f" ({', '.join(own)})" if own else "")
     lines = [
         f"### {number}. {stage.name} (`{shown(run.directory)}`)",
         "",
         f"- {checkpoint.step:,} steps of {config.train.global_batch} questions, {data.regions_per_row} region question(s) a row; "
         f"trained: {trains}",
         f"- data: {sources}; questions asked (share of those there are): {mix}",
-        f"- AdamW, learning rate {rate.lr:g} ({rate.schedule}, warm-up {rate.warmup:g} of the steps){decay}; "
+        f"- AdamW, learning rate {rates} ({rate.schedule}, warm-up {rate.warmup:g} of the steps){decay}; "
         f"{config.runtime.compute}, seed {config.seed}",
     ]
     if stage.distill:

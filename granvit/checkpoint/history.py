@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from granvit.checkpoint.run import Checkpoint, newest_checkpoint
-from granvit.evaluate import Table, evaluation_file
+from granvit.evaluate import Table, evaluation_file, read_evaluation
 from granvit.models import PARTS, vision_shapes
 
 LAST_STEPS = 20  # of metrics.jsonl, over which losses are averaged
@@ -68,20 +68,13 @@ def _past(checkpoint: Checkpoint, went_on: bool = False) -> PastRun:
                     record = json.loads(line)
                     if record["step"] > checkpoint.step:
                         break
-                    averaged.append({name: float(record[name]) for name in LOSSES})
+                    if "loss" in record:  # not a step that was left out, not an evaluation
+                        averaged.append({name: float(record[name]) for name in LOSSES})
                 except (ValueError, KeyError, TypeError):
                     break  # the line that a killed run was writing
     losses = {name: sum(record[name] for record in averaged) / len(averaged) for name in LOSSES if averaged}
     names = [path.name for path in (run / "eval").glob("step_*.json")]
     steps = [int(found[1]) for name in names if (found := re.fullmatch(r"step_(\d+)\.json", name))]
     step = max((step for step in steps if step <= checkpoint.step), default=0)
-    table = _read_table(evaluation_file(run, step)) if step else {}
+    table = read_evaluation(evaluation_file(run, step)).table if step else {}
     return PastRun(checkpoint, losses, len(averaged), table, step, went_on)
-
-
-def _read_table(path: Path) -> Table:
-    try:
-        table = json.loads(path.read_text())["table"]
-        return {task: {name: float(value) for name, value in scores.items()} for task, scores in table.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not an evaluation ({error}); move it away to export without it") from None

@@ -47,8 +47,8 @@ from granvit.models import PARTS, LanguageConfig, Shapes, Strict, VisionConfig, 
 FORMAT = 1
 # What a resumed run may change: none of these enters a weight. Number of ranks and framework are not in the configuration.
 MAY_CHANGE = (
-    "output", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "data.workers", "eval.",
-    "runtime.device", "runtime.jit_level", "runtime.attention",
+    "output", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.skip_non_finite",
+    "data.workers", "eval.", "runtime.device", "runtime.jit_level", "runtime.attention",
 )  # fmt: skip
 
 

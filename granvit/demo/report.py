@@ -35,11 +35,12 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of one run: means of the scores by task (0..1) and every prediction."""
+    """One evaluation of one run: means of the scores by task (0..1), every prediction, and held-out losses."""
 
     step: int
     table: dict[str, dict[str, float]]
     predictions: list[dict[str, Any]]
+    held_out: dict[str, float]
 
     @property
     def rouge_l(self) -> float:
