@@ -13,7 +13,7 @@ import numpy as np
 
 from granvit.checkpoint.contents import LAYOUTS, left_out_lines, open_contents
 from granvit.checkpoint.layouts.default import DEFAULT
-from granvit.checkpoint.run import newest_checkpoint
+from granvit.checkpoint.run import Checkpoint, newest_checkpoint
 from granvit.checkpoint.source import read_json
 from granvit.checkpoint.tensors import shape_differences, sync_directory, write_set, write_synced
 from granvit.config import RunConfig
@@ -36,16 +36,17 @@ OWN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.inde
 Tensors = Iterator[tuple[str, np.ndarray]]
 
 
-def start_weights(config: RunConfig, vision: VisionConfig, language: LanguageConfig) -> Tensors:
+def start_weights(config: RunConfig, vision: VisionConfig, language: LanguageConfig, origin: Checkpoint | None = None) -> Tensors:
     """Every parameter of `parameter_shapes` with its start value, one at a time, in the precision it is stored in.
 
     `model.init_from` takes all parts from another run's newest checkpoint, or, where that has another decoder, the encoder
     alone; for the rest `model.init` chooses between the seeded initialisation and the publishers' files, beside which the
-    projector is the seeded one. Directories and names are checked before the first tensor is read: `ValueError` names what is
+    projector is the seeded one. `origin` is the checkpoint of `model.init_from` where it was chosen before (default: its newest).
+    Directories and names are checked before the first tensor is read: `ValueError` names what is
     missing, unknown or of another shape.
     """
     if config.model.init_from is not None:
-        return _from_run(config, vision, language)
+        return _from_run(config, vision, language, origin)
     if config.model.init == "random":
         return _seeded(parameter_shapes(vision, language), config.seed)
     encoder = _published("model.weights_vision", config.model.weights_vision, vision, vision_shapes(vision))
@@ -74,9 +75,9 @@ def _above(vision: VisionConfig) -> set[str]:
     return vision_shapes(vision.whole).keys() - vision_shapes(vision).keys()
 
 
-def _from_run(config: RunConfig, vision: VisionConfig, language: LanguageConfig) -> Tensors:
+def _from_run(config: RunConfig, vision: VisionConfig, language: LanguageConfig, origin: Checkpoint | None) -> Tensors:
     run = Path(config.model.init_from)
-    checkpoint = newest_checkpoint(run)
+    checkpoint = origin or newest_checkpoint(run)
     if checkpoint is None:
         raise ValueError(f"model.init_from {run}: no checkpoint in {run / 'checkpoints'}; run that stage first")
     same = checkpoint.language.is_built_like(language)
