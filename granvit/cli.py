@@ -157,17 +157,12 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
     if launch.rank:
         to_file(run, launch.rank)  # only now is it certain that rank 0 holds the directory
     agree(ranks, version_facts(options.framework) | configuration_facts(config, vision, language, options.config))
-    together(ranks, lambda: check_memory(config, vision, language, Engine.memory(config.runtime.device)))
-    chat = together(ranks, lambda: load_chat(config, language))
-    prints = together(ranks, lambda: fingerprints(config, chat))
-    agree(ranks, together(ranks, lambda: data_facts(config, chat, prints)))
 
     # 3. Weights: this run's newest checkpoint, or the start weights. Directories and names are checked now, tensors read later.
     checkpoint = agreed_checkpoint(ranks, run, wanted=not options.fresh)
     if checkpoint is not None:
         stated = [assignment.partition("=")[0] for assignment in options.overrides]
         _log_changes(together(ranks, lambda: check_same_run(checkpoint, config, vision, language, ranks.world, stated)))
-        together(ranks, lambda: check_same_data(checkpoint, prints))
     begins_elsewhere = checkpoint is None and config.model.init_from is not None
     source = agreed_checkpoint(ranks, Path(config.model.init_from)) if begins_elsewhere else checkpoint
     start = together(
@@ -175,7 +170,14 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
         lambda: start_weights(config, vision, language, source) if checkpoint is None else checkpoint.tensors("model"),
     )
 
+    together(ranks, lambda: check_memory(config, vision, language, Engine.memory(config.runtime.device)))
+
     # 4. Data and model.
+    chat = together(ranks, lambda: load_chat(config, language))
+    prints = together(ranks, lambda: fingerprints(config, chat))
+    agree(ranks, together(ranks, lambda: data_facts(config, chat, prints)))
+    if checkpoint is not None:
+        together(ranks, lambda: check_same_data(checkpoint, prints))
     loader = together(
         ranks, lambda: Loader(config, vision, chat, launch.rank, launch.world, compose), "tokens of the stores are counted once"
     )

@@ -133,9 +133,12 @@ class ToyLoader:
 
 
 def main() -> int:
-    """scripts/stage1.py with the toy engine. TOY_FAIL=RANK:STEP raises there, with the words of TOY_RAISES; TOY_PAUSE=SECONDS slows
-    each step; TOY_DISK=RANK:DIRECTORY gives that rank another working directory, as if it stood on another node's disk;
-    TOY_STALE=RANK: the rank's listings lack a run's newest checkpoint; TOY_VERSION=RANK:NAME:VERSION: it has that package."""
+    """scripts/stage1.py with the toy engine, and faults that environment variables plant.
+
+    TOY_FAIL=RANK:STEP raises there, with the words of TOY_RAISES. TOY_PAUSE=SECONDS slows each step. TOY_DISK=RANK:DIRECTORY is
+    the rank's working directory, as if it stood on another node's disk. TOY_STALE=RANK: that rank's listings lack a run's
+    newest checkpoint. TOY_VERSION=RANK:NAME:VERSION: that is the version it has of a package.
+    """
     from granvit import cli, launch
     from granvit.checkpoint import run
 

@@ -44,8 +44,8 @@ from granvit.engine import Group, TrainEngine
 from granvit.models import PARTS, LanguageConfig, Shapes, VisionConfig, parameter_shapes, part_of, vision_shapes
 
 FORMAT = 1
-# What a resumed run may change. How a global batch is divided (micro-batches, ranks), whether activations are computed again, and on
-# which device: these change the order of floating-point sums at most.
+# What a resumed run may change. How a global batch is divided (micro-batches, ranks), whether activations are computed again, and
+# on which device: these change the order of floating-point sums at most.
 MAY_CHANGE = (
     "output", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.micro_batch", "data.workers", "eval.",
     "runtime.device", "runtime.jit_level", "runtime.attention", "runtime.recompute", "ranks",
