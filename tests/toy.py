@@ -137,7 +137,7 @@ def main() -> int:
 
     TOY_FAIL=RANK:STEP raises there, with the words of TOY_RAISES. TOY_PAUSE=SECONDS slows each step. TOY_DISK=RANK:DIRECTORY is
     the rank's working directory, as if it stood on another node's disk. TOY_STALE=RANK: that rank's listings lack a run's
-    newest checkpoint. TOY_VERSION=RANK:NAME:VERSION: that is the version it has of a package.
+    newest checkpoint. TOY_VERSION=RANK:NAME:VERSION: that is the version it has of a package. TOY_ENGINE=real: the framework's.
     """
     from granvit import cli, launch
     from granvit.checkpoint import run
@@ -168,8 +168,9 @@ def main() -> int:
     if version := planted("TOY_VERSION"):
         installed = run.metadata.version
         run.metadata.version = lambda name: version[1] if name == version[0] else installed(name)
-    cli.load_engine_class = lambda framework: Engine
-    cli._be_scheduler = lambda: time.sleep(float(os.environ.get("TOY_SCHEDULER", "0")))
+    if "TOY_ENGINE" not in os.environ:
+        cli.load_engine_class = lambda framework: Engine
+        cli._be_scheduler = lambda: time.sleep(float(os.environ.get("TOY_SCHEDULER", "0")))
     return cli.train_command("stage1", sys.argv[1:])
 
 
