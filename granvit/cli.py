@@ -188,7 +188,8 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
         recorded = writer.record_start(start) if writer is not None and checkpoint is None else start
         return writer, Engine(config, vision, language, loading.watch(recorded), ranks)
 
-    writer, engine = together(ranks, build, f"weights are loaded, and rank 0 keeps the start weights in {run / 'parts'}")
+    keeping = f", and rank 0 writes the start weights to {run / 'parts'}" if checkpoint is None else ""
+    writer, engine = together(ranks, build, f"weights are loaded{keeping}")
     if ranks.world > 1:
         hashes = loading.hashes()
         agree(ranks, weights_facts(hashes, config, language, source))

@@ -27,7 +27,7 @@ from granvit.models import PARTS, LanguageConfig, VisionConfig, part_of
 log = logging.getLogger("granvit")
 SEEN_WITHIN = 90.0  # seconds; NFS keeps a directory's listing for up to 60
 PROGRESS = 10.0  # seconds between two lines about loading
-TOKENIZER = "tokenizer"  # its key among the fingerprints, beside the stores' paths
+TOKENIZER = "tokenizer"  # its key among the fingerprints, beside `store PATH`
 
 
 def version_facts(framework: Framework) -> dict[str, Fact]:
@@ -65,17 +65,19 @@ def _leaves(tree: Any, key: str) -> Iterator[tuple[str, str]]:
 
 
 def fingerprints(config: RunConfig, chat: Chat) -> dict[str, str]:
-    """Of each store that the run trains on, by its path, and of its tokenizer with the chat template."""
-    stores = {source.path: Store(source.path).fingerprint for source in config.data.sources}
-    return {TOKENIZER: chat.contents_fingerprint} | stores
+    """Of the tokenizer with its chat template, and of each store that the run trains on."""
+    return {TOKENIZER: chat.contents_fingerprint} | _stores([source.path for source in config.data.sources])
+
+
+def _stores(paths: Iterable[str]) -> dict[str, str]:
+    return {f"store {path}": Store(path).fingerprint for path in paths}
 
 
 def data_facts(config: RunConfig, chat: Chat, prints: dict[str, str]) -> dict[str, Fact]:
     """The run's fingerprints and that of its held-out store."""
-    held_out = {} if config.eval.source is None else {config.eval.source: Store(config.eval.source).fingerprint}
-    tokenizer = Fact(prints[TOKENIZER], chat.origin)
-    stores = {path: value for path, value in (prints | held_out).items() if path != TOKENIZER}
-    return {TOKENIZER: tokenizer} | {f"store {path}": Fact(value, str(Path(path).resolve())) for path, value in stores.items()}
+    held_out = _stores([] if config.eval.source is None else [config.eval.source])
+    facts = {what: Fact(value, str(Path(what.removeprefix("store ")).resolve())) for what, value in (prints | held_out).items()}
+    return facts | {TOKENIZER: Fact(prints[TOKENIZER], chat.origin)}
 
 
 def agreed_checkpoint(ranks: Ranks, run: Path, wanted: bool = True) -> Checkpoint | None:

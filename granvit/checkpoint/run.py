@@ -71,7 +71,7 @@ class Part:
 @dataclass(frozen=True)
 class Checkpoint:
     """One whole checkpoint, opened for reading. `digest` is that of its state. `ranks` (how many wrote it) and `fingerprints` (of
-    each store, by its path, and of the tokenizer) are None and empty in a checkpoint from before they were kept."""
+    tokenizer and stores) are None and empty in a checkpoint from before they were kept."""
 
     path: Path
     digest: str
@@ -191,7 +191,7 @@ def _state_digest(state: dict) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def check_same_run(checkpoint: Checkpoint, config: RunConfig, vision: VisionConfig, language: LanguageConfig, ranks: int = 1,
+def check_same_run(checkpoint: Checkpoint, config: RunConfig, vision: VisionConfig, language: LanguageConfig, ranks: int,
                    stated: Collection[str] = ()) -> list[str]:  # fmt: skip
     """`ValueError` naming every difference where `config` on so many ranks may not continue the run that `checkpoint` belongs to.
 
@@ -220,9 +220,9 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig, vision: VisionConf
 def check_same_data(checkpoint: Checkpoint, fingerprints: Mapping[str, str]) -> None:
     """`ValueError` naming each store, or the tokenizer, that is not the one the run was trained on until `checkpoint`."""
     changed = [
-        f"{path} has fingerprint {fingerprints[path]}, the run was trained on {before}"
-        for path, before in checkpoint.fingerprints.items()
-        if fingerprints[path] != before
+        f"{what} has fingerprint {fingerprints[what]}, the run was trained on {before}"
+        for what, before in checkpoint.fingerprints.items()
+        if fingerprints[what] != before
     ]
     if changed:
         raise ValueError(
@@ -264,7 +264,7 @@ def _disk_errors(what: str) -> Iterator[None]:
 @dataclass
 class CheckpointWriter:
     """Writes one run's checkpoints (rank 0). `start` maps each part to the hash of its start weights in RUN/parts, `fingerprints`
-    each store's path (and the tokenizer) to what the run reads there."""
+    names what the run reads (`granvit.preflight.fingerprints`)."""
 
     run: Path
     config: RunConfig
