@@ -16,8 +16,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from granvit.agreement import Refused, agree, together
 from granvit.checkpoint.pretrained import start_weights
-from granvit.checkpoint.run import Checkpoint, CheckpointWriter, check_same_run, newest_checkpoint
+from granvit.checkpoint.run import (
+    Checkpoint,
+    CheckpointWriter,
+    check_same_data,
+    check_same_run,
+    newest_checkpoint,
+)
 from granvit.config import CONFIGS, RunConfig, dump_config, load_config, resolve_models, shipped
 from granvit.cost import state_bytes
 from granvit.data.batch import Packer, prompt_batch
@@ -25,10 +32,21 @@ from granvit.data.chat import Chat, byte_tokenizer
 from granvit.data.images import decode, to_views
 from granvit.data.loader import Compose, Loader
 from granvit.data.prompts import Box, parse_box, question_text
-from granvit.evaluate import Evaluator
+from granvit.engine import Ranks
+from granvit.evaluate import Evaluation, Evaluator
 from granvit.launch import Guard, Launch, RunLock, check_launcher, check_port, detect, load_engine_class
 from granvit.logs import log, to_console, to_file
-from granvit.models import PARTS, LanguageConfig, VisionConfig, part_of
+from granvit.memory import NOTHING_SMALLER, memory_errors, smaller_steps
+from granvit.models import PARTS, LanguageConfig, VisionConfig, parameter_shapes, part_of
+from granvit.preflight import (
+    Loading,
+    agreed_checkpoint,
+    configuration_facts,
+    data_facts,
+    fingerprints,
+    version_facts,
+    weights_facts,
+)
 from granvit.trainer import Trainer, TrainingStopped
 
 PAPER_STAGES = ("projector", "stage1", "stage2", "continued", "sft")
@@ -112,6 +130,8 @@ def _report(body: Callable[[], None], guard: list[Guard]) -> int:
     try:
         body()
         return 0
+    except Refused as error:
+        raised, status, message = error, 2, None
     except (ValueError, OSError) as error:
         raised, status, message = error, 2, f"error: {error}"
     except TrainingStopped as error:
@@ -120,9 +140,10 @@ def _report(body: Callable[[], None], guard: list[Guard]) -> int:
         raised, status, message = error, 1, f"failed: {type(error).__name__}: {error}"
         traceback.print_exc()
     log.error("traceback", exc_info=raised, extra={"file_only": True})
-    log.error(message)
+    if message is not None:  # what all ranks know they have logged together
+        log.error(message)
     for member in guard:
-        member.fail(message)
+        member.fail(message or f"error: {raised}")
     return status
 
 
@@ -135,6 +156,7 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
     if config.runtime.compute == "float16":
         raise ValueError("runtime.compute float16: small gradients vanish in it, no loss is scaled here; use bfloat16")
     vision, language = resolve_models(config)
+    config.local_micro_batches(launch.world)
     run = Path(config.output)
     guard.append(Guard(launch, run))
     check_launcher(launch, options.framework)
@@ -150,29 +172,67 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
         if options.fresh:
             _put_aside(run)
 
-    # 2. Weights: this run's newest checkpoint, or the start weights. Directories and names are checked now, tensors read later.
-    checkpoint = None if options.fresh else newest_checkpoint(run)
-    if checkpoint is not None:
-        check_same_run(checkpoint, config, vision, language)
-    start = start_weights(config, vision, language) if checkpoint is None else checkpoint.tensors("model")
-    check_memory(config, vision, language, Engine.memory(config.runtime.device))
-
-    # 3. Data and model.
-    chat = load_chat(config, language)
-    loader = Loader(config, vision, chat, launch.rank, launch.world, compose)
-    writer = _checkpoint_writer(run, config, vision, language, checkpoint) if launch.rank == 0 else None
-    engine = Engine(config, vision, language, writer.record_start(start) if writer is not None and checkpoint is None else start)
-    guard[0].take_signals()
-    if (engine.rank, engine.world) != (launch.rank, launch.world):
-        raise RuntimeError(f"rank {engine.rank} of {engine.world} in the framework, {launch.rank} of {launch.world} by launcher")
+    # 2. The ranks meet before anything that takes long, and agree on what they run.
+    ranks = _join(Engine, config, launch, guard[0])
     if launch.rank:
         to_file(run, launch.rank)  # only now is it certain that rank 0 holds the directory
-    _log_start(config, engine, options.framework, chat, loader, writer)
-    evaluator = Evaluator(engine, config, vision, chat, run, compose) if config.eval.source else None
+    agree(ranks, version_facts(options.framework) | configuration_facts(config, vision, language, options.config))
 
-    # 4. Train.
-    trainer = Trainer(config, engine, loader, run, writer, lambda: guard[0].stop_requested, evaluator)
-    complete = trainer.run(checkpoint)
+    # 3. Weights: this run's newest checkpoint, or the start weights. Directories and names are checked now, tensors read later.
+    checkpoint = agreed_checkpoint(ranks, run, wanted=not options.fresh)
+    if checkpoint is not None:
+        stated = [assignment.partition("=")[0] for assignment in options.overrides]
+        _log_changes(together(ranks, lambda: check_same_run(checkpoint, config, vision, language, ranks.world, stated)))
+    begins_elsewhere = checkpoint is None and config.model.init_from is not None
+    source = agreed_checkpoint(ranks, Path(config.model.init_from)) if begins_elsewhere else checkpoint
+    start = together(
+        ranks,
+        lambda: start_weights(config, vision, language, source) if checkpoint is None else checkpoint.tensors("model"),
+    )
+
+    together(ranks, lambda: check_memory(config, vision, language, Engine.memory(config.runtime.device)))
+
+    # 4. Data and model.
+    chat = together(ranks, lambda: load_chat(config, language))
+    prints = together(ranks, lambda: fingerprints(config, chat))
+    agree(ranks, together(ranks, lambda: data_facts(config, chat, prints)))
+    if checkpoint is not None:
+        together(ranks, lambda: check_same_data(checkpoint, prints))
+    loader = together(
+        ranks, lambda: Loader(config, vision, chat, launch.rank, launch.world, compose), "tokens of the stores are counted once"
+    )
+    loading = Loading("weights", len(parameter_shapes(vision, language)), ranks)
+
+    def build():
+        writer = _checkpoint_writer(run, config, vision, language, checkpoint, prints) if launch.rank == 0 else None
+        recorded = writer.record_start(start) if writer is not None and checkpoint is None else start
+        return writer, Engine(config, vision, language, loading.watch(recorded), ranks)
+
+    keeping = f", and rank 0 writes the start weights to {run / 'parts'}" if checkpoint is None else ""
+    writer, engine = together(ranks, build, f"weights are loaded{keeping}")
+    if ranks.world > 1:
+        hashes = loading.hashes()
+        agree(ranks, weights_facts(hashes, config, language, source))
+        held = ", ".join(f"{part} {digest[:12]}" for part, digest in hashes.items())
+        log.info(f"all {ranks.world} ranks hold the same versions, configuration, tokenizer, stores and weights: {held}")
+    guard[0].take_signals()
+    _log_start(config, engine, options.framework, chat, loader, writer)
+    evaluator = None
+    if config.eval.source:
+        evaluator = together(ranks, lambda: Evaluator(engine, config, vision, chat, run, compose))
+
+    # 5. Train.
+    def evaluate(step: int) -> Evaluation | None:
+        smaller = [f"eval.batch={config.eval.batch // 2}"] if config.eval.batch > 1 else []
+        with memory_errors(lambda: f"in the evaluation after step {step}", run, smaller, "eval.batch is 1 already"):
+            return evaluator(step)
+
+    trainer = Trainer(
+        config, engine, loader, run, writer, lambda: guard[0].stop_requested, None if evaluator is None else evaluate
+    )
+    smaller = smaller_steps(config, ranks.world)
+    with memory_errors(lambda: f"in step {trainer.step + 1}", run, smaller, NOTHING_SMALLER):
+        complete = trainer.run(checkpoint)
     log.info(f"compilations: {engine.compilations or 'none (eager)'}")
     log.info(f"run {run} is complete" if complete else f"run {run}: the same command resumes it")
     engine.close()
@@ -180,10 +240,31 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
         lock.release()
 
 
-def _checkpoint_writer(run: Path, config: RunConfig, vision, language, checkpoint: Checkpoint | None) -> CheckpointWriter:
+def _join(Engine: type, config: RunConfig, launch: Launch, guard: Guard) -> Ranks:
+    """Joins the process group, which ends by itself or by the watchers where a rank does not come."""
+    if launch.world > 1:
+        log.info(f"waiting for {launch.world} ranks to meet at {launch.address}")
+    ranks = Engine.join(config.runtime.device)
+    guard.take_signals()
+    if (ranks.rank, ranks.world) != (launch.rank, launch.world):
+        raise RuntimeError(f"rank {ranks.rank} of {ranks.world} in the framework, {launch.rank} of {launch.world} by launcher")
+    return ranks
+
+
+def _log_changes(changed: list[str]) -> None:
+    """Names what a resumed run does otherwise than before."""
+    for line in changed:
+        if line.startswith("runtime.compute"):
+            log.warning(f"{line}: every step from here on is rounded otherwise")
+        else:
+            log.info(f"resumed with {line}")
+
+
+def _checkpoint_writer(run: Path, config: RunConfig, vision: VisionConfig, language: LanguageConfig,
+                       checkpoint: Checkpoint | None, prints: dict[str, str]) -> CheckpointWriter:  # fmt: skip
     """Rank 0's writer, with the run's configuration on disk."""
     start = {} if checkpoint is None else {name: part.start for name, part in checkpoint.parts.items()}
-    writer = CheckpointWriter(run, config, vision, language, start)
+    writer = CheckpointWriter(run, config, vision, language, start, prints)
     (run / "config.yaml").write_text(dump_config(config))
     return writer
 
@@ -230,7 +311,7 @@ def check_memory(config: RunConfig, vision: VisionConfig, language: LanguageConf
 
 def _be_scheduler() -> None:
     """msrun runs this script once more as the cluster's scheduler: it serves the workers until they have left."""
-    importlib.import_module("ms_granvit.distributed").initialise("cpu")
+    importlib.import_module("ms_granvit.distributed").join("cpu")
 
 
 def predict_command(arguments: Sequence[str] | None = None) -> int:

@@ -264,12 +264,22 @@ class RunConfig(Strict):
         rows = self.train.global_batch // self.data.regions_per_row
         per_round = world * self.train.micro_batch
         if rows % per_round:
+            fitting = largest_divisor(rows // world, self.train.micro_batch) if rows % world == 0 else None
+            remedy = (
+                f"train.micro_batch={fitting} does, and a run can be resumed with it"
+                if fitting
+                else f"take a number of ranks that divides {rows}, or another train.global_batch"
+            )
             raise ValueError(
                 f"train.global_batch {self.train.global_batch} is {rows} rows of {self.data.regions_per_row} region question(s); "
-                f"{world} rank(s) x train.micro_batch {self.train.micro_batch} = {per_round} rows does not divide it. "
-                f"Change train.global_batch, train.micro_batch or the number of ranks."
+                f"{world} rank(s) x train.micro_batch {self.train.micro_batch} = {per_round} rows does not divide it: {remedy}"
             )
         return rows // per_round
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of a number up to a limit of at least 1."""
+    return next(divisor for divisor in range(min(number, limit), 0, -1) if number % divisor == 0)
 
 
 def _unknown_keys(model: type[BaseModel], tree: Any, path: str = "") -> list[str]:

@@ -72,11 +72,26 @@ class NonFiniteLoss(ArithmeticError):
         self.micro_batches = tuple(micro_batches)
 
 
+class Ranks(Protocol):
+    """The processes of one run, joined before anything that takes long: this one's number, and sums over all."""
+
+    rank: int
+    world: int
+    device: str  # cpu, cuda or npu: what `runtime.device` chose
+
+    def all_sum(self, values: np.ndarray) -> np.ndarray:
+        """Sum of a small float32 vector over the ranks; whole numbers below 2**24 are exact."""
+
+    def leave(self) -> None:
+        """Leaves the process group."""
+
+
 class TrainEngine(Protocol):
     """One framework's model, optimizer and collectives behind numpy.
 
     The constructor of both implementations is `Engine(config: RunConfig, vision: VisionConfig, language: LanguageConfig,
-    start: Iterable[tuple[str, np.ndarray]])`; `start` streams every parameter of `parameter_shapes` under its name.
+    start: Iterable[tuple[str, np.ndarray]], ranks: Ranks | None = None)`; `start` streams every parameter of `parameter_shapes`
+    under its name. Without `ranks` it joins the launcher's process group, or runs alone where there is none.
     The teacher (where the stage has one) starts as the student; `load("teacher", ...)` replaces it. bfloat16 arrays are
     `ml_dtypes.bfloat16`, in and out.
     """
@@ -90,6 +105,10 @@ class TrainEngine(Protocol):
     @staticmethod
     def memory(device: str) -> int:
         """Bytes that one rank has on the device that `runtime.device` names."""
+
+    @staticmethod
+    def join(device: str) -> Ranks:
+        """Chooses the device that `runtime.device` names and joins the launcher's process group, where there is one."""
 
     def step(self, micro_batches: Sequence[Batch], scalars: Scalars) -> StepResult:
         """Forward and backward over this rank's micro-batches, all-reduce (sum), clip, AdamW, EMA.

@@ -4,11 +4,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import mindspore as ms
+import numpy as np
 from mindspore import Tensor, communication, nn, ops
 
 from granvit.cost import host_memory
 
 ASCEND_910B = 64 * 10**9  # bytes
+# Seconds that a rank waits for another in a collective; the most that every Ascend device takes. The default (1836) could end a
+# run whose rank 0 writes large start weights; a rank that has died is noticed by the watchers (granvit.watcher), not by this.
+HCCL_EXEC_TIMEOUT = "17340"
 ROW, SHORT = 1024, 65536  # numbers in a row; vectors of so many are summed at once
 CHUNK = 1 << 26  # elements that one all-reduce joins (256 MiB of float32)
 
@@ -31,17 +35,39 @@ def memory(name: str) -> int:
     return host_memory() if choose_device(name) == "cpu" else ASCEND_910B
 
 
-def initialise(device: str) -> tuple[int, int]:
-    """Selects the device and joins msrun's process group where there is one; returns rank and number of ranks."""
+class Ranks:
+    """`granvit.engine.Ranks` over msrun's process group. `sum` is the graph that sums small vectors (None: one rank alone)."""
+
+    def __init__(self, rank: int, world: int, device: str):
+        self.rank, self.world, self.device = rank, world, device
+        self.sum = AllSum() if world > 1 else None
+
+    def all_sum(self, values: np.ndarray) -> np.ndarray:
+        """Sum of a small float32 vector over the ranks; compiled once for each length."""
+        values = values.astype(np.float32)
+        return values if self.sum is None else self.sum(Tensor(values)).asnumpy()
+
+    def leave(self) -> None:
+        """Leaves the process group."""
+        if self.world > 1:
+            communication.release()
+
+
+def join(name: str) -> Ranks:
+    """Selects the device that `name` chooses and joins msrun's process group where there is one."""
+    device = choose_device(name)
     if device == "npu":
         ms.set_device("Ascend")
     elif ms.get_context("device_target") != "CPU":  # refused once a kernel has run, even where nothing would change
         ms.set_device("CPU")
+    ms.set_context(mode=ms.GRAPH_MODE)
     if "MS_WORKER_NUM" not in os.environ:
-        return 0, 1
+        return Ranks(0, 1, device)
+    if device == "npu":
+        os.environ.setdefault("HCCL_EXEC_TIMEOUT", HCCL_EXEC_TIMEOUT)
     with _more_than_one_core():
         communication.init()
-    return communication.get_rank(), communication.get_group_size()
+    return Ranks(communication.get_rank(), communication.get_group_size(), device)
 
 
 @contextmanager
@@ -142,9 +168,3 @@ class ReduceGradients(nn.Cell):
                 at += self.gradients[i].size
         norm = ops.sqrt(squares)
         return ops.cat((self.reduce(terms), norm.reshape(1))), norm
-
-
-def finalise(world: int) -> None:
-    """Leaves the process group."""
-    if world > 1:
-        communication.release()

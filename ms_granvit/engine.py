@@ -12,7 +12,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
-from granvit.engine import UNDIVIDED, Group, NonFiniteLoss, Scalars, StepResult
+from granvit.engine import UNDIVIDED, Group, NonFiniteLoss, Ranks, Scalars, StepResult
 from granvit.models import PARTS, LanguageConfig, VisionConfig, part_of
 from ms_granvit import distributed
 from ms_granvit.arrays import DTYPES, fill, to_numpy, to_tensor
@@ -83,15 +83,15 @@ class Engine:
     """`granvit.engine.TrainEngine` over MindSpore, replicated data parallel."""
 
     def __init__(self, config: RunConfig, vision: VisionConfig, language: LanguageConfig,
-                 start: Iterable[tuple[str, np.ndarray]]):  # fmt: skip
+                 start: Iterable[tuple[str, np.ndarray]], ranks: Ranks | None = None):  # fmt: skip
         runtime, stage = config.runtime, config.stage_spec
         self.config = config
-        self.device = distributed.choose_device(runtime.device)
+        self.ranks = ranks or distributed.join(runtime.device)
+        self.rank, self.world, self.device = self.ranks.rank, self.ranks.world, self.ranks.device
         if runtime.compute not in DTYPES or (self.device == "cpu" and runtime.compute != "float32"):
             takes = "float32 on cpu; on npu bfloat16 and float16 too"
             raise ValueError(f"runtime.compute {runtime.compute}: MindSpore takes {takes}")
         ms.set_context(mode=ms.GRAPH_MODE, jit_config={"jit_level": runtime.jit_level})
-        self.rank, self.world = distributed.initialise(self.device)
         dtype = DTYPES[runtime.compute]
         attention = attention_ops.choose(runtime.attention, self.device, dtype)
         self.implementations = {"attention": attention, "roi_align": "separable"}
@@ -119,19 +119,19 @@ class Engine:
         self.reduce = distributed.ReduceGradients(self.gradients, self.world)
         self.update = AdamW(self.trained, self.gradients, config.optimizer)
         self.ema = None if self.teacher is None else EMA(self.teacher, self.model.vision)
-        self.sum = distributed.AllSum() if self.world > 1 else None
         self.prefill, self.decode = Prefill(self.model, language), Decode(self.model)
 
     @property
     def compilations(self) -> dict[str, int]:
         """How often each graph was compiled: MindSpore's own cache, which holds one entry for each."""
         graphs = {
-            "micro_batch": self.micro_batch, "reduce": self.reduce, "update": self.update, "ema": self.ema, "all_sum": self.sum,
+            "micro_batch": self.micro_batch, "reduce": self.reduce, "update": self.update, "ema": self.ema, "all_sum": self.ranks.sum,
             "held_out": self.held_out, "prefill": self.prefill, "decode": self.decode,
         }  # fmt: skip
         return {name: len(graph.compile_cache) for name, graph in graphs.items() if graph is not None and graph.compile_cache}
 
     memory = staticmethod(distributed.memory)
+    join = staticmethod(distributed.join)
 
     def step(self, micro_batches: Sequence[Batch], scalars: Scalars) -> StepResult:
         """Forward and backward over the micro-batches, sum over ranks, clip, AdamW, EMA.
@@ -180,8 +180,7 @@ class Engine:
 
     def all_sum(self, values: np.ndarray) -> np.ndarray:
         """Sum of a small float32 vector over the ranks."""
-        values = values.astype(np.float32)
-        return values if self.sum is None else self.sum(Tensor(values)).asnumpy()
+        return self.ranks.all_sum(values)
 
     def tensors(self, group: Group) -> Iterator[tuple[str, np.ndarray]]:
         """One group's tensors under the parameters' names."""
@@ -200,7 +199,7 @@ class Engine:
 
     def close(self) -> None:
         """Leaves the process group."""
-        distributed.finalise(self.world)
+        self.ranks.leave()
 
     def _group(self, group: Group) -> dict[str, Parameter]:
         if group == "model":

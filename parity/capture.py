@@ -320,7 +320,7 @@ def _rank(arguments: list[str] | None = None) -> None:
     o = parser.parse_args(arguments)
     load_engine_class(o.framework)
     if os.environ.get("MS_ROLE") == "MS_SCHED":
-        importlib.import_module("ms_granvit.distributed").initialise("cpu")
+        importlib.import_module("ms_granvit.distributed").join("cpu")
         return
     fixture = make_fixture(o.seed, o.vision, o.language)
     with faults.planted(o.fault, o.framework):

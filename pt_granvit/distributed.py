@@ -4,7 +4,7 @@ Gradients are summed on the devices. Small vectors of the host (counts, flags) a
 the device nor are copied to it.
 """
 import os
-from functools import cache
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -13,7 +13,11 @@ from torch import Tensor
 
 from granvit.cost import host_memory
 
-BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+BACKENDS = {"cuda": "nccl", "npu": "hccl"}
+# How long a rank waits for another in a collective. The defaults (10 and 30 minutes; HCCL: 1836 s) could end a run whose rank 0
+# writes large start weights; a rank that has died is noticed by the watchers (granvit.watcher), not by this.
+WAIT = timedelta(days=1)
+HCCL_EXEC_TIMEOUT = "17340"  # seconds; the most that every Ascend device takes
 
 
 def choose_device(name: str) -> str:
@@ -37,14 +41,37 @@ def memory(name: str) -> int:
     return host_memory() if device == "cpu" else getattr(torch, device).get_device_properties(0).total_memory
 
 
-def initialise(device: str) -> tuple[int, int]:
-    """Joins torchrun's process group where there is one; returns rank and number of ranks."""
+class Ranks:
+    """`granvit.engine.Ranks` over torch.distributed. Small vectors are summed on the host, by gloo, whatever the device."""
+
+    def __init__(self, rank: int, world: int, device: str):
+        self.rank, self.world, self.device = rank, world, device
+
+    def all_sum(self, values: np.ndarray) -> np.ndarray:
+        """Sum of a small float32 vector over the ranks."""
+        return all_sum_(torch.from_numpy(values.astype(np.float32))).numpy()
+
+    def leave(self) -> None:
+        """Leaves the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join(name: str) -> Ranks:
+    """Selects the device that `name` chooses and joins torchrun's process group where there is one.
+
+    The group has gloo for tensors of the host beside the device's own library.
+    """
+    device = choose_device(name)
     if device != "cpu":
         getattr(torch, device).set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "WORLD_SIZE" not in os.environ:
-        return 0, 1
-    dist.init_process_group(BACKENDS[device])
-    return dist.get_rank(), dist.get_world_size()
+        return Ranks(0, 1, device)
+    if device == "npu":
+        os.environ.setdefault("HCCL_EXEC_TIMEOUT", HCCL_EXEC_TIMEOUT)
+    backends = "gloo" if device == "cpu" else f"cpu:gloo,{device}:{BACKENDS[device]}"
+    dist.init_process_group(backends, timeout=WAIT)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
 def all_sum_(tensor: Tensor) -> Tensor:
@@ -52,24 +79,3 @@ def all_sum_(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
-
-
-def all_sum(values: np.ndarray) -> np.ndarray:
-    """Sum of a small float32 vector of the host over the ranks, which call it together."""
-    values = torch.from_numpy(values.astype(np.float32))
-    if dist.is_initialized():
-        dist.all_reduce(values, group=_host_group())
-    return values.numpy()
-
-
-@cache
-def _host_group() -> dist.ProcessGroup | None:
-    """The group of all ranks that sums on the host; None, which means the default one, where that one does."""
-    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-
-
-def finalise() -> None:
-    """Leaves the process group."""
-    if dist.is_initialized():
-        _host_group.cache_clear()
-        dist.destroy_process_group()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
-from granvit.engine import UNDIVIDED, Group, NonFiniteLoss, Scalars, StepResult
+from granvit.engine import UNDIVIDED, Group, NonFiniteLoss, Ranks, Scalars, StepResult
 from granvit.models import LanguageConfig, VisionConfig, part_of
 from pt_granvit import distributed
 from pt_granvit.arrays import DTYPES, fill, to_numpy, to_torch
@@ -24,11 +24,11 @@ class Engine:
     """`granvit.engine.TrainEngine` over PyTorch, replicated data parallel."""
 
     def __init__(self, config: RunConfig, vision: VisionConfig, language: LanguageConfig,
-                 start: Iterable[tuple[str, np.ndarray]]):  # fmt: skip
+                 start: Iterable[tuple[str, np.ndarray]], ranks: Ranks | None = None):  # fmt: skip
         runtime, stage = config.runtime, config.stage_spec
         self.config, self.stage, self.vision = config, stage, vision
-        self.device = distributed.choose_device(runtime.device)
-        self.rank, self.world = distributed.initialise(self.device)
+        self.ranks = ranks or distributed.join(runtime.device)
+        self.rank, self.world, self.device = self.ranks.rank, self.ranks.world, self.ranks.device
         self.dtype = DTYPES[runtime.compute]
         attention = attention_ops.choose(runtime.attention, self.device, self.dtype)
         self.implementations = {"attention": attention, "roi_align": "separable"}
@@ -51,6 +51,7 @@ class Engine:
             fill(self.teacher, self.model.vision.named_parameters())
 
     memory = staticmethod(distributed.memory)
+    join = staticmethod(distributed.join)
 
     def step(self, micro_batches: Sequence[Batch], scalars: Scalars) -> StepResult:
         """Forward and backward over the micro-batches, sum over ranks, clip, AdamW, EMA.
@@ -109,7 +110,7 @@ class Engine:
 
     def all_sum(self, values: np.ndarray) -> np.ndarray:
         """Sum of a small float32 vector over the ranks."""
-        return distributed.all_sum(values)
+        return self.ranks.all_sum(values)
 
     def tensors(self, group: Group) -> Iterator[tuple[str, np.ndarray]]:
         """One group's tensors under the parameters' names."""
@@ -129,7 +130,7 @@ class Engine:
 
     def close(self) -> None:
         """Leaves the process group."""
-        distributed.finalise()
+        self.ranks.leave()
 
     def _group(self, group: Group) -> dict[str, Tensor]:
         if group == "model":

@@ -3,6 +3,7 @@ import errno
 import json
 import resource
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -15,6 +16,7 @@ from granvit.checkpoint.pretrained import start_weights
 from granvit.checkpoint.run import (
     CheckpointNotSaved,
     CheckpointWriter,
+    check_same_data,
     check_same_run,
     newest_checkpoint,
     open_checkpoint,
@@ -198,11 +200,37 @@ def test_a_checkpoint_of_a_later_format_is_refused(run):
 @pytest.mark.parametrize(
     "section, key, value",
     [("train", "log_every", 3), ("train", "keep_checkpoints", 9), ("data", "workers", 2), ("eval", "every", 7),
-     ("runtime", "jit_level", "O1"), ("runtime", "device", "cpu")],
+     ("runtime", "jit_level", "O1"), ("runtime", "device", "cpu"), ("train", "micro_batch", 1), ("runtime", "recompute", True)],
 )  # fmt: skip
 def test_what_enters_no_weight_may_change(run, section, key, value):
     config = run_config(**{section: {key: value}})
-    check_same_run(newest_checkpoint(run[0]), config, VISION, LANGUAGE)
+    changes = check_same_run(newest_checkpoint(run[0]), config, VISION, LANGUAGE, 1)
+    assert [c for c in changes if c.startswith(f"{section}.{key}: ") and c.endswith(f" -> {value}")]
+
+
+def test_the_number_of_ranks_may_change_and_is_not_known_of_an_old_checkpoint(run):
+    checkpoint = newest_checkpoint(run[0])
+    assert check_same_run(checkpoint, run[1], VISION, LANGUAGE, 4) == ["ranks: 1 -> 4"]
+    assert check_same_run(replace(checkpoint, ranks=None), run[1], VISION, LANGUAGE, 4) == []
+
+
+def test_another_precision_is_resumed_only_where_the_command_states_it(run):
+    checkpoint, config = newest_checkpoint(run[0]), run_config(train={"keep_checkpoints": 2}, runtime={"compute": "bfloat16"})
+    with pytest.raises(ValueError, match=r"runtime\.compute: float32 -> bfloat16.*state runtime\.compute=bfloat16"):
+        check_same_run(checkpoint, config, VISION, LANGUAGE, 1)
+    changes = check_same_run(checkpoint, config, VISION, LANGUAGE, 1, ["runtime.compute"])
+    assert changes == ["runtime.compute: float32 -> bfloat16"]
+
+
+def test_a_checkpoint_from_before_ranks_and_fingerprints_were_kept_is_read(run):
+    path = run[0] / "checkpoints/step_0000004/state.json"
+    state = json.loads(path.read_text())
+    for key in ("sha256", "ranks", "fingerprints"):
+        del state[key]
+    path.write_text(json.dumps({"sha256": run_module._state_digest(state)} | state))
+    checkpoint = open_checkpoint(path.parent)
+    assert (checkpoint.ranks, checkpoint.fingerprints) == (None, {})
+    check_same_data(checkpoint, {"store": "1"})
 
 
 @pytest.mark.parametrize(
@@ -212,13 +240,13 @@ def test_what_enters_no_weight_may_change(run, section, key, value):
 def test_what_enters_a_weight_may_not_change(run, section, key, value):
     config = run_config(**{section: {key: value}})
     with pytest.raises(ValueError, match=rf"{section}\.{key}.*--fresh"):
-        check_same_run(newest_checkpoint(run[0]), config, VISION, LANGUAGE)
+        check_same_run(newest_checkpoint(run[0]), config, VISION, LANGUAGE, 1)
 
 
 def test_another_architecture_names_the_first_keys_that_differ(run):
     wider = VisionConfig(**{**VISION.model_dump(), "mlp": 48})
     with pytest.raises(ValueError, match=r"encoder\.layers\.0\.mlp\.fc1\.weight is \[32, 16\], expected \[48, 16\]"):
-        check_same_run(newest_checkpoint(run[0]), run[1], wider, LANGUAGE)
+        check_same_run(newest_checkpoint(run[0]), run[1], wider, LANGUAGE, 1)
 
 
 def test_a_run_starts_from_another_runs_newest_checkpoint(run):

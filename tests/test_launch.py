@@ -73,7 +73,9 @@ class Job:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # msrun starts whatever `python` is first there
         environment |= {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOY_EXCHANGE": str(exchange)}
         self.output = open(directory / "output.txt", "a+")  # noqa: SIM115 (read after the process)
-        self.process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=self.output, stderr=self.output)
+        self.process = subprocess.Popen(
+            command, env={**os.environ, **environment}, stdout=self.output, stderr=self.output, cwd=directory
+        )
 
     def members(self) -> dict[int, str]:
         """pid -> command line of every living process of the job but zombies."""

@@ -49,10 +49,10 @@ def torch_roi_align(features, boxes, cotangent):
 
 def mindspore_roi_align(features, boxes, cotangent):
     ms = pytest.importorskip("mindspore")
-    from ms_granvit.distributed import initialise
+    from ms_granvit.distributed import join
     from ms_granvit.ops.roi_align import roi_align
 
-    initialise("cpu")  # an engine may not choose the device after the first kernel has run
+    join("cpu")  # an engine may not choose the device after the first kernel has run
 
     def weighted(x, b, g):
         y = roi_align(x, b, GRID)

@@ -220,9 +220,12 @@ def test_kill_9_and_the_same_command_give_the_uninterrupted_run_bit_for_bit(fram
 @pytest.mark.parametrize("begun, ended", [("mindspore", "torch"), ("torch", "mindspore"), ("mindspore", "mindspore")])
 def test_what_ran_on_two_ranks_resumes_on_one_in_either_framework(begun, ended, home, store, finished):
     whole = finished(begun, 2)[0]
-    config, directory = configuration(home, f"{begun}-then-{ended}", store)
+    train, runtime = {"micro_batch": 4}, {"recompute": True}  # neither enters a result
+    config, directory = configuration(home, f"{begun}-then-{ended}", store, train=train, runtime=runtime)
     copy_run(whole, directory)
     output = run(ended, 1, config, home / "logs" / directory.name)
+    for change in ("ranks: 2 -> 1", "train.micro_batch: 2 -> 4", "runtime.recompute: False -> True"):
+        assert f"resumed with {change}" in output
     assert f"step_{2 * EVERY:07d}" in output
     assert_curves_agree(metrics(directory), metrics(whole), 1e-4)
 

@@ -59,11 +59,11 @@ def operators(framework: str):
         from pt_granvit.ops.roi_align import roi_align_tiled
         from pt_granvit.projector import pixel_shuffle
     else:
-        from ms_granvit.distributed import initialise
+        from ms_granvit.distributed import join
         from ms_granvit.ops.roi_align import roi_align_tiled
         from ms_granvit.projector import pixel_shuffle
 
-        initialise("cpu")  # an engine may not choose the device after the first kernel has run
+        join("cpu")  # an engine may not choose the device after the first kernel has run
     by_framework = {"torch": torch_value_and_gradient, "mindspore": mindspore_value_and_gradient}
     return pixel_shuffle, roi_align_tiled, by_framework[framework]
 

@@ -18,7 +18,7 @@ from granvit.logs import MetricsFile
 from granvit.schedule import alphas, learning_rates
 from granvit.trainer import Trainer, TrainingStopped
 from tests.helpers import run_config
-from tests.toy import ToyEngine, ToyLoader
+from tests.toy import ToyEngine, ToyLoader, ToyRanks
 
 VISION, LANGUAGE = vision_config("tiny-vision"), language_config("tiny-language")
 STEPS = 9
@@ -270,7 +270,7 @@ def test_reasons_are_summed_over_the_ranks(tmp_path, monkeypatch):
         start = start_weights(config, VISION, LANGUAGE)
         writer = CheckpointWriter(tmp_path / "run", config, VISION, LANGUAGE) if rank == 0 else None
         start = start if writer is None else writer.record_start(start)
-        engine = ToyEngine(config, VISION, LANGUAGE, start, rank, 2, tmp_path)
+        engine = ToyEngine(config, VISION, LANGUAGE, start, ToyRanks(rank, 2, tmp_path))
         loader = ToyLoader(STEPS, lambda step, batch: with_skipped(batch, own[rank]) if step == 5 else batch)
         assert Trainer(config, engine, loader, tmp_path / "run", writer, lambda: False).run(None)
 

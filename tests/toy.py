@@ -17,19 +17,43 @@ from granvit.engine import Group, NonFiniteLoss, Scalars, StepResult
 from granvit.models import LanguageConfig, VisionConfig, part_of
 
 
-class ToyEngine:
-    """Adam on a quadratic: every trained weight is pulled towards a number that the batch's token ids decide.
+class ToyRanks:
+    """Processes that sum through files in a directory, and, as in a framework, wait for ever for a dead rank."""
 
-    Several processes sum through files in the directory TOY_EXCHANGE, and, as in a framework, wait for ever for a dead rank.
-    """
+    device = "toy"
+
+    def __init__(self, rank: int = 0, world: int = 1, exchange: Path | None = None):
+        self.rank, self.world, self.exchange = rank, world, exchange
+        self.sums = 0
+
+    def all_sum(self, values: np.ndarray) -> np.ndarray:
+        if self.world == 1:
+            return values.astype(np.float32)
+        self.sums += 1
+        files = [self.exchange / f"sum_{self.sums}_{rank}.npy" for rank in range(self.world)]
+        temporary = files[self.rank].with_suffix(".tmp")
+        with open(temporary, "wb") as file:
+            np.save(file, values.astype(np.float32))
+        os.replace(temporary, files[self.rank])
+        while not all(file.exists() for file in files):
+            time.sleep(0.01)
+        return sum(np.load(file) for file in files)
+
+    def leave(self) -> None:
+        pass
+
+
+class ToyEngine:
+    """Adam on a quadratic: every trained weight is pulled towards a number that the batch's token ids decide."""
 
     @staticmethod
     def memory(device: str) -> int:
         return 1 << 30
 
     def __init__(self, config: RunConfig, vision: VisionConfig, language: LanguageConfig, start: Iterable[tuple[str, np.ndarray]],
-                 rank: int = 0, world: int = 1, exchange: Path | None = None):  # fmt: skip
-        self.rank, self.world, self.exchange = rank, world, exchange
+                 ranks: ToyRanks | None = None):  # fmt: skip
+        self.ranks = ranks or ToyRanks()
+        self.rank, self.world = self.ranks.rank, self.ranks.world
         self.config, self.stage = config, config.stage_spec
         self.device, self.implementations, self.compilations = "toy", {"attention": "none"}, {"step": 1}
         self.weights = {name: np.array(array, np.float32) for name, array in start}
@@ -41,7 +65,6 @@ class ToyEngine:
             for name in self.weights
             if self.stage.distill and part_of(name) == "vision"
         }
-        self.sums = 0
 
     def step(self, micro_batches: Sequence[Batch], scalars: Scalars) -> StepResult:
         own = sum(float((b.answer_targets_BA * b.answer_weights_BA).sum() + 0 * b.boxes_BK4.sum()) for b in micro_batches)
@@ -67,17 +90,7 @@ class ToyEngine:
         return np.array([sum(float((b.answer_targets_BA * b.answer_weights_BA).sum()) for b in micro_batches), 0], np.float32)
 
     def all_sum(self, values: np.ndarray) -> np.ndarray:
-        if self.world == 1:
-            return values.astype(np.float32)
-        self.sums += 1
-        files = [self.exchange / f"sum_{self.sums}_{rank}.npy" for rank in range(self.world)]
-        temporary = files[self.rank].with_suffix(".tmp")
-        with open(temporary, "wb") as file:
-            np.save(file, values.astype(np.float32))
-        os.replace(temporary, files[self.rank])
-        while not all(file.exists() for file in files):
-            time.sleep(0.01)
-        return sum(np.load(file) for file in files)
+        return self.ranks.all_sum(values)
 
     def tensors(self, group: Group) -> Iterator[tuple[str, np.ndarray]]:
         yield from self._group(group).items()
@@ -91,7 +104,7 @@ class ToyEngine:
         return np.full((len(prompts.lengths_B), max_new_tokens), stop_token, np.int32)
 
     def close(self) -> None:
-        pass
+        self.ranks.leave()
 
     def _group(self, group: Group) -> dict[str, np.ndarray]:
         return {"model": self.weights, "teacher": self.teacher, "first_moment": self.first, "second_moment": self.second}[group]
@@ -123,25 +136,44 @@ class ToyLoader:
 
 
 def main() -> int:
-    """scripts/stage1.py with the toy engine. TOY_FAIL=RANK:STEP raises there, TOY_PAUSE=SECONDS slows each step."""
+    """scripts/stage1.py with the toy engine, and faults that environment variables plant.
+
+    TOY_FAIL=RANK:STEP raises there, with the words of TOY_RAISES. TOY_PAUSE=SECONDS slows each step. TOY_DISK=RANK:DIRECTORY is
+    the rank's working directory, as if it stood on another node's disk. TOY_STALE=RANK: that rank's listings lack a run's
+    newest checkpoint. TOY_VERSION=RANK:NAME:VERSION: that is the version it has of a package. TOY_ENGINE=real: the framework's.
+    """
     from granvit import cli, launch
+    from granvit.checkpoint import run
 
     job = launch.detect()
     exchange = Path(os.environ.get("TOY_EXCHANGE", "."))
-    fail_rank, _, fail_step = os.environ.get("TOY_FAIL", "-1:0").partition(":")
+
+    def planted(name: str) -> list[str]:
+        rank, *rest = os.environ.get(name, "-1").split(":")
+        return [*rest, ""] if job.rank == int(rank) else []
 
     class Engine(ToyEngine):
-        def __init__(self, *arguments):
-            super().__init__(*arguments, job.rank, job.world, exchange)
+        @staticmethod
+        def join(device: str) -> ToyRanks:
+            return ToyRanks(job.rank, job.world, exchange)
 
         def step(self, micro_batches, scalars):
             time.sleep(float(os.environ.get("TOY_PAUSE", "0")))
-            if job.rank == int(fail_rank) and scalars.step == int(fail_step):
-                raise RuntimeError("planted fault")
+            if (fail := planted("TOY_FAIL")) and scalars.step == int(fail[0]):
+                raise RuntimeError(os.environ.get("TOY_RAISES", "planted fault"))
             return super().step(micro_batches, scalars)
 
-    cli.load_engine_class = lambda framework: Engine
-    cli._be_scheduler = lambda: time.sleep(float(os.environ.get("TOY_SCHEDULER", "0")))
+    if disk := planted("TOY_DISK"):
+        os.chdir(disk[0])
+    if planted("TOY_STALE"):
+        listed = run._steps
+        run._steps = lambda directory: listed(directory)[:-1]
+    if version := planted("TOY_VERSION"):
+        installed = run.metadata.version
+        run.metadata.version = lambda name: version[1] if name == version[0] else installed(name)
+    if "TOY_ENGINE" not in os.environ:
+        cli.load_engine_class = lambda framework: Engine
+        cli._be_scheduler = lambda: time.sleep(float(os.environ.get("TOY_SCHEDULER", "0")))
     return cli.train_command("stage1", sys.argv[1:])
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from granvit.checkpoint.contents import LAYOUTS, left_out_lines, open_contents
 from granvit.checkpoint.layouts.default import DEFAULT
-from granvit.checkpoint.run import newest_checkpoint
+from granvit.checkpoint.run import Checkpoint, newest_checkpoint
 from granvit.checkpoint.source import read_json
 from granvit.checkpoint.tensors import shape_differences, sync_directory, write_set, write_synced
 from granvit.config import RunConfig
@@ -37,16 +37,17 @@ OWN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.inde
 Tensors = Iterator[tuple[str, np.ndarray]]
 
 
-def start_weights(config: RunConfig, vision: VisionConfig, language: LanguageConfig) -> Tensors:
+def start_weights(config: RunConfig, vision: VisionConfig, language: LanguageConfig, origin: Checkpoint | None = None) -> Tensors:
     """Every parameter of `parameter_shapes` with its start value, one at a time, in the precision it is stored in.
 
     `model.init_from` takes all parts from another run's newest checkpoint, or, where that has another decoder, the encoder
-    alone (refused where that run trained a projector alone: nothing of its training would be kept); for the rest `model.init` chooses between the seeded initialisation and the publishers' files, beside which the
-    projector is the seeded one. Directories and names are checked before the first tensor is read: `ValueError` names what is
-    missing, unknown or of another shape.
+    alone (refused where that run trained a projector alone: nothing of its training would be kept); for the rest `model.init`
+    chooses between the seeded initialisation and the publishers' files, beside which the projector is the seeded one. `origin` is
+    the checkpoint of `model.init_from` where it was chosen before (default: its newest). Directories and names are checked before
+    the first tensor is read: `ValueError` names what is missing, unknown or of another shape.
     """
     if config.model.init_from is not None:
-        return _from_run(config, vision, language)
+        return _from_run(config, vision, language, origin)
     if config.model.init == "random":
         return _seeded(parameter_shapes(vision, language), config.seed)
     encoder = _published("model.weights_vision", config.model.weights_vision, vision, vision_shapes(vision))
@@ -83,9 +84,9 @@ def _above(vision: VisionConfig) -> set[str]:
     return vision_shapes(vision.whole).keys() - vision_shapes(vision).keys()
 
 
-def _from_run(config: RunConfig, vision: VisionConfig, language: LanguageConfig) -> Tensors:
+def _from_run(config: RunConfig, vision: VisionConfig, language: LanguageConfig, origin: Checkpoint | None) -> Tensors:
     run = Path(config.model.init_from)
-    checkpoint = newest_checkpoint(run)
+    checkpoint = origin or newest_checkpoint(run)
     without = f"model.init_from=null starts without it, {_without(config)}"
     if checkpoint is None:
         before = BEFORE.get(config.stage)
@@ -118,10 +119,10 @@ def _from_run(config: RunConfig, vision: VisionConfig, language: LanguageConfig)
             named = config.model.weights_language
             log.warning(f"model.weights_language {named} gives the tokenizer alone: the decoder is that of {checkpoint.path}")
         return taken
-    origin = "random" if config.model.init == "random" else f"from {config.model.weights_language}"
+    decoder = "random" if config.model.init == "random" else f"from {config.model.weights_language}"
     log.info(
         f"model.init_from {checkpoint.path}: its decoder is {checkpoint.language.name!r}, this run's {language.name!r}: "
-        f"the encoder is kept, the projector is new, the decoder is {origin}"
+        f"the encoder is kept, the projector is new, the decoder is {decoder}"
     )
     return _chained(taken, _new_projector_and_decoder(config, vision, language))
 

@@ -5,7 +5,8 @@
                                  optimizer.safetensors    first_moment.<parameter>, second_moment.<parameter>
                                  *.sha256.json            the checksum of every tensor
                                  state.json               step (also the position in the data), configuration, versions, counters,
-                                                          hash and distance from the start weights per part
+                                                          number of ranks, fingerprints of stores and tokenizer, hash and
+                                                          distance from the start weights per part
     RUN/parts/<part>-<hash>/model.safetensors             every part as it was at the start, in the precision it came in, written
                                                           once: a frozen part is never written again and goes on to the next
                                                           stage as it came, a trained one is what distances are measured from
@@ -20,7 +21,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from granvit.checkpoint.tensors import (
     TensorSet,
@@ -45,11 +46,15 @@ from granvit.engine import Group, TrainEngine
 from granvit.models import PARTS, LanguageConfig, Shapes, Strict, VisionConfig, parameter_shapes, part_of, vision_shapes
 
 FORMAT = 1
-# What a resumed run may change: none of these enters a weight. Number of ranks and framework are not in the configuration.
+# What a resumed run may change. How a global batch is divided (micro-batches, ranks), whether activations are computed again, and
+# on which device: these change the order of floating-point sums at most.
 MAY_CHANGE = (
     "output", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.skip_non_finite",
-    "data.workers", "eval.", "runtime.device", "runtime.jit_level", "runtime.attention",
+    "train.micro_batch", "data.workers", "eval.", "runtime.device", "runtime.jit_level", "runtime.attention",
+    "runtime.recompute", "ranks",
 )  # fmt: skip
+PER_DEVICE = ("train.micro_batch", "ranks")  # enter the result where train.loss_reduction averages means of each device
+WHERE_STATED = ("runtime.compute",)  # changes every rounding: only where the command line says so
 
 
 class CheckpointNotSaved(OSError):
@@ -88,13 +93,17 @@ class State(Strict):
     config: RunConfig
     vision: VisionConfig
     language: LanguageConfig
+    ranks: PositiveInt | None = None
+    fingerprints: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One whole checkpoint, opened for reading."""
+    """One whole checkpoint, opened for reading. `digest` is that of its state. `ranks` (how many wrote it) and `fingerprints` (of
+    tokenizer and stores) are None and empty in a checkpoint from before they were kept."""
 
     path: Path
+    digest: str
     step: int
     config: RunConfig
     vision: VisionConfig
@@ -102,6 +111,8 @@ class Checkpoint:
     parts: dict[str, Part]
     counters: dict[str, int]
     versions: dict[str, str]
+    ranks: int | None
+    fingerprints: dict[str, str]
 
     def tensors(self, group: Group) -> Iterator[tuple[str, np.ndarray]]:
         """A group's tensors, each checked against its checksum (`model`: frozen parts included, in canonical order)."""
@@ -160,10 +171,20 @@ def _steps(run: Path) -> list[int]:
     return sorted(int(m[1]) for name in names if (m := re.fullmatch(r"step_(\d{7,})", name)))
 
 
+def newest_step(run: str | Path) -> int | None:
+    """The step of a run's newest whole checkpoint; None where there is none."""
+    return max(_steps(Path(run)), default=None)
+
+
+def step_directory(run: str | Path, step: int) -> Path:
+    """Where a run keeps the checkpoint of a step."""
+    return Path(run) / "checkpoints" / f"step_{step:07d}"
+
+
 def newest_checkpoint(run: str | Path) -> Checkpoint | None:
     """The newest whole checkpoint of a run's directory; None where there is none. `ValueError` where it is damaged."""
-    steps = _steps(Path(run))
-    return open_checkpoint(Path(run) / "checkpoints" / f"step_{steps[-1]:07d}") if steps else None
+    step = newest_step(run)
+    return None if step is None else open_checkpoint(step_directory(run, step))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -183,6 +204,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     state = validate(State, tree, str(file))
     return Checkpoint(
         path=path,
+        digest=stated,
         step=state.step,
         config=state.config,
         vision=state.vision,
@@ -190,6 +212,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         parts={name: Part(**vars(part)) for name, part in state.parts.items()},
         counters=state.counters,
         versions=state.versions,
+        ranks=state.ranks,
+        fingerprints=state.fingerprints,
     )
 
 
@@ -197,19 +221,50 @@ def _state_digest(state: dict) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def check_same_run(checkpoint: Checkpoint, config: RunConfig, vision: VisionConfig, language: LanguageConfig) -> None:
-    """`ValueError` naming every difference where `config` may not continue the run that `checkpoint` belongs to."""
-    changed = [d for d in differences(checkpoint.config, config) if not d.startswith(MAY_CHANGE)]
-    if changed:
+def check_same_run(checkpoint: Checkpoint, config: RunConfig, vision: VisionConfig, language: LanguageConfig, ranks: int,
+                   stated: Collection[str] = ()) -> list[str]:  # fmt: skip
+    """`ValueError` naming every difference where `config` on so many ranks may not continue the run that `checkpoint` belongs to.
+
+    Returns the differences that may be, as `key: old -> new`. `stated` are the keys given on the command line.
+    """
+    changed = differences(checkpoint.config, config)
+    if checkpoint.ranks not in (None, ranks):
+        changed.append(f"ranks: {checkpoint.ranks} -> {ranks}")
+    unstated = [line for line in changed if line.startswith(WHERE_STATED) and line.partition(":")[0] not in stated]
+    fixed = PER_DEVICE if config.train.loss_reduction == "per_device" else ()
+    wrong = [line for line in changed if line.startswith(fixed) or not line.startswith(MAY_CHANGE + WHERE_STATED)]
+    run = checkpoint.path.parents[1]
+    if wrong:
         raise ValueError(
-            f"{checkpoint.path.parents[1]} holds a run of another configuration: {'; '.join(changed)}. "
+            f"{run} holds a run of another configuration: {'; '.join(wrong + unstated)}. "
             f"Use the same configuration to resume it, --fresh to start over, or another output="
         )
+    if unstated:
+        raise ValueError(
+            f"{run} holds a run of another precision: {'; '.join(unstated)}. Every later step would round otherwise: "
+            f"state runtime.compute={config.runtime.compute} on the command line if that is meant, or use the same configuration"
+        )
     checkpoint.check_architecture(vision, language)
+    return changed
 
 
-def _versions() -> dict[str, str]:
-    names = ("granvit", "numpy", "grain", "tokenizers", "mindspore", "torch")
+def check_same_data(checkpoint: Checkpoint, fingerprints: Mapping[str, str]) -> None:
+    """`ValueError` naming each store, or the tokenizer, that is not the one the run was trained on until `checkpoint`."""
+    changed = [
+        f"{what} has fingerprint {fingerprints[what]}, the run was trained on {before}"
+        for what, before in checkpoint.fingerprints.items()
+        if fingerprints[what] != before
+    ]
+    if changed:
+        raise ValueError(
+            f"{checkpoint.path} was made from other data: {'; '.join(changed)}. Put back what was there, "
+            f"use --fresh to start over, or another output="
+        )
+
+
+def versions() -> dict[str, str]:
+    """The installed versions of what can enter a result."""
+    names = ("granvit", "numpy", "grain", "tokenizers", "pillow", "safetensors", "ml_dtypes", "mindspore", "torch")
     found = {}
     for name in names:
         try:
@@ -239,13 +294,15 @@ def _disk_errors(what: str) -> Iterator[None]:
 
 @dataclass
 class CheckpointWriter:
-    """Writes one run's checkpoints (rank 0). `start` maps each part to the hash of its start weights in RUN/parts."""
+    """Writes one run's checkpoints (rank 0). `start` maps each part to the hash of its start weights in RUN/parts, `fingerprints`
+    names what the run reads (`granvit.preflight.fingerprints`)."""
 
     run: Path
     config: RunConfig
     vision: VisionConfig
     language: LanguageConfig
     start: dict[str, str] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.trains = self.config.stage_spec.trains
@@ -286,14 +343,14 @@ class CheckpointWriter:
 
         `CheckpointNotSaved` where the disk refuses; what was written so far is removed and earlier checkpoints stay whole.
         """
-        into = self.run / "checkpoints" / f"step_{step:07d}"
+        into = step_directory(self.run, step)
         if into.exists():
             return open_checkpoint(into)  # the same step of the same run: the same bytes
         temporary = into.with_name(f".tmp-{into.name}-{os.getpid()}")
         with _disk_errors(f"checkpoint {into} could not be written"), _temporary(temporary) as folder:
             parts = self._write_model(engine, folder)
             self._write_rest(engine, folder)
-            self._write_state(folder, step, parts, counters)
+            self._write_state(folder, step, parts, counters, engine.world)
             sync_directory(folder)
             os.rename(folder, into)
             sync_directory(into.parent)
@@ -329,14 +386,16 @@ class CheckpointWriter:
         if self.config.stage_spec.distill:
             write_set(folder, "teacher", vision_shapes(self.vision, "teacher"), engine.tensors("teacher"))
 
-    def _write_state(self, folder: Path, step: int, parts: dict[str, Part], counters: dict[str, int]) -> None:
+    def _write_state(self, folder: Path, step: int, parts: dict[str, Part], counters: dict[str, int], ranks: int) -> None:
         state = {
             "format": FORMAT,
             "step": step,
             "data_position": step,
             "counters": counters,
             "parts": {name: vars(part) for name, part in parts.items()},
-            "versions": _versions(),
+            "versions": versions(),
+            "ranks": ranks,
+            "fingerprints": self.fingerprints,
             "config": self.config.model_dump(mode="json"),
             "vision": self.vision.model_dump(mode="json"),
             "language": self.language.model_dump(mode="json"),
@@ -345,7 +404,7 @@ class CheckpointWriter:
 
     def _thin(self) -> None:
         for step in _steps(self.run)[: -self.config.train.keep_checkpoints]:
-            old = self.run / "checkpoints" / f"step_{step:07d}"
+            old = step_directory(self.run, step)
             going = old.with_name(f".tmp-old-{old.name}")
             os.rename(old, going)  # a reader sees all of it or nothing
             shutil.rmtree(going)

@@ -164,9 +164,17 @@ class Chat:
     @property
     def fingerprint(self) -> str:
         """Sixteen hex digits that change whenever a token length of any question or answer could."""
-        parts = (self.tokenizer.to_str(), self.family, repr(self._template), prompts.BBOX2CAPTION, prompts.CAPTION2BBOX)
-        parts += (prompts.GLOBAL, tokenizers.__version__)
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+        return hashlib.sha256("\0".join((*self._stated, tokenizers.__version__)).encode()).hexdigest()[:16]
+
+    @property
+    def contents_fingerprint(self) -> str:
+        """Sixteen hex digits of the tokenizer, the template and the fixed wording alone: no version of the library enters."""
+        return hashlib.sha256("\0".join(self._stated).encode()).hexdigest()[:16]
+
+    @property
+    def _stated(self) -> tuple[str, ...]:
+        wording = (prompts.BBOX2CAPTION, prompts.CAPTION2BBOX, prompts.GLOBAL)
+        return (self.tokenizer.to_str(), self.family, repr(self._template), *wording)
 
     def jinja(self, image_token: str) -> str:
         """The template as a `chat_template` of transformers: user and assistant turns, with `image_token` for each image.

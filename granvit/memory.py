@@ -1,0 +1,47 @@
+"""A device that ran out of memory: how to know it, and the override that cures it."""
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from granvit.checkpoint.run import newest_step
+from granvit.config import RunConfig, largest_divisor
+from granvit.trainer import TrainingStopped
+
+WORDS = re.compile(r"out of memory|memory isn't enough|memory not enough|(can't|cannot) allocate memory|alloc.{0,40}failed", re.I)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python or a framework ran out of memory. They have no type in common: PyTorch raises one by device, MindSpore a
+    RuntimeError. The words are theirs."""
+    return isinstance(error, MemoryError) or bool(WORDS.search(str(error)))
+
+
+NOTHING_SMALLER = "train.micro_batch is 1 and runtime.recompute true already; take shorter data.buckets or a smaller model"
+
+
+def smaller_steps(config: RunConfig, ranks: int) -> list[str]:
+    """The overrides with which a step takes less memory and gives the same results to rounding."""
+    rows = config.train.micro_batch * config.local_micro_batches(ranks)
+    cures = []
+    if config.train.micro_batch > 1:
+        cures.append(f"train.micro_batch={largest_divisor(rows, config.train.micro_batch // 2)}")
+    if not config.runtime.recompute:
+        cures.append("runtime.recompute=true")
+    return cures
+
+
+@contextmanager
+def memory_errors(where: Callable[[], str], run: Path, cures: list[str], nothing_left: str) -> Iterator[None]:
+    """Turns what says that memory ran out into `TrainingStopped` with one line: where, which override cures it, and the step that
+    the run then goes on from; without cures, `nothing_left`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = (str(error).strip() or "MemoryError").splitlines()[0]
+        saved = newest_step(run)
+        since = "the start" if saved is None else f"step {saved}"
+        cure = f"the same command with {' or '.join(cures)} goes on from {since}, with the same results to rounding"
+        raise TrainingStopped(f"out of memory {where()} ({said}): {cure if cures else nothing_left}") from error

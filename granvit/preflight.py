@@ -1,0 +1,156 @@
+"""What the ranks of a run prove to each other before the first step: that they hold the same versions, configuration, data and
+weights. Rank 0 chooses the checkpoint; every rank states what it loaded itself, by hash, and a difference stops all of them
+(`granvit.agreement`)."""
+import hashlib
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from granvit.agreement import Fact, agree, broadcast, together
+from granvit.checkpoint.run import Checkpoint, newest_step, open_checkpoint, step_directory, versions
+from granvit.checkpoint.tensors import set_digest, tensor_digest
+from granvit.config import RunConfig
+from granvit.data.chat import Chat
+from granvit.data.store import Store
+from granvit.engine import Ranks
+from granvit.launch import FRAMEWORKS, Framework
+from granvit.models import PARTS, LanguageConfig, VisionConfig, part_of
+
+log = logging.getLogger("granvit")
+SEEN_WITHIN = 90.0  # seconds; NFS keeps a directory's listing for up to 60
+PROGRESS = 10.0  # seconds between two lines about loading
+TOKENIZER = "tokenizer"  # its key among the fingerprints, beside `store PATH`
+
+
+def version_facts(framework: Framework) -> dict[str, Fact]:
+    """Versions of Python and of the installed packages that can enter a result, and one hash of our own sources (two checkouts
+    have one version)."""
+    others = {module for module in ("mindspore", "torch") if module != framework}
+    facts = {f"version of {name}": Fact(version) for name, version in versions().items() if name not in others}
+    facts["version of Python"] = Fact(platform.python_version())
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for package in ("granvit", FRAMEWORKS[framework][0]):
+        for file in sorted((root / package).rglob("*.py")):
+            digest.update(f"{file.relative_to(root)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return facts | {"source code": Fact(digest.hexdigest()[:16], str(root))}
+
+
+def configuration_facts(config: RunConfig, vision: VisionConfig, language: LanguageConfig, path: str) -> dict[str, Fact]:
+    """Every key of the resolved configuration and of the two models' files."""
+    facts = {}
+    for prefix, tree, origin in (
+        ("", config, str(Path(path).resolve())),
+        (f"model {vision.name} ", vision, ""),
+        (f"model {language.name} ", language, ""),
+    ):
+        facts |= {f"{prefix}{key}": Fact(value, origin) for key, value in _leaves(tree.model_dump(mode="json"), "")}
+    return facts
+
+
+def _leaves(tree: Any, key: str) -> Iterator[tuple[str, str]]:
+    if not isinstance(tree, dict):
+        yield key, json.dumps(tree)
+        return
+    for name, below in tree.items():
+        yield from _leaves(below, f"{key}.{name}" if key else name)
+
+
+def fingerprints(config: RunConfig, chat: Chat) -> dict[str, str]:
+    """Of the tokenizer with its chat template, and of each store that the run trains on."""
+    return {TOKENIZER: chat.contents_fingerprint} | _stores([source.path for source in config.data.sources])
+
+
+def _stores(paths: Iterable[str]) -> dict[str, str]:
+    return {f"store {path}": Store(path).fingerprint for path in paths}
+
+
+def data_facts(config: RunConfig, chat: Chat, prints: dict[str, str]) -> dict[str, Fact]:
+    """The run's fingerprints and that of its held-out store."""
+    held_out = _stores([] if config.eval.source is None else [config.eval.source])
+    facts = {what: Fact(value, str(Path(what.removeprefix("store ")).resolve())) for what, value in (prints | held_out).items()}
+    return facts | {TOKENIZER: Fact(prints[TOKENIZER], chat.origin)}
+
+
+def agreed_checkpoint(ranks: Ranks, run: Path, wanted: bool = True) -> Checkpoint | None:
+    """The newest whole checkpoint that rank 0 finds in a run's directory (None: there is none, or rank 0 wants none), opened on
+    every rank, none of which lists the directory itself. All ranks must call it.
+
+    `Refused` where a rank does not see it or holds other files under its name: what is not hashed here is compared with these
+    hashes whenever it is read.
+    """
+    chosen = together(ranks, lambda: newest_step(run) if wanted and ranks.rank == 0 else None)
+    step = broadcast(ranks, "" if chosen is None else str(chosen), 0)
+    if not step:
+        return None
+    checkpoint = together(ranks, lambda: _open_when_seen(step_directory(run, int(step))))
+    files = sorted(checkpoint.path.glob("*.sha256.json"))
+    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files} | {"state.json": checkpoint.digest}
+    agree(ranks, {name: Fact(digest[:16], str(checkpoint.path.resolve() / name)) for name, digest in digests.items()})
+    return checkpoint
+
+
+def _open_when_seen(path: Path) -> Checkpoint:
+    """Opens a checkpoint that rank 0 sees; a network file system may show it to this node a little later."""
+    deadline = time.monotonic() + SEEN_WITHIN
+    while not (path / "state.json").is_file():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{path.resolve()} is not there, though rank 0 sees it (waited {SEEN_WITHIN:.0f} s); a run's directory must be "
+                f"one that all nodes share"
+            )
+        with suppress(OSError):
+            os.listdir(path.parent)  # makes the file system ask again
+        time.sleep(min(1.0, SEEN_WITHIN))
+    return open_checkpoint(path)
+
+
+class Loading:
+    """Tensors on their way into an engine: hashed as they pass, in the precision they are stored in, with a line about progress
+    now and then. One rank by itself has nobody to compare with and hashes nothing."""
+
+    def __init__(self, what: str, total: int, ranks: Ranks):
+        self.what, self.total, self.hashed = what, total, ranks.world > 1
+        self.digests: dict[str, str] = {}
+
+    def watch(self, tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+        """Passes the tensors on."""
+        began = told = time.monotonic()
+        count = size = 0
+        for name, array in tensors:
+            if self.hashed:
+                self.digests[name] = tensor_digest(array)
+            yield name, array
+            count, size, now = count + 1, size + array.nbytes, time.monotonic()
+            if now - told > PROGRESS:
+                told = now
+                rate = size / 1e9 / (now - began)
+                log.info(f"{self.what}: {count} of {self.total} tensors, {size / 1e9:.1f} GB, {rate:.2f} GB/s")
+        log.info(f"{self.what}: {count} tensors, {size / 1e9:.2f} GB in {time.monotonic() - began:.1f} s")
+
+    def hashes(self) -> dict[str, str]:
+        """part -> the hash of what was loaded of it."""
+        return {part: set_digest({n: d for n, d in self.digests.items() if part_of(n) == part}) for part in PARTS}
+
+
+def weights_facts(hashes: dict[str, str], config: RunConfig, language: LanguageConfig,
+                  source: Checkpoint | None) -> dict[str, Fact]:  # fmt: skip
+    """Each part's hash and where the part came from; `source` is the checkpoint that gave the weights, of this run or of
+    `model.init_from`."""
+    seed = f"random from seed {config.seed}"
+    origins = dict.fromkeys(PARTS, seed)
+    if config.model.init != "random":
+        origins["vision"] = str(Path(config.model.weights_vision).resolve())
+        origins["language"] = str(Path(config.model.weights_language).resolve())
+    if source is not None:
+        taken = PARTS if source.language.is_built_like(language) else ("vision",)
+        origins |= dict.fromkeys(taken, str(source.path.resolve()))
+    return {f"weights of {part}": Fact(hashes[part][:16], origins[part]) for part in PARTS}

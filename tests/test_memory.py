@@ -1,0 +1,68 @@
+"""An out-of-memory is known by its words, and the override that cures it divides the batch."""
+import numpy as np
+import pytest
+import torch
+
+from granvit.memory import NOTHING_SMALLER, is_out_of_memory, memory_errors, smaller_steps
+from granvit.trainer import TrainingStopped
+from tests.helpers import run_config
+
+
+@pytest.mark.parametrize("make", [lambda: torch.empty(1 << 55), lambda: np.empty(1 << 58)], ids=["torch", "numpy"])
+def test_what_is_raised_here_is_known(make):
+    with pytest.raises((RuntimeError, MemoryError)) as raised:
+        make()
+    assert is_out_of_memory(raised.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("NPU out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("Device(id:0) memory isn't enough and alloc failed, kernel name: MatMul-op1, alloc size: 4294967296B."),
+        RuntimeError("Memory not enough: alloc size[34359738368] is bigger than available memory"),
+        RuntimeError("Allocate memory failed, alloc size 1024"),
+        RuntimeError("Out of Memory!!! Request memory size: 34359738368B"),
+    ],
+)
+def test_what_the_frameworks_say_on_devices_is_known(error):
+    assert is_out_of_memory(error)
+
+
+def test_another_error_stays_what_it_is(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes do not match"), memory_errors(lambda: "", tmp_path, ["x=1"], ""):
+        raise RuntimeError("shapes do not match")
+
+
+@pytest.mark.parametrize(
+    "rows, micro, ranks, recompute, cures",
+    [
+        (24, 6, 2, False, ["train.micro_batch=3", "runtime.recompute=true"]),
+        (30, 5, 2, False, ["train.micro_batch=1", "runtime.recompute=true"]),  # 2 does not divide 15
+        (24, 1, 2, False, ["runtime.recompute=true"]),
+        (24, 1, 2, True, []),
+    ],
+)
+def test_the_cure_divides_the_batch(rows, micro, ranks, recompute, cures, tmp_path):
+    config = run_config(
+        data={"regions_per_row": 1}, train={"global_batch": rows, "micro_batch": micro}, runtime={"recompute": recompute}
+    )
+    assert smaller_steps(config, ranks) == cures
+    said = " or ".join(cures) if cures else NOTHING_SMALLER
+    with (
+        pytest.raises(TrainingStopped, match=f"out of memory in step 3 .*{said}"),
+        memory_errors(lambda: "in step 3", tmp_path, smaller_steps(config, ranks), NOTHING_SMALLER),
+    ):
+        raise MemoryError
+
+
+@pytest.mark.parametrize(
+    "ranks, micro, remedy", [(256, 2, "train.micro_batch=1 does"), (64, 3, "train.micro_batch=2 does"), (3, 2, "divides 256")]
+)
+def test_a_micro_batch_that_does_not_divide_names_the_one_that_does(ranks, micro, remedy):
+    config = run_config(data={"regions_per_row": 1}, train={"global_batch": 256, "micro_batch": micro})
+    with pytest.raises(ValueError, match=remedy):
+        config.local_micro_batches(ranks)
+    fitting = run_config(data={"regions_per_row": 1}, train={"global_batch": 256, "micro_batch": 1})
+    assert fitting.local_micro_batches(256) == 1
