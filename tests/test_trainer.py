@@ -208,7 +208,8 @@ def test_one_ranks_loss_leaves_the_step_out_on_all_and_both_reductions_are_told_
         start, folder = start_weights(config, VISION, LANGUAGE), tmp_path / reduction
         folder.mkdir(exist_ok=True)
         writer = CheckpointWriter(folder / "run", config, VISION, LANGUAGE) if rank == 0 else None
-        engine = ToyEngine(config, VISION, LANGUAGE, start if writer is None else writer.record_start(start), rank, 2, folder)
+        start = start if writer is None else writer.record_start(start)
+        engine = ToyEngine(config, VISION, LANGUAGE, start, ToyRanks(rank, 2, folder))
         means, step = set(), engine.step
         engine.step = lambda batches, scalars: means.add(scalars.means) or step(batches, scalars)
         assert Trainer(config, engine, ToyLoader(STEPS, change), folder / "run", writer, lambda: False).run(None)
