@@ -32,10 +32,7 @@ def engine():
     config = run_config(runtime={"compute": "bfloat16"}, distill={"crop_size": CROP}, optimizer={"weight_decay": 0.1})
     models = shallow_models(config)
     assert models[0].width // models[0].heads % 16, "heads as SigLIP's, which the fused attention wants padded"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed, "choose_device", lambda name: "npu")
-        patch.setattr(distributed, "initialise", lambda device: (0, 1))
-        made = Engine(config, *models, initial_values(parameter_shapes(*models), 0).items())
+    made = Engine(config, *models, initial_values(parameter_shapes(*models), 0).items(), distributed.Ranks(0, 1, "npu"))
     assert made.implementations["attention"] == "flash"
     return made
 
@@ -48,10 +45,13 @@ def graphs(engine: Engine) -> dict[str, tuple[nn.Cell, list]]:
     caches = [
         Tensor(np.zeros((language.layers, 2, language.kv_heads, PROMPT + NEW, language.head_dim)), ms.bfloat16) for _ in range(2)
     ]
+    inputs = engine.inputs(batch, Scalars(1, 1e-3, 0.9, batch.tokens, batch.boxes))
+    two, three = (Tensor(np.ones(size, np.float32)) for size in (2, 3))
     return {
-        "micro_batch": (engine.micro_batch, engine.inputs(batch, Scalars(1, 1e-3, 0.9, batch.tokens, batch.boxes))),
-        "reduce": (engine.reduce, []),
-        "update": (engine.update, [scalar(1.0)] * 4),
+        "micro_batch": (engine.micro_batch, [three, *inputs]),
+        "held_out": (engine.held_out, [two, *inputs]),
+        "reduce": (engine.reduce, [three]),
+        "update": (engine.update, [three, three, scalar(1.0), scalar(1.0)]),
         "ema": (engine.ema, [scalar(0.9), scalar(0.1)]),
         "prefill": (engine.prefill, [Tensor(batch.pixels_B3RR), ids, ids[:, 0], Tensor(batch.image_positions_BN), NEW]),
         "decode": (engine.decode, [ids[:, :1], ids[:, :1], *caches]),

@@ -1,4 +1,6 @@
 """The PyTorch package on the stand-in device: what every stage runs, that no tensor stays on the host, and how often it waits."""
+import json
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ from granvit.checkpoint.run import CheckpointWriter  # noqa: E402
 from granvit.config import Bucket, RunConfig, resolve_models  # noqa: E402
 from granvit.data.batch import Batch, Packer, Question, join  # noqa: E402
 from granvit.engine import Scalars  # noqa: E402
-from granvit.evaluate import evaluate  # noqa: E402
+from granvit.evaluate import Evaluator, evaluation_file  # noqa: E402
 from granvit.stages import STAGES  # noqa: E402
 from parity.capture import Request, compute  # noqa: E402
 from parity.fixture import make_fixture, random_batch, start_values  # noqa: E402
@@ -22,7 +24,7 @@ from tests.conftest import random_record  # noqa: E402
 from tests.helpers import run_config  # noqa: E402
 from tests.pt.stand_in import DeviceTensor, attached  # noqa: E402
 
-READS_PER_STEP = 3  # how often the host waits for a value in one training step
+READS_PER_STEP = 1  # how often the host waits for a value in one training step
 ON_DEVICE = {"device": "npu", "compute": "bfloat16"}
 SMALL_CROPS = {"distill": {"crop_size": 16}}  # the teacher's positions are resampled
 MIXED = "Expected all tensors to be on the same device"
@@ -219,19 +221,25 @@ def on_the_host(operator):
 
 def test_generation_and_evaluation_equal_the_hosts(device, chat, store, tmp_path):
     config = on_device(
-        stage="stage2", eval={"source": str(store.path), "images": 3, "batch": 2, "max_new_tokens": 4}, runtime={"compute": "float32"}
+        stage="stage2",
+        data={"buckets": [{"length": 512, "answers": 160}]},
+        eval={"source": str(store.path), "rows": 2, "images": 3, "batch": 2, "max_new_tokens": 4},
+        runtime={"compute": "float32"},
     )
-    fixture, found = make_fixture(0), []
+    fixture, found, losses = make_fixture(0), [], []
     vision, _ = resolve_models(config)
     for name, one in (("device", config), ("host", on_host(config))):
         engine = make_engine(one)
         device.reads.clear()
         tokens = engine.generate(fixture.prompts(), 5, stop_token=-1)
         reads = len(device.reads)
-        table, predictions = evaluate(engine, one, vision, chat, tmp_path / name, 1)
-        found.append((tokens.tolist(), table, [p["answer"] for p in predictions]))
+        evaluation = Evaluator(engine, one, vision, chat, tmp_path / name)(1)
+        kept = json.loads(evaluation_file(tmp_path / name, 1).read_text())
+        found.append((tokens.tolist(), evaluation.table, [p["answer"] for p in kept["predictions"]]))
+        losses.append(evaluation.held_out)
         assert reads == (5 if name == "device" else 0)  # one a token: the host looks for the end
     assert found[0] == found[1]
+    assert losses[0].keys() >= {"loss"} and losses[0]["loss"] == pytest.approx(losses[1]["loss"], rel=1e-5)
 
 
 def test_paritys_records_are_made_on_the_device(device):
