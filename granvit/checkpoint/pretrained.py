@@ -41,9 +41,9 @@ def start_weights(config: RunConfig, vision: VisionConfig, language: LanguageCon
     """Every parameter of `parameter_shapes` with its start value, one at a time, in the precision it is stored in.
 
     `model.init_from` takes all parts from another run's newest checkpoint, or, where that has another decoder, the encoder
-    alone (refused where that run trained a projector alone: nothing of its training would be kept); for the rest `model.init` chooses between the seeded initialisation and the publishers' files, beside which the
-    projector is the seeded one. Directories and names are checked before the first tensor is read: `ValueError` names what is
-    missing, unknown or of another shape.
+    alone (refused where that run trained a projector alone: nothing of its training would be kept). For the rest `model.init`
+    chooses between the seeded initialisation and the publishers' files, beside which the projector is the seeded one. Directories
+    and names are checked before the first tensor is read: `ValueError` names what is missing, unknown or of another shape.
     """
     if config.model.init_from is not None:
         return _from_run(config, vision, language)
@@ -97,9 +97,9 @@ def _from_run(config: RunConfig, vision: VisionConfig, language: LanguageConfig)
     theirs, ours = checkpoint.language, language
     if not same and checkpoint.config.stage_spec.trains == {"projector"}:
         raise ValueError(
-            f"model.init_from {checkpoint.path}: its decoder is {theirs.name!r} of width {theirs.width} and {theirs.layers} layers, "
-            f"this run's {ours.name!r} of width {ours.width} and {ours.layers} layers, so that nothing it trained fits here; train "
-            f"it with model.language={config.model.language}. {without}"
+            f"model.init_from {checkpoint.path}: its decoder is {theirs.name!r} of width {theirs.width} and {theirs.layers} "
+            f"layers, this run's {ours.name!r} of width {ours.width} and {ours.layers} layers, so that nothing it trained fits "
+            f"here; train it with model.language={config.model.language}. {without}"
         )
     parts = PARTS if same else ("vision",)
     unused = _above(vision)
@@ -109,8 +109,8 @@ def _from_run(config: RunConfig, vision: VisionConfig, language: LanguageConfig)
     if wrong:
         raise ValueError(
             f"model.init_from {checkpoint.path}: of another architecture (its encoder is {checkpoint.vision.name!r}, this run's "
-            f"{vision.name!r}): {'; '.join(wrong)}; train that run with this one's model.vision, model.language and vision.tiling. "
-            f"{without}"
+            f"{vision.name!r}): {'; '.join(wrong)}; train that run with this one's model.vision, model.language and "
+            f"vision.tiling. {without}"
         )
     taken = ((name, array) for name, array in checkpoint.tensors("model") if name in expected)
     if same:
