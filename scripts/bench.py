@@ -6,6 +6,7 @@
     python scripts/bench.py encoders                                  every encoder row at full size against transformers
     python scripts/bench.py load                                      memory while SigLIP2 and Qwen2.5-1.5B are loaded
     python scripts/bench.py order                                     what steps hold and waste under several orders of the data
+    python scripts/bench.py seeds --other CHECKOUT                    a toy stage 1 in this order of the data and another's
 """
 import argparse
 import json
@@ -232,11 +233,12 @@ def conversion(console: Console, gigabytes: float, repeats: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("packing", "twins", "convert", "encoders", "load", "order"))
+    parser.add_argument("what", choices=("packing", "twins", "convert", "encoders", "load", "order", "seeds"))
     parser.add_argument("--framework", choices=("mindspore", "torch"), default="mindspore")
     parser.add_argument("--regions", type=int, default=6, help="questions per image (default 6; the paper's data has 6.2)")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps; the median is printed (default 5)")
     parser.add_argument("--gigabytes", type=float, default=0.5, help="size of the file that is converted (default 0.5)")
+    parser.add_argument("--other", type=Path, help="a checkout of this repository with the order to compare with")
     args = parser.parse_args()
     console = Console(width=130)
     if args.what == "packing":
@@ -247,6 +249,10 @@ def main() -> None:
         getattr(bench_loading, args.what)(console)
     elif args.what == "order":
         bench_order.order(console)
+    elif args.what == "seeds":
+        if args.other is None:
+            parser.error("seeds compares with another checkout: --other DIRECTORY")
+        bench_order.seeds(console, args.other)
     else:
         twins(console, args.regions, args.repeats)
 

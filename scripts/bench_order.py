@@ -1,23 +1,35 @@
-"""What `scripts/bench.py order` prints: steps of stages 1 and 2 under several orders of the data, on simulated lengths.
+"""What `scripts/bench.py order` and `seeds` print: steps of stages 1 and 2 under several orders of the data, on simulated
+lengths; and a toy stage 1 trained in the order of this checkout and in that of another.
 
-The real `Plan` and the shipped configurations over stores that hold numbers alone, a ninetieth of Gran-29M. Stated by the paper:
-images and regions of both sources (Table 6), captions of at most 10 words. From SPEC section 6: the mean lengths of rows of one
-question. Assumed: 1 + Poisson regions per natural image and 1 + geometric per OCR image (with Table 6's means); 1 to 10 words
-per region caption, all as likely, of 1.4 tokens; global captions of log-normal length, sigma 0.3; 20 tokens of template around
-1024 of the image; 26 tokens of a box.
+`order` drives the real `Plan` with the shipped configurations over stores that hold numbers alone, a ninetieth of Gran-29M.
+Stated by the paper: images and regions of both sources (Table 6), captions of at most 10 words. From the analysis of the paper's
+Table 9: the mean lengths of rows of one question (`MEANS`). Assumed: 1 + Poisson regions per natural image and 1 + geometric per
+OCR image (with Table 6's means); 1 to 10 words per region caption, all as likely, of 1.4 tokens; global captions of log-normal
+length, sigma 0.3; 20 tokens of template around 1024 of the image; 26 tokens of a box.
 """
+import json
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from granvit.config import CONFIGS, RunConfig, load_config
-from granvit.data.loader import WINDOW, Plan
-from granvit.data.store import REGIONS
+from granvit.checkpoint.run import newest_checkpoint
+from granvit.cli import load_chat
+from granvit.config import CONFIGS, RunConfig, load_config, parse_config
+from granvit.data.loader import WINDOW, Loader, Plan
+from granvit.data.store import REGIONS, write_store
+from granvit.demo.scenes import scenes
+from granvit.engine import Scalars
+from granvit.launch import load_engine_class
 from granvit.stages import TASKS
 
 SCALE = 90  # images of the paper to one here
@@ -172,7 +184,7 @@ def shapes(buckets: np.ndarray, unit: str, world: int, each: int) -> np.ndarray:
 
 def waits(shapes_TMW: np.ndarray, buckets: int) -> tuple[int, int]:
     """Most shapes that one rank compiles, and steps in which at least one rank compiles."""
-    steps, _, world = shapes_TMW.shape
+    steps = len(shapes_TMW)
     met = np.stack([(shapes_TMW == bucket).any(1) for bucket in range(buckets)])  # [buckets, steps, ranks]
     first = np.where(met.any(1), met.argmax(1), steps)  # [buckets, ranks]
     return int((first < steps).sum(0).max()), len(np.unique(first[first < steps]))
@@ -224,3 +236,82 @@ def order(console: Console) -> None:
         "tokens of the rows. critical: the longest rank's tokens in a step over the mean rank's own; a step lasts as long. "
         "compiled: shapes that a rank compiles. waits: steps in which some rank does, and all wait."
     )
+
+
+TOY_STEPS, SEEDS = 300, 5
+
+
+def _toy(folder: Path, stage: str, output: Path, seed: int, **model: str) -> dict:
+    """A run of the tiny models on the demo's scenes, a fifth of whose questions are global; regions and captions need unlike
+    buckets, so that an order by bucket separates them."""
+    return {
+        "stage": stage,
+        "output": str(output),
+        "seed": seed,
+        "model": {"vision": "tiny-vision", "language": "tiny-language", "init": "random", **model},
+        "data": {
+            "sources": [{"path": str(folder / "train")}],
+            "mix": {"global": 1.0, "bbox2caption": 1.0},
+            "buckets": [{"length": 270, "answers": 40}, {"length": 360, "answers": 200}],
+        },
+        "train": {"global_batch": 32, "micro_batch": 8, "epochs": 20, "steps": TOY_STEPS, "checkpoint_every": TOY_STEPS},
+        "optimizer": {"lr": 5e-3},
+        "runtime": {"device": "cpu"},
+    }
+
+
+def _train(checkout: Path, tree: dict) -> Path:
+    """Runs a stage's script of a checkout; returns the run's directory."""
+    run = Path(tree["output"])
+    config = run.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(tree))
+    command = [sys.executable, checkout / "scripts" / f"{tree['stage']}.py", "--framework", "torch", "--config", config]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(checkout)}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{checkout}: {done.stderr}")
+    return run
+
+
+def _held_out_loss(folder: Path, tree: dict, run: Path, task: str) -> tuple[float, int]:
+    """Caption loss a token of a run's last checkpoint on the held-out questions of one task, and their tokens."""
+    import torch
+
+    tree = {**tree, "data": {**tree["data"], "sources": [{"path": str(folder / "heldout")}], "mix": {task: 1.0}}}
+    config = parse_config({**tree, "train": {**tree["train"], "epochs": 1, "steps": None}}, "held-out")
+    checkpoint = newest_checkpoint(run)
+    engine = load_engine_class("torch")(config, checkpoint.vision, checkpoint.language, checkpoint.tensors("model"))
+    total, tokens = 0.0, 0
+    for batches in Loader(config, checkpoint.vision, load_chat(config, checkpoint.language), 0, 1).batches():
+        for batch in batches:
+            with torch.no_grad():
+                caption = engine.losses(batch, Scalars(1, 0.0, 1.0, batch.tokens, batch.boxes))[1]
+            total, tokens = total + float(caption) * batch.tokens, tokens + int(batch.tokens)
+    return total / tokens, tokens
+
+
+def seeds(console: Console, other: Path) -> None:
+    """Toy stage 1 from one decoder, in the other checkout's order and in this one's: held-out caption loss over the seeds."""
+    tasks, here = ("global", "bbox2caption"), Path(__file__).resolve().parents[1]
+    title = f"toy stage 1, {TOY_STEPS} steps of 32 rows, {SEEDS} seeds: held-out caption loss a token, mean (sd over seeds)"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("order", "all", *tasks, "per seed", "sd of a step's training loss"):
+        table.add_column(column, justify="left" if column == "order" else "right")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_store(scenes("train", 600, 0), folder / "train")
+        write_store(scenes("heldout", 200, 0), folder / "heldout")
+        start = _train(other, _toy(folder, "stage2", folder / "start", 0))
+        for name, checkout in (("other", other.resolve()), ("this", here)):
+            found, spread = [], []
+            for seed in range(SEEDS):
+                tree = _toy(folder, "stage1", folder / f"{name}{seed}", seed, init_from=str(start))
+                run = _train(checkout, tree)
+                losses, tokens = zip(*(_held_out_loss(folder, tree, run, task) for task in tasks), strict=True)
+                found.append((np.average(losses, weights=tokens), *losses))
+                lines = (run / "metrics.jsonl").read_text().splitlines()[-100:]
+                spread.append(np.std([json.loads(line)["loss_caption"] for line in lines]))
+                console.print(f"[dim]{name} seed {seed}: {found[-1][0]:.4f}[/]", highlight=False)
+            means, deviations = np.mean(found, 0), np.std(found, 0, ddof=1)
+            cells = [f"{mean:.4f} ({deviation:.4f})" for mean, deviation in zip(means, deviations, strict=True)]
+            table.add_row(name, *cells, " ".join(f"{losses[0]:.4f}" for losses in found), f"{np.mean(spread):.4f}")
+    console.print(table)

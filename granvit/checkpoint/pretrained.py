@@ -98,9 +98,9 @@ def _from_run(config: RunConfig, vision: VisionConfig, language: LanguageConfig,
     theirs, ours = checkpoint.language, language
     if not same and checkpoint.config.stage_spec.trains == {"projector"}:
         raise ValueError(
-            f"model.init_from {checkpoint.path}: its decoder is {theirs.name!r} of width {theirs.width} and {theirs.layers} layers, "
-            f"this run's {ours.name!r} of width {ours.width} and {ours.layers} layers, so that nothing it trained fits here; train "
-            f"it with model.language={config.model.language}. {without}"
+            f"model.init_from {checkpoint.path}: its decoder is {theirs.name!r} of width {theirs.width} and {theirs.layers} "
+            f"layers, this run's {ours.name!r} of width {ours.width} and {ours.layers} layers, so that nothing it trained fits "
+            f"here; train it with model.language={config.model.language}. {without}"
         )
     parts = PARTS if same else ("vision",)
     unused = _above(vision)
@@ -110,8 +110,8 @@ def _from_run(config: RunConfig, vision: VisionConfig, language: LanguageConfig,
     if wrong:
         raise ValueError(
             f"model.init_from {checkpoint.path}: of another architecture (its encoder is {checkpoint.vision.name!r}, this run's "
-            f"{vision.name!r}): {'; '.join(wrong)}; train that run with this one's model.vision, model.language and vision.tiling. "
-            f"{without}"
+            f"{vision.name!r}): {'; '.join(wrong)}; train that run with this one's model.vision, model.language and "
+            f"vision.tiling. {without}"
         )
     taken = ((name, array) for name, array in checkpoint.tensors("model") if name in expected)
     if same:

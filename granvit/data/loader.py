@@ -71,8 +71,8 @@ _ASK, _ORDER, _SHUFFLE, _BATCHES = range(4)  # what a hash is drawn for
 def stratified(classes: np.ndarray, buckets: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """An order of rows, int64: any run of consecutive rows holds each class in its share of all, to about one row.
 
-    `classes` and `buckets` are integers per row. Row r of the n of its class, sorted by bucket (what is equal stays in its order),
-    stands at (r + u) / n, with u drawn per class: the shortest rows of all classes come first, the longest last.
+    `classes` and `buckets` are integers per row. Row r of the n of its class, sorted by bucket (what is equal stays in its
+    order), stands at (r + u) / n, with u drawn per class: the shortest rows of all classes come first, the longest last.
     """
     by_class = np.lexsort((buckets, classes))
     _, counts = np.unique(classes, return_counts=True)
@@ -242,8 +242,8 @@ class Plan:
         return row[sort], task[sort], region[sort]
 
     def _kinds(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For each row its class (a number: its source, whether it has an image, and how often it asks each task) and the index of
-        the smallest bucket that holds it; the largest where none does (what is too long is counted there)."""
+        """For each row its class (a number: its source, whether it has an image, and how often it asks each task) and the index
+        of the smallest bucket that holds it; the largest where none does (what is too long is counted there)."""
         sources, images, _ = self._images(epoch, rows)
         row, task, region = self._questions(epoch, rows)
         tokens, answers, pictured = (np.zeros(len(rows), np.int64) for _ in range(3))

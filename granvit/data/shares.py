@@ -1,4 +1,4 @@
-"""A large file made in shares by whichever processes need it: ranks of one machine, of several that see one directory, or one alone.
+"""A large file made in shares by all processes that need it: ranks of one machine, of several that see one directory, or one.
 
 A share is a file of its own beside the result. Who locks it makes it; the lock of a process that is killed falls to the others,
 and shares that are finished stay. One process joins them. No process needs to know of another, nor its own rank.
@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -40,9 +41,9 @@ def make_in_shares(path: Path, sizes: Sequence[int], make: Callable[[int], Itera
                 progress = progress or stack.enter_context(_Progress(parts, files, what))
                 there = _there(parts, files)
                 for name in sorted(files.keys() - there, key=lambda name: (int(name) < first, name)):
-                    _claim(parts / name, parts / own, lambda name=name: progress.counted(make(int(name))), path)
+                    _claim(parts / name, parts / own, partial(progress.counted, make, int(name)), path)
                 if _there(parts, files) == files.keys():
-                    _claim(path, parts / own, lambda: _joined(parts / name for name in files), path, parts / "join.lock")
+                    _claim(path, parts / own, partial(_joined, parts, files), path, parts / "join.lock")
             except FileNotFoundError:  # `parts` is removed by who saw the result first
                 if not path.exists() and parts.exists():
                     raise
@@ -52,17 +53,17 @@ def make_in_shares(path: Path, sizes: Sequence[int], make: Callable[[int], Itera
     shutil.rmtree(parts, ignore_errors=True)
 
 
-def _claim(file: Path, partial: Path, content: Callable[[], Iterable[bytes]], result: Path, lock: Path | None = None) -> None:
+def _claim(file: Path, unfinished: Path, content: Callable[[], Iterable[bytes]], result: Path, lock: Path | None = None) -> None:
     """Writes `file`, unless another process is at it or it is there."""
     with _locked(lock or file.with_suffix(".lock")) as mine:
         if not mine or file.exists() or result.exists():
             return
-        with open(partial, "wb") as out:
+        with open(unfinished, "wb") as out:
             for data in content():
                 out.write(data)
             out.flush()
             os.fsync(out.fileno())
-        os.rename(partial, file)
+        os.rename(unfinished, file)
 
 
 @contextmanager
@@ -88,9 +89,9 @@ def _there(parts: Path, files: Mapping[str, int]) -> set[str]:
         return set()
 
 
-def _joined(files: Iterable[Path]) -> Iterator[bytes]:
-    for file in files:
-        with open(file, "rb") as part:
+def _joined(parts: Path, names: Iterable[str]) -> Iterator[bytes]:
+    for name in names:
+        with open(parts / name, "rb") as part:
             while data := part.read(1 << 24):
                 yield data
 
@@ -114,9 +115,9 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def counted(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
-        """The chunks, with a look at the clock after each."""
-        for chunk in chunks:
+    def counted(self, make: Callable[[int], Iterable[bytes]], share: int) -> Iterator[bytes]:
+        """The share's chunks, with a look at the clock after each."""
+        for chunk in make(share):
             yield chunk
             self.show()
 

@@ -19,8 +19,8 @@ from granvit.data import lengths as lengths_module
 from granvit.data import shares as shares_module
 from granvit.data.batch import Batch, Packer
 from granvit.data.chat import Chat, train_tokenizer
-from granvit.data.lengths import TurnLengths, text_lengths
 from granvit.data.conversations import build_conversations
+from granvit.data.lengths import TurnLengths, text_lengths
 from granvit.data.loader import Loader, held_out, splitmix64, stratified
 from granvit.data.prompts import format_box, question_text
 from granvit.data.records import ImageRecord
@@ -131,8 +131,8 @@ def test_hash_is_splitmix64():
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_ranks_share_out_what_one_rank_reads(store, vision, chat, stage):
-    """Every step: the rows are the same for any number of ranks and any micro-batch, and so is what they leave out; the ranks have
-    the same shapes in the same order. Some rows are longer than the largest bucket, whoever is beside them."""
+    """Every step: the rows are the same for any number of ranks and any micro-batch, and so is what they leave out; the ranks
+    have the same shapes in the same order. Some rows are longer than the largest bucket, whoever is beside them."""
     short = [{"length": 300, "answers": 60}, {"length": 600, "answers": 120}]
 
     def loaders(world: int, micro_batch: int) -> list[Loader]:
@@ -186,7 +186,7 @@ def many(tmp_path: Path) -> tuple[list[dict], Path]:
     ("stage1", 4, {"global": 0.5, "bbox2caption": 1.0, "caption2bbox": 0.3}, (420, 600, 800)),
 ])  # fmt: skip
 def test_every_step_holds_tasks_and_sources_in_their_shares(tmp_path, vision, chat, stage, regions_per_row, mix, buckets):
-    """Within what plain sampling would give, though lengths are grouped. (Those of rows of four questions follow from what they ask.)"""
+    """Within what plain sampling would give, though lengths are grouped (those of packed rows follow from what they ask)."""
     data = {"sources": many(tmp_path), "buckets": [{"length": length, "answers": length // 2} for length in buckets]}
     config = run("", stage, mix=mix, regions_per_row=regions_per_row, data=data, global_batch=32 * regions_per_row)
     plan = Loader(config, vision, chat, 0, 1).plan
@@ -209,11 +209,13 @@ def test_every_step_holds_tasks_and_sources_in_their_shares(tmp_path, vision, ch
 
 def test_conversations_without_an_image_are_in_every_step_in_their_share(tmp_path, vision, chat):
     """They are shorter than all others: an order by length alone would put them into steps of their own."""
-    trees = [spoken(f"t{i}", *(["<image>\nWhat is it?"] if i % 3 else ["Who?"]), "A cup.", *(["Red?", "Blue, I think."] * (i % 4)),
-                    image="a.png" if i % 3 else None) for i in range(480)]  # fmt: skip
+    trees = []
+    for i in range(480):
+        texts = "<image>\nWhat is it?" if i % 3 else "Who?", "A cup.", *(["Red?", "Blue, I think."] * (i % 4))
+        trees.append(spoken(f"t{i}", *texts, image="a.png" if i % 3 else None))
     build_conversations(*write_spoken(tmp_path, trees), tmp_path / "store")
-    config = run(tmp_path / "store", "sft", data={"buckets": [{"length": n, "answers": n} for n in (120, 200, 400)]}, global_batch=24,
-                 regions_per_row=1)  # fmt: skip
+    buckets = {"buckets": [{"length": n, "answers": n} for n in (120, 200, 400)]}
+    config = run(tmp_path / "store", "sft", data=buckets, global_batch=24, regions_per_row=1)
     plan = Loader(config, vision, chat, 0, 1).plan
     for step in range(plan.epoch_steps(0)):
         images = np.array([image for _, image, _ in plan.contents(0, plan.batch(step)[2])])
