@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Collection
 
-from granvit.models import LanguageConfig, VisionConfig, parameter_shapes, part_of, vision_shapes
+from granvit.models import PARTS, LanguageConfig, VisionConfig, parameter_shapes, part_of, vision_shapes
 
 
 def vision_macs(c: VisionConfig, image_size: int | None = None) -> float:
@@ -38,3 +38,45 @@ def state_bytes(
     sizes = {name: math.prod(shape) for name, shape in parameter_shapes(vision, language).items()}
     held = sum(size * (16 if part_of(name) in trains else compute_bytes) for name, size in sizes.items())
     return held + 4 * sum(map(math.prod, vision_shapes(vision).values())) * teacher
+
+
+def activation_bytes(
+    vision: VisionConfig, language: LanguageConfig, trains: Collection[str], rows: int, length: int, answers: int,
+    recompute: bool = False, framework: str = "torch",
+) -> tuple[int, int]:  # fmt: skip
+    """What a forward pass of `rows` rows keeps for its backward pass in bfloat16 with fused attention, by formula, and what the
+    backward pass holds beside it at its most: `length` tokens a row, `answers` of them supervised.
+
+    Per token of a block of width h, by what the derivatives read: a norm its float32 input (and, where its weight is trained, its
+    output before the weight), a trained linear its input, attention q, k, v and its output, the activations of the MLP theirs; a
+    trained weight's bfloat16 copy is kept as well. With `recompute` a block keeps its input, and is whole while its gradients are
+    made. The backward pass begins with three arrays as large as the logits in float32.
+    MindSpore differs where its graph derives otherwise: tanh-GELU is seven products, keys and values are not repeated, heads are
+    padded to 16. What its compiler fuses or recomputes by itself is not in the formula.
+    """
+    torch, trained = framework == "torch", {part: part in trains for part in PARTS}
+    sizes: dict[str, dict[str, int]] = {part: {} for part in PARTS}
+    for name, shape in parameter_shapes(vision, language).items():
+        sizes[part_of(name)][name] = math.prod(shape) if len(shape) > 1 else 0
+    copies = {part: 2 * sum(sizes[part].values()) * trained[part] for part in PARTS}
+
+    h, m, D = vision.width, vision.mlp, vision.width // vision.heads
+    heads = 8 * h if torch else 8 * h * (-(-D // 16) * 16) // D + 64 * vision.heads  # padded to 16; two statistics of 8 float32
+    mlp = (8 * m if vision.gated_mlp else 4 * m) if torch or vision.activation != "gelu_tanh" else 14 * m
+    tokens = rows * vision.views * (vision.patches + vision.class_token)
+    whole = trained["vision"] * (tokens * (12 * h + heads + mlp) + copies["vision"] // vision.built_layers)
+    kept = vision.built_layers * (2 * tokens * h * trained["vision"] if recompute else whole)
+
+    c, m, t = language.width, language.mlp, trained["language"]
+    q, kv = language.heads * language.head_dim, language.kv_heads * language.head_dim
+    heads = 8 * q if torch else 4 * q + 4 * kv + 64 * language.heads
+    tokens = rows * length
+    mask = 2 * rows * length**2 if torch else 0  # of every block: PyTorch turns a boolean mask into numbers
+    below = sum(size for name, size in sizes["language"].items() if ".layers." in name) * 2 * t
+    block = tokens * (8 * c + heads + 6 * m + t * (12 * c + 2 * m)) + mask + below // language.layers
+    kept += language.layers * (2 * tokens * c if recompute else block)
+    kept += copies["language"] - below  # of embeddings and head
+    kept += copies["projector"] + rows * vision.image_tokens * (4 * c + 2 * vision.token_width)
+    logits = rows * answers * language.vocab
+    kept += 6 * logits + rows * length**2  # in bfloat16 and float32; the mask
+    return kept, max(12 * logits, block if recompute else 0, whole if recompute else 0)

@@ -7,6 +7,7 @@
     python scripts/bench.py load                                      memory while SigLIP2 and Qwen2.5-1.5B are loaded
     python scripts/bench.py order                                     what steps hold and waste under several orders of the data
     python scripts/bench.py seeds --other CHECKOUT                    a toy stage 1 in this order of the data and another's
+    python scripts/bench.py memory --config configs/stage1.yaml       memory of a training step of full size, predicted
 """
 import argparse
 import json
@@ -233,18 +234,23 @@ def conversion(console: Console, gigabytes: float, repeats: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("packing", "twins", "convert", "encoders", "load", "order", "seeds"))
+    parser.add_argument("what", choices=("packing", "twins", "convert", "encoders", "load", "memory", "order", "seeds"))
     parser.add_argument("--framework", choices=("mindspore", "torch"), default="mindspore")
     parser.add_argument("--regions", type=int, default=6, help="questions per image (default 6; the paper's data has 6.2)")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps; the median is printed (default 5)")
     parser.add_argument("--gigabytes", type=float, default=0.5, help="size of the file that is converted (default 0.5)")
     parser.add_argument("--other", type=Path, help="a checkout of this repository with the order to compare with")
+    parser.add_argument("--config", default="configs/stage1.yaml", help="of memory: the run (default: %(default)s)")
     args = parser.parse_args()
     console = Console(width=130)
     if args.what == "packing":
         packing(console, args.framework, args.regions, args.repeats)
     elif args.what == "convert":
         conversion(console, args.gigabytes, args.repeats)
+    elif args.what == "memory":
+        import bench_memory  # needs PyTorch, which the others do not
+
+        bench_memory.memory(console, args.config)
     elif args.what in ("encoders", "load"):
         getattr(bench_loading, args.what)(console)
     elif args.what == "order":
