@@ -164,8 +164,9 @@ class Introspection(Protocol):
 
     engine: TrainEngine
 
-    def capture(self, batch: Batch, feed: Feed | None = None) -> Capture:
-        """Forward and backward over one batch, whose own counts divide its losses; gradients for every parameter, frozen or not.
+    def capture(self, batch: Batch, feed: Feed | None = None, backward: bool = True) -> Capture:
+        """Forward and, unless told otherwise, backward over one batch, whose own counts divide its losses; gradients for every
+        parameter, frozen or not.
 
         An activation in `feed` is captured, then replaced by the value given for it; so is the gradient that it hands
         back. Fed at all names, every module is judged by itself and not by what came before it.

@@ -208,19 +208,19 @@ class Introspector:
         probes = ParameterTuple([tap.probe for name, tap in self.taps.items() if not name.startswith("teacher.")])
         self.differentiated = Differentiated(self.engine.micro_batch.losses, self.weights + probes)
 
-    def capture(self, batch: Batch, feed: Feed | None = None) -> Capture:
+    def capture(self, batch: Batch, feed: Feed | None = None, backward: bool = True) -> Capture:
         """Forward and backward over one batch, with what is fed in place of activations."""
         for name, tap in self.taps.items():
             tap.feed((feed or {}).get(name))
         inputs = self.engine.inputs(batch, Scalars(1, 0.0, 0.0, batch.tokens, batch.boxes))
         ms.set_context(mode=self.mode)
         try:
-            losses, gradients = self.differentiated(*inputs)
+            losses, gradients = self.differentiated(*inputs) if backward else (self.engine.micro_batch.losses(*inputs), ())
         finally:
             ms.set_context(mode=ms.GRAPH_MODE)
-        names = [p.name for p in self.weights]
+        names = [p.name for p in self.weights] if backward else []
         of_weights = {name: to_numpy(g) for name, g in zip(names, gradients, strict=False)}
-        probed = [name for name in self.taps if not name.startswith("teacher.")]
+        probed = [name for name in self.taps if not name.startswith("teacher.")] if backward else []
         return Capture(
             losses={name: float(term.asnumpy()) for name, term in zip(LOSSES, losses, strict=False)},
             activations={name: to_numpy(tap.value) for name, tap in self.taps.items()},

@@ -7,6 +7,7 @@ parameter), `loss`, and what a training step leaves behind. bfloat16 is kept as 
 As a script it is one rank of the trajectory suite, started by msrun or torchrun.
 """
 import argparse
+import hashlib
 import importlib
 import json
 import os
@@ -32,11 +33,12 @@ from granvit.models import PARTS, part_of
 from parity import faults
 from parity.fixture import MICRO_BATCHES, NEW_TOKENS, STOP, Fixture, make_fixture
 from parity.operators import cases
+from parity.options import OPTIONS, option_fixture, option_suite
 from parity.preconditions import check_deterministic
 
 SCHEMA = 1
 Tensors = dict[str, np.ndarray]  # "<kind>/<name>" -> values, in order of execution
-SUITES = ("ops", "vision", "language", "model", "isolated", "stage1", "stage2", "trajectory", "trajectory2", "generate")
+SUITES = ("ops", "vision", "language", "model", "isolated", "stage1", "stage2", "trajectory", "trajectory2", "generate", "options")
 OPENED = ("vision", "language", "model", "isolated")  # suites that one opened-up model serves
 LEFT_BEHIND: tuple[tuple[Group, str], ...] = (("model", "weight"), ("teacher", "teacher"))
 # A part by itself: what is fed at its border, and its tensors' path. `projector.linear_1` follows the encoder.
@@ -95,7 +97,8 @@ def load_record(directory: Path) -> Record:
 
 @dataclass(frozen=True)
 class Request:
-    """What to compute. `graph` False: MindSpore in PyNative. `golden` feeds the isolated suite."""
+    """What to compute. `graph` False: MindSpore in PyNative. `golden` feeds the isolated suite. `options` names the
+    configurations that the suite of that name runs."""
 
     suites: tuple[str, ...]
     steps: int
@@ -104,6 +107,7 @@ class Request:
     graph: bool = True
     fault: str | None = None
     golden: Tensors | None = None
+    options: tuple[str, ...] = tuple(OPTIONS)
 
 
 def compute(fixture: Fixture, framework: str, request: Request) -> Record:
@@ -131,7 +135,15 @@ def settings(fixture: Fixture, request: Request) -> dict[str, Any]:
         "weights": fixture.weights_hash,
         "batches": fixture.batches_hash,
         "steps": request.steps,
+        "options": _options_hash(fixture.seed) if "options" in request.suites else "",
     }
+
+
+def _options_hash(seed: int) -> str:
+    """SHA-256 over every configuration's models, start weights and batches."""
+    made = [option_fixture(seed, name) for name in OPTIONS]
+    texts = [f"{f.vision} {f.language} {f.weights_hash} {f.batches_hash} {OPTIONS[f.vision_name]}" for f in made]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 def environment(framework: str) -> dict[str, str]:
@@ -168,7 +180,7 @@ def _suites(fixture: Fixture, framework: str, request: Request, Introspector: ty
     for stage in ("stage1", "stage2"):
         if stage not in asked and not (stage == "stage1" and "trajectory" in asked):
             continue
-        engine = _engine(framework, fixture, stage, request)
+        engine = make_engine(framework, fixture, stage, request)
         if stage in asked:
             yield stage, training_step(engine, fixture)
         if stage == "stage1" and "trajectory" in asked:
@@ -176,6 +188,26 @@ def _suites(fixture: Fixture, framework: str, request: Request, Introspector: ty
             yield "trajectory", _trajectory(engine, fixture, request.steps)
     if "trajectory2" in asked:
         yield "trajectory2", _two_ranks(fixture, framework, request)
+    if "options" in asked:
+        for name in request.options:
+            yield from _option(fixture.seed, framework, request, name)
+
+
+def _option(seed: int, framework: str, request: Request, name: str) -> Iterable[tuple[str, Tensors]]:
+    """One configuration: every activation and the losses, in MindSpore op by op, and a training step, in its static graph. So one
+    large graph is compiled for each, and a fault still has a place."""
+    stage, fixture = OPTIONS[name].stage, option_fixture(seed, name)
+    yield option_suite(name), forward_pass(framework, fixture, stage, request)
+    yield f"{option_suite(name)}, step", training_step(make_engine(framework, fixture, stage, request), fixture)
+
+
+def forward_pass(framework: str, fixture: Fixture, stage: str, request: Request) -> Tensors:
+    """Every activation of the fixture's first micro-batch, and its losses; in MindSpore op by op, so nothing is compiled."""
+    config = fixture.config(stage, request.compute, request.device)
+    shapes = fixture.shapes(config)
+    start = (config, fixture.vision, fixture.language, fixture.weights.items())
+    opened = open_framework(framework)(*start, shapes, graph=False)
+    return _flat(opened.capture(fixture.batches[0], backward=False), list(shapes))
 
 
 def opened_suite(opened: Introspection, fixture: Fixture, suite: str, golden: Tensors | None = None) -> Tensors:
@@ -219,7 +251,7 @@ def _generation(closed: Introspection, fixture: Fixture) -> Tensors:
     return {"tokens/greedy": tokens, **{f"forward/logits, token {t}": logits_BTV[:, t] for t in range(logits_BTV.shape[1])}}
 
 
-def _engine(framework: str, fixture: Fixture, stage: str, request: Request) -> TrainEngine:
+def make_engine(framework: str, fixture: Fixture, stage: str, request: Request) -> TrainEngine:
     config = fixture.config(stage, request.compute, request.device)
     return load_engine_class(framework)(config, fixture.vision, fixture.language, fixture.weights.items())
 
@@ -324,7 +356,7 @@ def _rank(arguments: list[str] | None = None) -> None:
         return
     fixture = make_fixture(o.seed, o.vision, o.language)
     with faults.planted(o.fault, o.framework):
-        engine = _engine(o.framework, fixture, "stage1", Request((), o.steps, o.compute, o.device))
+        engine = make_engine(o.framework, fixture, "stage1", Request((), o.steps, o.compute, o.device))
         found = _trajectory(engine, fixture, o.steps)
     if engine.rank == 0:
         found = {name: np.ascontiguousarray(_storable(array)) for name, array in found.items()}

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the command works without installation, as msrun and torchrun start it
 
 from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
 
 from granvit.activations import INPUTS  # noqa: E402
 from granvit.launch import load_engine_class  # noqa: E402
@@ -26,11 +27,13 @@ from parity.capture import environment as _versions  # noqa: E402
 from parity.compare import ROUNDOFF, Row, compare_records, compare_suite  # noqa: E402
 from parity.faults import FAULTS  # noqa: E402
 from parity.fixture import Fixture, make_fixture  # noqa: E402
+from parity.options import OPTIONS, coverage, option_fixture  # noqa: E402
 from parity.preconditions import CouldNotTell  # noqa: E402
 from parity.report import COULD_NOT_TELL, Report, print_report, write_report  # noqa: E402
 from parity.trials import Trial, false_alarms  # noqa: E402
 
-FREE = ("ops", "vision", "language", "model", "stage1", "stage2", "trajectory", "trajectory2", "generate", "checkpoint", "peers")
+FREE = ("ops", "vision", "language", "model", "stage1", "stage2", "trajectory", "trajectory2", "generate", "options", "checkpoint",
+        "peers")  # fmt: skip
 PYNATIVE = ("vision", "language", "model")  # also run op by op, beside the graph
 
 
@@ -128,6 +131,8 @@ def _check(options: argparse.Namespace, console: Console) -> Report:
         for suite in eager:
             sides = (record.suites[suite] for record in (golden, peer, found))
             rows += compare_suite(f"{suite}, PyNative", *sides, options.precision)
+    if "options" in options.suite:
+        _print_coverage(console)
     notes = []
     if "checkpoint" in options.suite:
         said("checkpoints")
@@ -138,6 +143,18 @@ def _check(options: argparse.Namespace, console: Console) -> Report:
         rows += peers.rows(fixture, options.precision)
         notes += peers.notes(options.precision)
     return _report(options.precision, rows, candidate, peer, notes)
+
+
+def _print_coverage(console: Console) -> None:
+    """Which configuration has which value of an option."""
+    rows, covered, all_pairs = coverage()
+    table = Table(title="options: the configurations that have each value")
+    for column in ("option", "value", "configurations"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"{covered} of {all_pairs} pairs of values of two options stand together in one configuration at least")
 
 
 def _opened_golden(fixture: Fixture, golden: Record) -> dict[str, np.ndarray]:
@@ -208,15 +225,18 @@ def made_by(options: argparse.Namespace) -> dict[str, str]:
     """A tensor's name -> the class that made it and its file, which are called the same in both packages."""
     if importlib.util.find_spec("torch") is None:
         return {}
-    fixture = _fixture(options)
-    closed = open_framework("torch")(fixture.config("stage1"), fixture.vision, fixture.language, fixture.weights.items(), {})
     described = {INPUTS: "GranViT.inputs in model.py"}
-    for prefix, root in (("", closed.engine.model), ("teacher.", closed.engine.teacher)):
-        for path, module in root.named_modules():
-            text = f"{type(module).__name__} in {Path(inspect.getfile(type(module))).name}"
-            described.setdefault(prefix + path, text)
-            for name, _ in module.named_parameters(recurse=False):
-                described[f"{prefix}{path}.{name}"] = text
+    made = [(_fixture(options), "stage1")]
+    if "options" in options.suite:
+        made += [(option_fixture(options.seed, name), option.stage) for name, option in OPTIONS.items()]
+    for fixture, stage in made:
+        closed = open_framework("torch")(fixture.config(stage), fixture.vision, fixture.language, fixture.weights.items(), {})
+        for prefix, root in (("", closed.engine.model), ("teacher.", closed.engine.teacher)):
+            for path, module in () if root is None else root.named_modules():
+                text = f"{type(module).__name__} in {Path(inspect.getfile(type(module))).name}"
+                described.setdefault(prefix + path, text)
+                for name, _ in module.named_parameters(recurse=False):
+                    described.setdefault(f"{prefix}{path}.{name}", text)
     return described
 
 

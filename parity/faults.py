@@ -400,7 +400,83 @@ def _(f):
     return wrong
 
 
+# --- PyTorch: what only an option runs through ------------------------------------------------------------------------
+@fault("a cell for the mean of its neighbours", "torch", "option pooled", "loss/loss_distill", at="pt_granvit.engine.teacher_features")
+def _(f):
+    def wrong(teacher, crops, grid):
+        own = f(teacher, crops, 2 * grid)
+        return own[:, :, ::2, ::2]
+
+    return wrong
+
+
+@fault("cosine of features without their mean", "torch", "option pooled", "loss/loss_distill", at="pt_granvit.engine.distill_sums")
+def _(f):
+    def wrong(student, teacher, *rest):
+        return f(student, teacher - teacher.mean(-1, keepdim=True), *rest)
+
+    return wrong
+
+
+@fault("the teacher's positions not resampled but cut", "torch", "option resampled", "forward/teacher.embeddings",
+       at="pt_granvit.vision.position_matrix")  # fmt: skip
+def _(f):
+    import numpy as np
+
+    def wrong(grid_from, grid_to):
+        kept = [row * grid_from + column for row in range(grid_to) for column in range(grid_to)]
+        return np.eye(grid_from**2, dtype=np.float32)[kept]
+
+    return wrong
+
+
+@fault("tiles in columns for tiles in rows", "torch", "option tiled", "loss/loss_distill", at="pt_granvit.ops.roi_align.roi_align_tiled")
+def _(f):
+    return lambda tiles, grids, boxes, grid: f(tiles, grids.flip(-1), boxes, grid)
+
+
+@fault("a layer scale of ones", "torch", "option tuned", f"{BLOCK0}", at="pt_granvit.engine.fill")
+def _(f):
+    def wrong(module, tensors):
+        f(module, ((n, v * 0 + 1 if "layer_scale2" in n else v) for n, v in tensors))
+
+    return wrong
+
+
+@fault("an untied head of the embeddings' table", "torch", "option pooled", "forward/language.lm_head", at="pt_granvit.engine.fill")
+def _(f):
+    def wrong(module, tensors):
+        table = dict(tensors)
+        if "language.lm_head.weight" in table:
+            table["language.lm_head.weight"] = table["language.model.embed_tokens.weight"]
+        f(module, table.items())
+
+    return wrong
+
+
 # --- MindSpore: replaced before compilation, so the fault is in the static graph --------------------------------------
+@fault("four neighbours in columns, in MindSpore", "mindspore", "option tiled", "forward/projector.linear_1",
+       at="ms_granvit.projector.pixel_shuffle")  # fmt: skip
+def _(f):
+    from mindspore import ops
+
+    def wrong(features):
+        B, N, C = features.shape
+        half = int(N**0.5 + 0.5) // 2
+        cells = ops.transpose(features.reshape(B, half, 2, half, 2, C), (0, 1, 3, 4, 2, 5))
+        return cells.reshape(B, half * half, 4 * C)
+
+    return wrong
+
+
+@fault("squares for the cosine, in MindSpore", "mindspore", "option pooled", "loss/loss_distill", at="ms_granvit.engine.distill_sums")
+def _(f):
+    def wrong(student, teacher, boxes, weights, loss, grids):
+        return f(student, teacher, boxes, weights, "mse", grids)
+
+    return wrong
+
+
 @fault("GELU exact for tanh, in MindSpore", "mindspore", "vision", f"{BLOCK0}.mlp", at="ms_granvit.vision.activate")
 def _(f):
     from mindspore import ops

@@ -5,23 +5,26 @@ stream it adds to, questions have unlike lengths, boxes lie anywhere, weight dec
 micro-batches.
 """
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from granvit.activations import INPUTS, activation_shapes
-from granvit.config import RunConfig, parse_config, resolve_models
+from granvit.config import DistillSection, RunConfig, parse_config, resolve_models
 from granvit.data.batch import Batch, PromptBatch
 from granvit.engine import Feed, Scalars
 from granvit.init import initial_values
-from granvit.models import LanguageConfig, Shapes, VisionConfig, parameter_shapes
+from granvit.models import LanguageConfig, Shapes, VisionConfig, parameter_shapes, part_of
+from granvit.schedule import alphas
 
 ROWS, REGIONS = 2, 3  # of a micro-batch
 QUESTION, ANSWER = (2, 5), (1, 4)  # lengths in tokens are drawn from [low, high)
 PREFIX_BEFORE, PREFIX_AFTER = 5, 2  # text tokens of the prefix around the image tokens
 MICRO_BATCHES = 2  # of a step, over all ranks
+TILED = ((2, 2), (1, 3))  # rows and columns of tiles, by row of a batch with tiling
 NEW_TOKENS = 6
 STOP = 1  # a token that the generation suite is unlikely to choose
 EMBEDDING_STD = 0.3  # of what enters the first blocks: small, so that a norm's epsilon is not lost beside the variance
@@ -29,7 +32,8 @@ EMBEDDING_STD = 0.3  # of what enters the first blocks: small, so that a norm's 
 
 @dataclass(frozen=True)
 class Fixture:
-    """One seed's models and data. `config(stage, compute)` is a run of them."""
+    """One seed's models and data. `config(stage, compute)` is a run of them. `sections` of a run's configuration stand over the
+    fixture's own."""
 
     seed: int
     vision_name: str
@@ -38,32 +42,35 @@ class Fixture:
     language: LanguageConfig
     weights: dict[str, np.ndarray]
     batches: tuple[Batch, ...]  # as many as any suite trains on
+    sections: Mapping[str, Any] = field(default_factory=dict)
+    micro_batches: int = MICRO_BATCHES  # of a step
 
     def config(self, stage: str, compute: str = "float32", device: str = "cpu") -> RunConfig:
         """The configuration of a run of `stage`; every hyperparameter is away from the value that would hide it."""
-        return run_config(stage, self.vision_name, self.language_name, self.seed, compute, device)
+        return run_config(stage, self.vision_name, self.language_name, self.seed, compute, device, self.sections)
 
     def shapes(self, config: RunConfig) -> Shapes:
         """The named activations of one of the fixture's micro-batches."""
         rows, length = self.batches[0].token_ids_BS.shape
         answers = self.batches[0].answer_targets_BA.shape[1]
         boxes = config.boxes_per_row
-        return activation_shapes(self.vision, self.language, rows, length, answers, boxes, config.crop_size(self.vision))
+        found = activation_shapes(self.vision, self.language, rows, length, answers, boxes, config.crop_size(self.vision))
+        return {n: shape for n, shape in found.items() if not config.stage_spec.blind or part_of(n) not in ("vision", "projector")}
 
     def scalars(self, step: int, batches: list[Batch]) -> Scalars:
         """A step's scalars: the learning rate changes from step to step."""
-        rate = 1e-2 / (1 + 0.1 * step)
-        return Scalars(step, rate, 0.9, sum(b.tokens for b in batches), sum(b.boxes for b in batches))
+        rate, alpha = 1e-2 / (1 + 0.1 * step), float(alphas(DistillSection(**self.sections.get("distill", {})), step)[-1])
+        return Scalars(step, rate, alpha, sum(b.tokens for b in batches), sum(b.boxes for b in batches))
 
     def step_batches(self, step: int) -> list[Batch]:
         """The micro-batches of optimizer step `step`, counted from 1, over all ranks."""
-        first = (step - 1) * MICRO_BATCHES
-        return [self.batches[(first + i) % len(self.batches)] for i in range(MICRO_BATCHES)]
+        first = (step - 1) * self.micro_batches
+        return [self.batches[(first + i) % len(self.batches)] for i in range(self.micro_batches)]
 
     def prompts(self) -> PromptBatch:
         """Two open questions of unlike lengths."""
         batch, rng = self.batches[0], np.random.default_rng((self.seed, 11))
-        prefix = PREFIX_BEFORE + self.vision.patches + PREFIX_AFTER
+        prefix = PREFIX_BEFORE + self.vision.image_tokens + PREFIX_AFTER
         lengths = np.array([prefix + 3, prefix + 6], np.int32)
         ids = rng.integers(2, self.language.vocab, (2, int(lengths.max()))).astype(np.int32)
         return PromptBatch(batch.pixels_B3RR[:2], ids, lengths, batch.image_positions_BN[:2])
@@ -106,7 +113,8 @@ def digest(named: Iterator[tuple[str, np.ndarray]]) -> str:
     return found.hexdigest()
 
 
-def run_config(stage: str, vision: str, language: str, seed: int, compute: str, device: str) -> RunConfig:
+def run_config(stage: str, vision: str, language: str, seed: int, compute: str, device: str,
+               sections: Mapping[str, Any] = MappingProxyType({})) -> RunConfig:  # fmt: skip
     """See `Fixture.config`."""
     tree: dict[str, Any] = {
         "stage": stage,
@@ -119,6 +127,8 @@ def run_config(stage: str, vision: str, language: str, seed: int, compute: str, 
         "distill": {"weight": 0.7},
         "runtime": {"compute": compute, "device": device},
     }
+    for section, values in sections.items():
+        tree[section] = {**tree.get(section, {}), **values}
     return parse_config(tree, "parity's fixture")
 
 
@@ -126,10 +136,15 @@ def make_fixture(seed: int, vision_name: str = "tiny-vision", language_name: str
     """A fixture; `ValueError` where there is no model of that name."""
     config = run_config("stage1", vision_name, language_name, seed, "float32", "cpu")
     vision, language = resolve_models(config)
-    longest = PREFIX_BEFORE + vision.patches + PREFIX_AFTER + REGIONS * (QUESTION[1] + ANSWER[1] - 2)
-    sizes = (ROWS, REGIONS, longest + 1, REGIONS * (ANSWER[1] - 1) + 1)  # some padding in every row
+    sizes = batch_sizes(vision)
     made = tuple(random_batch(vision, language, *sizes, seed=(seed, 1, i)) for i in range(batches))
     return Fixture(seed, vision_name, language_name, vision, language, start_values(vision, language, seed), made)
+
+
+def batch_sizes(vision: VisionConfig) -> tuple[int, int, int, int]:
+    """Rows, regions, length and answers of a micro-batch; some padding in every row."""
+    longest = PREFIX_BEFORE + vision.image_tokens + PREFIX_AFTER + REGIONS * (QUESTION[1] + ANSWER[1] - 2)
+    return ROWS, REGIONS, longest + 1, REGIONS * (ANSWER[1] - 1) + 1
 
 
 def start_values(vision: VisionConfig, language: LanguageConfig, seed: int) -> dict[str, np.ndarray]:
@@ -149,9 +164,11 @@ def start_values(vision: VisionConfig, language: LanguageConfig, seed: int) -> d
 def random_batch(vision: VisionConfig, language: LanguageConfig, rows: int, regions: int, length: int, answers: int,
                  seed: int | tuple[int, ...], crop: int | None = None) -> Batch:  # fmt: skip
     """Rows of one image and `regions` questions of unlike lengths, each with a box; padded to `length` and `answers`. Crops have
-    `crop` pixels a side, by default the image's. Built by hand: independent of the packer."""
+    `crop` pixels a side, by default the image's. With tiling, rows have `TILED` tiles in turn; tiles beyond those are as
+    loud as the others.
+    Built by hand: independent of the packer."""
     rng = np.random.default_rng(seed)
-    N, crop = vision.patches, crop or vision.image_size
+    N, crop = vision.image_tokens, crop or vision.image_size
     prefix = PREFIX_BEFORE + N + PREFIX_AFTER
     tokens = rng.integers(1, language.vocab, (rows, length)).astype(np.int32)
     positions = np.zeros((rows, length), np.int32)
@@ -171,14 +188,19 @@ def random_batch(vision: VisionConfig, language: LanguageConfig, rows: int, regi
             targets[row, used : used + answer] = tokens[row, start + question : start + size]
             weights[row, used : used + answer] = 1
             start, used = start + size, used + answer
+    places, grids, view = np.tile(np.arange(PREFIX_BEFORE, PREFIX_BEFORE + N, dtype=np.int32), (rows, 1)), None, ()
+    if vision.tiles:
+        view, grids = (vision.views,), np.array([TILED[row % len(TILED)] for row in range(rows)], np.int32)
+        present = (1 + grids.prod(1)) * vision.view_tokens
+        places[np.arange(N) >= present[:, None]] = -1
     corners = np.sort(rng.uniform(0, 1, (rows, regions, 2, 2)), axis=2)
     return Batch(
-        pixels_B3RR=rng.integers(0, 256, (rows, 3, vision.image_size, vision.image_size)).astype(np.uint8),
+        pixels_B3RR=rng.integers(0, 256, (rows, *view, 3, vision.image_size, vision.image_size)).astype(np.uint8),
         image_weights_B=np.ones(rows, np.float32),
         token_ids_BS=tokens,
         positions_BS=positions,
         segments_BS=segments,
-        image_positions_BN=np.tile(np.arange(PREFIX_BEFORE, PREFIX_BEFORE + N, dtype=np.int32), (rows, 1)),
+        image_positions_BN=places,
         answer_positions_BA=at,
         answer_targets_BA=targets,
         answer_weights_BA=weights,
@@ -187,4 +209,5 @@ def random_batch(vision: VisionConfig, language: LanguageConfig, rows: int, regi
         crops_BK3rr=rng.integers(0, 256, (rows, regions, 3, crop, crop)).astype(np.uint8),
         record_ids=tuple(f"row-{row}" for row in range(rows)),
         questions=rows * regions,
+        grids_B2=grids,
     )

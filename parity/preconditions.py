@@ -10,6 +10,7 @@ from parity.fixture import digest
 NAMES = {
     "weights": "the start weights (hash over names, shapes and bytes)",
     "batches": "the batches (hash over arrays)",
+    "options": "the option configurations (hash over models, weights and batches)",
     "vision": "the encoder's configuration",
     "language": "the decoder's configuration",
     "seed": "the fixture's seed",

@@ -11,6 +11,7 @@ from parity.capture import Record, Request, compute, open_framework, opened_suit
 from parity.compare import Row, compare_suite
 from parity.faults import Fault
 from parity.fixture import make_fixture
+from parity.options import OPTIONS, option_suite
 from parity.report import describe
 
 TRIAL_STEPS = 3  # of a trajectory under two ranks
@@ -26,7 +27,7 @@ class Trial:
         self.clean = cache(self._clean)
 
     def _clean(self, framework: str, suite: str, vision: str, precision: str) -> Record:
-        return compute(self.fixture(vision), framework, Request((suite,), TRIAL_STEPS, precision))
+        return compute(self.fixture(vision), framework, request_of(suite, precision))
 
     def fault(self, fault: Fault) -> dict[str, Any]:
         """Plants the fault and judges its suite. In PyTorch it is planted in the golden reference too: what is wrong then is the
@@ -50,7 +51,7 @@ class Trial:
 
     def _rows(self, fault: Fault) -> list[Row]:
         suite, precision = fault.suite, self.options.precision
-        request = Request((suite,), TRIAL_STEPS, precision, fault=fault.name)
+        request = request_of(suite, precision, fault.name)
         fixture = self.fixture(fault.vision)
         if fault.framework == "torch":
             golden = compute(fixture, "torch", replace(request, compute="float64"))
@@ -61,6 +62,14 @@ class Trial:
             peer = self.clean("torch", suite, fault.vision, precision)
             candidate = compute(fixture, "mindspore", request)
         return list(compare_suite(suite, *(side.suites[suite] for side in (golden, peer, candidate)), precision))
+
+
+def request_of(suite: str, precision: str, fault: str | None = None) -> Request:
+    """What computes one suite; of the options, the configuration that its name names."""
+    option = next((name for name in OPTIONS if suite.startswith(option_suite(name))), None)
+    if option is None:
+        return Request((suite,), TRIAL_STEPS, precision, fault=fault)
+    return Request(("options",), TRIAL_STEPS, precision, fault=fault, options=(option,))
 
 
 def false_alarms(options: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class Introspector:
         self.engine.model.requires_grad_(True)
         self.modules = tapped_modules(self.engine, shapes)
 
-    def capture(self, batch: Batch, feed: Feed | None = None) -> Capture:
+    def capture(self, batch: Batch, feed: Feed | None = None, backward: bool = True) -> Capture:
         """Forward and backward over one batch, with what is fed in place of activations."""
         for name, module in self.modules.items():
             module.tap = Tap((feed or {}).get(name))
@@ -124,10 +124,11 @@ class Introspector:
         finally:
             for module in self.modules.values():
                 module.tap = None
-        probed = {name: tap.probe for name, tap in taps.items() if not name.startswith("teacher.")}
-        weights = dict(self.engine.model.named_parameters())
+        probed = {name: tap.probe for name, tap in taps.items() if not name.startswith("teacher.")} if backward else {}
+        weights = dict(self.engine.model.named_parameters()) if backward else {}
         of = [*probed.values(), *weights.values()]
-        gradients = [to_numpy(g) for g in torch.autograd.grad(losses[0], of, allow_unused=True, materialize_grads=True)]
+        gradients = torch.autograd.grad(losses[0], of, allow_unused=True, materialize_grads=True) if backward else ()
+        gradients = [to_numpy(g) for g in gradients]
         return Capture(
             losses={name: term.item() for name, term in zip(LOSSES, losses, strict=False)},
             activations={name: to_numpy(tap.value) for name, tap in taps.items()},

@@ -1,0 +1,249 @@
+"""Second fixtures: a handful of configurations in which every option that reaches a graph has every value at least once.
+
+The default fixture is one encoder, one decoder, stage 1 and stage 2. What only an option runs through is compared here: each
+configuration is a tiny pair of models, run forward and trained for one step. `factors` says which values
+one has; `missing` which values, stated by `granvit.models` and `granvit.config`, none has. New values of a configuration's words
+(`Literal`, `bool`) are found by themselves.
+"""
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from typing import Any, Literal, get_args, get_origin
+
+import numpy as np
+from pydantic import BaseModel
+
+from granvit.config import RunConfig
+from granvit.models import PARTS, LanguageConfig, VisionConfig
+from granvit.stages import STAGES
+from parity.fixture import MICRO_BATCHES, Fixture, batch_sizes, make_fixture, random_batch, run_config, start_values
+
+Values = dict[str, str]  # factor -> the value that a configuration has
+VISION = {"image_size": 32, "patch_size": 8, "width": 16, "layers": 2, "heads": 2, "mlp": 32}
+LANGUAGE = {"vocab": 96, "width": 16, "layers": 1, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 32, "rope_theta": 1e4,
+            "norm_eps": 1e-6, "tied_head": True, "qkv_bias": True}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Option:
+    """What differs from the default fixture. `text_rows` of a micro-batch are without an image and without boxes."""
+
+    stage: str
+    vision: Mapping[str, Any] = field(default_factory=dict)
+    language: Mapping[str, Any] = field(default_factory=dict)
+    sections: Mapping[str, Any] = field(default_factory=dict)
+    micro_batches: int = MICRO_BATCHES
+    text_rows: int = 0
+
+
+OPTIONS: dict[str, Option] = {
+    # What CLIP's encoder has, and the closing norm's features for distillation; regions pooled, compared by cosine.
+    "pooled": Option(
+        "stage1",
+        {"activation": "quick_gelu", "class_token": True, "pre_norm": True, "patch_bias": False, "level": "last", "top": "final",
+         "mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28), "norm_eps": 1e-5},
+        {"tied_head": False, "qkv_bias": False, "kv_heads": 4},
+        {"distill": {"weight": 0.7, "loss": "cosine", "grid": 2, "features": "final", "alpha_warmup": 4},
+         "runtime": {"recompute": True}},
+        micro_batches=1,
+    ),
+    # What AIMv2's encoder has; crops smaller than the image, so that the teacher's positions are resampled; a row of text alone.
+    "resampled": Option(
+        "stage1",
+        {"norm": "rms", "activation": "silu", "gated_mlp": True, "bias": False, "patch_norm": True, "image_size": 35,
+         "class_token": True, "layers": 3},
+        {"tied_head": True, "qkv_bias": False},
+        {"distill": {"weight": 0.7, "crop_size": 24, "alpha": 0.8}, "optimizer": {"weight_decay": 0.0, "clip_norm": 1e9}},
+        text_rows=1,
+    ),
+    # The paper's high resolution, with what InternViT's encoder has.
+    "tiled": Option(
+        "stage1",
+        {"activation": "gelu", "layer_scale": True, "closing_norm": False, "level": "penultimate", "top": "last"},
+        {"tied_head": False, "qkv_bias": True, "rope_theta": 1e6, "norm_eps": 1e-5},
+        {"distill": {"weight": 0.7, "crop_size": 16, "loss": "cosine"}, "vision": {"tiling": 4}},
+    ),
+    # An encoder fed to the projector behind its closing norm, tuned with the decoder.
+    "tuned": Option(
+        "sft",
+        {"norm": "rms", "activation": "gelu", "layer_scale": True, "bias": True, "gated_mlp": True, "pre_norm": True,
+         "level": "final", "patch_norm": True},
+        {"kv_heads": 4, "tied_head": True},
+        {"train": {"freeze": ["projector"]}, "runtime": {"recompute": True}},
+        text_rows=1,
+    ),
+    # The projector alone, over tiles.
+    "projector": Option(
+        "sft",
+        {"class_token": True, "level": "last", "bias": False, "patch_bias": False},
+        {"tied_head": False, "kv_heads": 4},
+        {"train": {"freeze": ["vision", "language"]}, "vision": {"tiling": 4}, "optimizer": {"weight_decay": 0.0}},
+        micro_batches=1,
+    ),
+    # Questions without their image.
+    "blind": Option("guesser", {"activation": "silu"}, {"qkv_bias": False}, {"optimizer": {"clip_norm": 1e9}}),
+}  # fmt: skip
+
+
+def option_suite(name: str) -> str:
+    """The suite's name of a configuration."""
+    return f"option {name}"
+
+
+def option_fixture(seed: int, name: str) -> Fixture:
+    """The models and data of one configuration; its run is `fixture.config(OPTIONS[name].stage)`."""
+    option = OPTIONS[name]
+    config = run_config(option.stage, name, name, seed, "float32", "cpu", option.sections)
+    vision = VisionConfig(**{"name": name, **VISION, **option.vision, "tiles": config.vision.tiling})
+    language = LanguageConfig(**{"name": name, **LANGUAGE, **option.language})
+    crop = config.crop_size(vision)
+    made = [random_batch(vision, language, *batch_sizes(vision), (seed, 3, i), crop) for i in range(option.micro_batches)]
+    made = [replace(b, image_weights_B=_shown(b.image_weights_B, option), box_weights_BK=_shown(b.box_weights_BK, option)) for b in made]
+    return Fixture(seed, name, name, vision, language, start_values(vision, language, seed), tuple(made), option.sections,
+                   option.micro_batches)  # fmt: skip
+
+
+def _shown(weights: np.ndarray, option: Option) -> np.ndarray:
+    """Weights by row, 0 in the last `text_rows`."""
+    shown = weights.copy()
+    shown[len(shown) - option.text_rows :] = 0
+    return shown
+
+
+# --- which values there are, and which a configuration has ------------------------------------------------------------
+# Words that no graph depends on.
+NOT_IN_THE_GRAPH = {
+    "vision.top": "the factor `highest level`",
+    "vision.resize": "images are resized on the host (tests/data/test_images.py)",
+    "vision.closing_norm": "says which levels may be named; the levels are here",
+    "language.chat": "a chat template is text (tests/data/test_chat.py)",
+    "run.stage": "what a stage trains, distils and hides: the factors of those names",
+    "run.model.init": "where start weights come from (tests/test_stages.py)",
+    "run.data.mix": "which questions are asked (tests/data/test_loader.py)",
+    "run.eval.tasks": "which questions are asked in evaluation (tests/test_metrics.py)",
+    "run.train.freeze": "the factors `vision`, `projector`, `language` say what trains",
+    "run.optimizer.schedule": "the learning rate is a number that enters the graph (tests/test_core.py)",
+    "run.runtime.compute": "--precision; MindSpore's CPU build computes in float32 alone",
+    "run.runtime.jit_level": "of Ascend",
+    "run.runtime.device": "--device",
+}
+
+
+def words() -> dict[str, tuple[str, ...]]:
+    """Every field of `VisionConfig`, `LanguageConfig` and `RunConfig` whose values are words, and those values."""
+    roots = (("vision", VisionConfig), ("language", LanguageConfig), ("run", RunConfig))
+    return {path: values for root, model in roots for path, values in _words(model, root)}
+
+
+def _words(model: type[BaseModel], path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for name, info in model.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _words(kind, f"{path}.{name}")
+        elif values := tuple(dict.fromkeys(_literals(kind))):
+            yield f"{path}.{name}", values
+
+
+def _literals(kind: Any) -> Iterator[str]:
+    if kind is bool:
+        yield from ("False", "True")
+    elif get_origin(kind) is Literal:
+        yield from map(str, get_args(kind))
+    else:
+        for inner in get_args(kind):
+            yield from _literals(inner)
+
+
+# Numbers, and words that only mean something together.
+Read = Callable[[RunConfig, VisionConfig, LanguageConfig, Option], str]
+NUMBERS: dict[str, tuple[tuple[str, ...], Read]] = {
+    "ROI grid": (("none", "the teacher's", "below"), lambda r, v, c, o: _grid(r, v)),
+    "crops": (("none", "the image's size", "below"), lambda r, v, c, o: _crops(r, v)),
+    "tiles": (("none", "some"), lambda r, v, c, o: "some" if v.tiles else "none"),
+    "highest level": (("penultimate", "last", "final"), lambda r, v, c, o: v.highest),
+    "distillation": (("False", "True"), lambda r, v, c, o: str(r.stage_spec.distill)),
+    "blind": (("False", "True"), lambda r, v, c, o: str(r.stage_spec.blind)),
+    **{part: (("frozen", "trained"), lambda r, v, c, o, part=part: "trained" if part in r.stage_spec.trains else "frozen")
+       for part in PARTS},
+    "key heads": (("as many as query heads", "fewer"),
+                  lambda r, v, c, o: "fewer" if c.kv_heads < c.heads else "as many as query heads"),
+    "pixels beyond the patches": (("none", "some"), lambda r, v, c, o: "some" if v.seen < v.image_size else "none"),
+    "weight decay": (("none", "some"), lambda r, v, c, o: "some" if r.optimizer.weight_decay else "none"),
+    "clipping": (("never", "at work"), lambda r, v, c, o: "never" if r.optimizer.clip_norm > 1e6 else "at work"),
+    "alpha": (("at once", "warm-up"), lambda r, v, c, o: "warm-up" if r.distill.alpha_warmup else "at once"),
+    "micro-batches": (("one", "several"), lambda r, v, c, o: "one" if o.micro_batches == 1 else "several"),
+    "text rows": (("none", "some"), lambda r, v, c, o: "some" if o.text_rows else "none"),
+}  # fmt: skip
+
+
+def _grid(run: RunConfig, vision: VisionConfig) -> str:
+    if not run.stage_spec.distill:
+        return "none"
+    own = run.crop_size(vision) // vision.patch_size
+    return "below" if (run.distill.grid or own) < own else "the teacher's"
+
+
+def _crops(run: RunConfig, vision: VisionConfig) -> str:
+    if not run.stage_spec.distill:
+        return "none"
+    return "below" if run.crop_size(vision) < vision.seen else "the image's size"
+
+
+def domain() -> dict[str, tuple[str, ...]]:
+    """Every factor and the values that must be covered."""
+    return {path: v for path, v in words().items() if path not in NOT_IN_THE_GRAPH} | {name: v for name, (v, _) in NUMBERS.items()}
+
+
+def factors(option: Option, run: RunConfig, vision: VisionConfig, language: LanguageConfig) -> Values:
+    """The value of every factor that enters one configuration's graphs: without distillation its words say nothing, and where
+    images are not shown nor do the encoder's."""
+    found = {}
+    for path in domain():
+        if path in NUMBERS:
+            found[path] = NUMBERS[path][1](run, vision, language, option)
+            continue
+        root, *fields = path.split(".")
+        value: Any = {"vision": vision, "language": language, "run": run}[root]
+        for name in fields:
+            value = getattr(value, name)
+        if value is None or (root == "vision" and run.stage_spec.blind) or (fields[0] == "distill" and not run.stage_spec.distill):
+            continue
+        found[path] = str(value)
+    return found
+
+
+def configurations(seed: int = 0) -> dict[str, Values]:
+    """What the default fixture's two stages and every option have."""
+    found, default = {}, make_fixture(seed)
+    for stage in ("stage1", "stage2"):
+        found[stage] = factors(Option(stage), default.config(stage), default.vision, default.language)
+    for name, option in OPTIONS.items():
+        fixture = option_fixture(seed, name)
+        found[name] = factors(option, fixture.config(option.stage), fixture.vision, fixture.language)
+    return found
+
+
+def missing(found: Mapping[str, Values]) -> list[str]:
+    """Values that no configuration has, and stages that train, distil or hide what none does."""
+    has = {(factor, value) for values in found.values() for factor, value in values.items()}
+    lacking = [f"{factor}: {value}" for factor, values in domain().items() for value in values if (factor, value) not in has]
+    for stage in words()["run.stage"]:
+        spec = STAGES[stage]
+        asked = {part: "trained" if part in spec.trains else "frozen" for part in PARTS}
+        asked |= {"distillation": str(spec.distill), "blind": str(spec.blind)}
+        lacking += [f"{stage}'s {pair}" for pair in pairs(asked) if not any(set(pair) <= set(v.items()) for v in found.values())]
+    return lacking
+
+
+def pairs(values: Values) -> set[tuple[tuple[str, str], tuple[str, str]]]:
+    """The pairs of values of unlike factors."""
+    return set(combinations(sorted(values.items()), 2))
+
+
+def coverage() -> tuple[list[tuple[str, str, str]], int, int]:
+    """Rows of (factor, value, configurations that have it), and how many pairs of values are covered, of how many."""
+    found = configurations()
+    rows = [(factor, value, ", ".join(name for name, own in found.items() if own.get(factor) == value))
+            for factor, values in domain().items() for value in values]  # fmt: skip
+    all_pairs = sum(len(a) * len(b) for a, b in combinations(domain().values(), 2))
+    return rows, len(set().union(*map(pairs, found.values()))), all_pairs
