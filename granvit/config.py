@@ -265,8 +265,9 @@ class RunConfig(Strict):
         per_round = world * self.train.micro_batch
         if rows % per_round:
             fitting = largest_divisor(rows // world, self.train.micro_batch) if rows % world == 0 else None
+            resumed = ", and a run can be resumed with it" if self.train.loss_reduction == "global" else ""
             remedy = (
-                f"train.micro_batch={fitting} does, and a run can be resumed with it"
+                f"train.micro_batch={fitting} does{resumed}"
                 if fitting
                 else f"take a number of ranks that divides {rows}, or another train.global_batch"
             )

@@ -17,14 +17,18 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or bool(WORDS.search(str(error)))
 
 
-NOTHING_SMALLER = "train.micro_batch is 1 and runtime.recompute true already; take shorter data.buckets or a smaller model"
+NOTHING_SMALLER = (
+    "train.micro_batch is 1 (or fixed by train.loss_reduction per_device) and runtime.recompute true already; "
+    "take shorter data.buckets or a smaller model"
+)
 
 
 def smaller_steps(config: RunConfig, ranks: int) -> list[str]:
-    """The overrides with which a step takes less memory and gives the same results to rounding."""
+    """The overrides with which a step takes less memory and gives the same results to rounding: not `train.micro_batch` where
+    losses are averaged by micro-batch (`train.loss_reduction: per_device`)."""
     rows = config.train.micro_batch * config.local_micro_batches(ranks)
     cures = []
-    if config.train.micro_batch > 1:
+    if config.train.micro_batch > 1 and config.train.loss_reduction == "global":
         cures.append(f"train.micro_batch={largest_divisor(rows, config.train.micro_batch // 2)}")
     if not config.runtime.recompute:
         cures.append("runtime.recompute=true")

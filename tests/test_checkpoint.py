@@ -214,6 +214,21 @@ def test_the_number_of_ranks_may_change_and_is_not_known_of_an_old_checkpoint(ru
     assert check_same_run(replace(checkpoint, ranks=None), run[1], VISION, LANGUAGE, 4) == []
 
 
+def test_what_divides_the_batch_is_fixed_where_each_device_has_its_own_mean(run):
+    """`train.loss_reduction: per_device`: micro-batches and ranks enter the result there."""
+    checkpoint = newest_checkpoint(run[0])
+    averaged = checkpoint.config.model_copy(
+        update={"train": checkpoint.config.train.model_copy(update={"loss_reduction": "per_device"})}
+    )
+    smaller = averaged.model_copy(update={"train": averaged.train.model_copy(update={"micro_batch": 1})})
+    checkpoint = replace(checkpoint, config=averaged)
+    assert check_same_run(checkpoint, averaged, VISION, LANGUAGE, 1) == []
+    with pytest.raises(ValueError, match=r"train\.micro_batch: \d+ -> 1"):
+        check_same_run(checkpoint, smaller, VISION, LANGUAGE, 1)
+    with pytest.raises(ValueError, match="ranks: 1 -> 2"):
+        check_same_run(checkpoint, averaged, VISION, LANGUAGE, 2)
+
+
 def test_another_precision_is_resumed_only_where_the_command_states_it(run):
     checkpoint, config = newest_checkpoint(run[0]), run_config(train={"keep_checkpoints": 2}, runtime={"compute": "bfloat16"})
     with pytest.raises(ValueError, match=r"runtime\.compute: float32 -> bfloat16.*state runtime\.compute=bfloat16"):
