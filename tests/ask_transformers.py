@@ -23,7 +23,7 @@ def ask(folder: Path) -> Path:
         with torch.no_grad():
             output = model.eval()(**inputs, **({} if llava else {"output_hidden_states": True}))
         features = "logits" if llava else json.loads((directory / "config.json").read_text())["granvit"]["features"]
-        answers[directory.name] = eval(f"output.{features}").numpy()
+        answers[directory.name] = eval(f"output.{features}", {"output": output}).numpy()
     path = folder / f"answers-{transformers.__version__.partition('.')[0]}.npz"
     np.savez(path, **answers)
     return path
