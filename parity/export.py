@@ -176,7 +176,8 @@ def export(
 
     `top` is what becomes of the encoder's blocks above its level (encoder alone), `start_weights` where the weights lie that the
     first run started from (default: where its configuration says). `license_id` and `base_models` go into the card's front
-    matter. `for_transformers_4` lets a LLaVA be written that other readers misread (`FINAL_DIFFERS`). `ValueError` says in one line what is wrong and leaves no destination behind; `OSError` is the disk's.
+    matter. `for_transformers_4` lets a LLaVA be written that other readers misread (`FINAL_DIFFERS`). `ValueError` says in one
+    line what is wrong and leaves no destination behind; `OSError` is the disk's.
     """
     run, destination, began = Path(run), Path(destination), time.perf_counter()
     if os.path.lexists(destination):
@@ -409,7 +410,7 @@ def _llava(work: Work, tower: Tower, for_transformers_4: bool, report: Report) -
     if vision.level == "final":
         if not for_transformers_4:
             raise ValueError(
-                f"{work.source.path}: {FINAL_DIFFERS}. --for-transformers-4 writes it all the same; --as encoder is right everywhere"
+                f"{work.source.path}: {FINAL_DIFFERS}. --for-transformers-4 writes it all the same; --as encoder is read alike"
             )
         work.notes.append(f"load it with transformers 4.57 alone: {FINAL_DIFFERS}")
         work.remarks.append(f"**Load it with transformers 4.57 alone**: {FINAL_DIFFERS}.")

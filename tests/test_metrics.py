@@ -73,8 +73,9 @@ def test_both_rouge_l_are_one_number_for_ascii_captions():
 
 
 SCRIPTS = {
-    "Chinese": "一个红色的圆圈", "Japanese": "赤い円とがいこつ", "Cyrillic": "красный круг", "Greek": "κόκκινος κύκλος", "Hebrew": "עיגול אדום",
-    "Arabic": "دائرة حمراء", "Hindi": "लाल वृत्त", "Thai": "วงกลมสีแดง", "Korean": "빨간 원", "accents": "café à la crème",
+    "Chinese": "一个红色的圆圈", "Japanese": "赤い円とがいこつ", "Cyrillic": "красный круг", "Greek": "κόκκινος κύκλος",
+    "Hebrew": "עיגול אדום", "Arabic": "دائرة حمراء", "Hindi": "लाल वृत्त", "Thai": "วงกลมสีแดง", "Korean": "빨간 원",
+    "accents": "café à la crème",
     "symbols": "★ → €", "emoji": "👩\u200d🚀🇫🇷", "ASCII symbols": "!?", "nothing": "",
 }  # fmt: skip
 

@@ -30,7 +30,7 @@ ENCODERS = {
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """name -> (ours, transformers 4's, transformers 5's): features of encoder-*, logits of llava-* (of which ours are not made)."""
+    """name -> (ours, transformers 4's, transformers 5's): features of encoder-*, logits of llava-* (ours are left out)."""
     if not PYTHON.exists():
         pytest.skip("no .venv-transformers5: `make transformers5` makes it")
     root = tmp_path_factory.mktemp("transformers5")

@@ -89,7 +89,8 @@ def test_granvit_train_hands_its_arguments_on(capsys):
     with pytest.raises(SystemExit):
         any_train_command(["stage2", "--help"])
     help_text = " ".join(capsys.readouterr().out.split())
-    assert "usage: granvit-train stage2" in help_text and "torchrun --nproc_per_node 2 $(command -v granvit-train) stage2" in help_text
+    assert "usage: granvit-train stage2" in help_text
+    assert "torchrun --nproc_per_node 2 $(command -v granvit-train) stage2" in help_text
     with pytest.raises(SystemExit):
         any_train_command(["stage3"])
     assert "invalid choice: 'stage3'" in capsys.readouterr().err

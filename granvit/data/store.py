@@ -403,8 +403,8 @@ class Store:
     `[images + regions + 1]` are mapped. The texts of image i are numbers `region_starts[i] + i` (its global caption) and the
     following (its regions). `sizes` uint32 `[images, 2]`, mapped too, are widths and heights; None in a store that was built
     before they were kept. Raises `ValueError`, with the path and the remedy, for a directory that is missing, empty, of
-    another format or version, whose manifest does not hold together, or that has a file which is missing, not of the size that the
-    manifest states, or damaged.
+    another format or version, whose manifest does not hold together, or that has a file which is missing, not of the size
+    that the manifest states, or damaged.
     """
 
     def __init__(self, path: str | Path, check: bool = True):
@@ -449,13 +449,13 @@ class Store:
             chunk = numbers[first : first + _CHUNK + 1]
             rises = rises and bool((chunk[1:] >= chunk[:-1]).all())
         if not rises:
-            raise ValueError(f"store {self.path}: {name} is damaged (it does not rise from 0 to {last}); copy it again or rebuild")
+            raise ValueError(f"store {self.path}: {name} is damaged (it does not rise from 0 to {last}); copy or rebuild it")
 
     def record(self, index: int) -> Record:
         """Record `index`; `ValueError` with the reason where its bytes are damaged."""
         try:
             return _decode(self._shards[index])
-        except (RuntimeError, ValueError, IndexError, KeyError, TypeError, struct.error):  # RuntimeError: ArrayRecord's checksums
+        except (RuntimeError, ValueError, IndexError, KeyError, TypeError, struct.error):  # RuntimeError: its checksums
             raise ValueError("record is damaged in its shard") from None
 
     def texts(self, first: int, last: int) -> list[str]:

@@ -68,7 +68,7 @@ def evaluations(run: Path) -> list[Evaluation]:
         for task, scores in evaluation.table.items():
             if lacking := set(SCORES[task]) - scores.keys():
                 file = evaluation_file(run, evaluation.step)
-                raise ValueError(f"{file}: no {min(lacking)} of {task}: an earlier version wrote it; run the demo in another --out")
+                raise ValueError(f"{file}: no {min(lacking)} of {task}: an earlier version wrote it; name another --out")
     return found
 
 
