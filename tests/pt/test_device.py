@@ -218,9 +218,8 @@ def on_the_host(operator):
 
 
 def test_generation_and_evaluation_equal_the_hosts(device, chat, store, tmp_path):
-    config = on_device(
-        stage="stage2", eval={"source": str(store.path), "images": 3, "batch": 2, "max_new_tokens": 4}, runtime={"compute": "float32"}
-    )
+    held_out = {"source": str(store.path), "images": 3, "batch": 2, "max_new_tokens": 4}
+    config = on_device(stage="stage2", eval=held_out, runtime={"compute": "float32"})
     fixture, found = make_fixture(0), []
     vision, _ = resolve_models(config)
     for name, one in (("device", config), ("host", on_host(config))):
