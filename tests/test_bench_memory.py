@@ -8,12 +8,12 @@ import pytest
 pytest.importorskip("torch")
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
 
-from bench_memory import FUSED, largest_batch, measure, with_recomputation  # noqa: E402
+from bench_memory import FUSED, largest_batch, measure, with_recomputation
 
-from granvit.config import resolve_models  # noqa: E402
-from granvit.cost import activation_bytes, state_bytes  # noqa: E402
-from granvit.models import parameter_shapes, part_of, vision_shapes  # noqa: E402
-from tests.helpers import run_config  # noqa: E402
+from granvit.config import resolve_models
+from granvit.cost import activation_bytes, state_bytes
+from granvit.models import parameter_shapes, part_of, vision_shapes
+from tests.helpers import run_config
 
 LENGTH, ANSWERS = 64, 16
 
@@ -49,7 +49,7 @@ def test_recomputation_and_fewer_rows_keep_less():
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2", "sft"])
 def test_the_formula_is_near_what_is_tracked(stage):
-    """At sizes this small what is left out of the formula (caches of sines, lists of places) counts for more than at full size."""
+    """At sizes this small what is left out of the formula (sines, lists of places) counts for more than at full size."""
     config = run_config(stage=stage)
     for recompute in (False, True):
         predicted, _ = activation_bytes(*resolve_models(config), config.stage_spec.trains, 2, LENGTH, ANSWERS, recompute)

@@ -33,7 +33,7 @@ def test_the_papers_runs_are_the_papers(path):
     assert (vision.name, language.name) == ("siglip2-so400m-patch16-512", "qwen2.5-1.5b")
     assert config.optimizer.lr == (1e-3 if config.stage == "projector" else 1e-5)
     assert config.train.epochs == 1 and config.train.steps is None
-    assert (config.runtime.compute, config.runtime.recompute) == ("bfloat16", True)
+    assert (config.runtime.compute, config.runtime.recompute) == ("bfloat16", config.stage in ("sft", "continued"))
     assert config.local_micro_batches(128) == 1
     if config.stage == "stage1":
         assert (config.distill.weight, config.distill.alpha) == (1.0, 0.9)

@@ -19,8 +19,8 @@ def compiled(cell: nn.Cell, *inputs: Tensor | int) -> str:
 
 
 def faults(phase: str) -> list[str]:
-    """One line for each operator of a compiled graph, and each constant tensor in it, that calls the host, is 64 bits wide, or has
-    a shape that is not known. Numbers and tuples of numbers are not tensors: they are known when the graph is compiled."""
+    """One line for each operator of a compiled graph, and each constant tensor in it, that calls the host, is 64 bits wide, or
+    has a shape that is not known. Numbers and tuples of numbers are not tensors: they are known when the graph is compiled."""
     graph = ir.ModelProto()
     graph.ParseFromString(executor._graph_executor.get_func_graph_proto(phase, "anf_ir", False))
     found = []

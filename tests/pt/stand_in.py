@@ -163,7 +163,8 @@ class _Hook(backend_registration._DummyPrivateUse1Hook):
 def npu_fusion_attention(query, key, value, head_num, input_layout, *, atten_mask=None, scale=1.0):
     """CANN's fused attention, as far as `pt_granvit.ops.attention` asks for it; its mask is true where a key is discarded."""
     assert input_layout == "BNSD" and head_num == query.shape[1] and query.dtype in (torch.bfloat16, torch.float16)
-    return (F.scaled_dot_product_attention(query, key, value, attn_mask=None if atten_mask is None else ~atten_mask, scale=scale),)
+    allowed = None if atten_mask is None else ~atten_mask
+    return (F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale),)
 
 
 @contextmanager
