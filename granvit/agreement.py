@@ -59,8 +59,8 @@ def _sum_bytes(ranks: Ranks, data: bytes) -> bytes:
 
 def together(ranks: Ranks, work: Callable[[], Result], waiting: str = "") -> Result:
     """What `work` returns, once it has returned on every rank. `Refused` on every rank where it raised `ValueError` or `OSError`
-    on any: the line is that of the first. `waiting` says for the log what this rank waits for once its own work is done, where
-    that may take long."""
+    on any: the line is that of the failing rank with the lowest number. `waiting` says for the log what this rank waits for once
+    its own work is done, where that may take long."""
     if ranks.world == 1:
         return work()
     error: Exception | None = None

@@ -30,10 +30,10 @@ from granvit.cost import state_bytes
 from granvit.data.batch import Packer, prompt_batch
 from granvit.data.chat import Chat, byte_tokenizer
 from granvit.data.images import decode, to_views
-from granvit.data.loader import Compose, Loader
+from granvit.data.loader import WINDOW, Compose, Loader
 from granvit.data.prompts import Box, parse_box, question_text
 from granvit.engine import Ranks
-from granvit.evaluate import Evaluation, Evaluator
+from granvit.evaluate import Evaluation, Evaluator, forget_evaluations
 from granvit.launch import Guard, Launch, RunLock, check_launcher, check_port, detect, load_engine_class
 from granvit.logs import log, to_console, to_file
 from granvit.memory import NOTHING_SMALLER, memory_errors, smaller_steps
@@ -44,6 +44,7 @@ from granvit.preflight import (
     configuration_facts,
     data_facts,
     fingerprints,
+    order_facts,
     version_facts,
     weights_facts,
 )
@@ -176,12 +177,17 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
     ranks = _join(Engine, config, launch, guard[0])
     if launch.rank:
         to_file(run, launch.rank)  # only now is it certain that rank 0 holds the directory
-    agree(ranks, version_facts(options.framework) | configuration_facts(config, vision, language, options.config))
+    agree(ranks, version_facts(options.framework) | configuration_facts(config, vision, language, shipped(options.config)))
 
     # 3. Weights: this run's newest checkpoint, or the start weights. Directories and names are checked now, tensors read later.
     checkpoint = agreed_checkpoint(ranks, run, wanted=not options.fresh)
     if checkpoint is not None:
         stated = [assignment.partition("=")[0] for assignment in options.overrides]
+        if checkpoint.ranks is None:
+            log.warning(
+                f"{checkpoint.path} was written by an earlier version, which had another order of the data: some questions of "
+                f"the {WINDOW} steps around it are asked twice, some never"
+            )
         _log_changes(together(ranks, lambda: check_same_run(checkpoint, config, vision, language, ranks.world, stated)))
     begins_elsewhere = checkpoint is None and config.model.init_from is not None
     source = agreed_checkpoint(ranks, Path(config.model.init_from)) if begins_elsewhere else checkpoint
@@ -201,6 +207,8 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
     loader = together(
         ranks, lambda: Loader(config, vision, chat, launch.rank, launch.world, compose), "tokens of the stores are counted once"
     )
+    if ranks.world > 1:
+        agree(ranks, together(ranks, lambda: order_facts(loader)))
     loading = Loading("weights", len(parameter_shapes(vision, language)), ranks)
 
     def build():
@@ -219,6 +227,8 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
     _log_start(config, engine, options.framework, chat, loader, writer)
     evaluator = None
     if config.eval.source:
+        if launch.rank == 0:
+            forget_evaluations(run, 0 if checkpoint is None else checkpoint.step)
         evaluator = together(ranks, lambda: Evaluator(engine, config, vision, chat, run, compose))
 
     # 5. Train.

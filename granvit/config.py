@@ -79,10 +79,11 @@ class TrainSection(Strict):
     batch, divided by their number. Every token weighs the same, and neither the number of devices nor `micro_batch` enters the
     result: a run may go on with other ones. `per_device`: the mean over micro-batches of each one's mean, as the LLaVA framework
     computes it (cross-entropy averaged per device, gradients averaged by DDP and over accumulation steps). A token of a
-    micro-batch with few of them weighs more there. The paper trains with that framework and does not say how it averages.
+    micro-batch with few of them weighs more there. Micro-batches hold rows of like length here (`granvit.data.loader`), so their
+    means are over other rows than with a random deal. The paper trains with that framework and does not say how it averages.
 
     `skip_non_finite`: so many steps in a row whose loss or gradient is not finite are left out; one more stops the run. Those
-    steps are in the state, so the same command goes on behind them."""
+    steps are in the state, so the same command continues after them."""
 
     global_batch: int = Field(256, gt=0)
     micro_batch: int = Field(2, gt=0)
@@ -155,7 +156,7 @@ class DistillSection(Strict):
 class EvalSection(Strict):
     """The model on a held-out store, every `every` steps (0: never) and at the end: the training's loss on about `rows` rows
     (rounded up to whole global batches; 0: no loss), and answers to the questions of `tasks` about `images` images, scored (no
-    task: no answers)."""
+    task: no answers). In MindSpore the loss has a graph of its own, compiled once for each bucket at the first evaluation."""
 
     source: str | None = None
     every: int = Field(0, ge=0)

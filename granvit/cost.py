@@ -49,8 +49,8 @@ def activation_bytes(
 
     Per token of a block of width h, by what the derivatives read: a norm its float32 input (and, where its weight is trained, its
     output before the weight), a trained linear its input, attention q, k, v and its output, the activations of the MLP theirs; a
-    trained weight's bfloat16 copy is kept as well. With `recompute` a block keeps its input, and is whole while its gradients are
-    made. The backward pass begins with three arrays as large as the logits in float32.
+    trained weight's bfloat16 copy is kept as well. With `recompute` a block keeps its input alone; all of one block's activations
+    are there while its gradients are made. The backward pass begins with three arrays as large as the logits in float32.
     MindSpore differs where its graph derives otherwise: tanh-GELU is seven products, keys and values are not repeated, heads are
     padded to 16. What its compiler fuses or recomputes by itself is not in the formula.
     """

@@ -23,10 +23,12 @@ Table = dict[str, dict[str, float]]  # task -> "samples" and the mean of each sc
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`held_out`: loss, loss_caption, loss_distill and how many questions they are of, or nothing. `table`: scores of answers."""
+    """`held_out`: loss, loss_caption, loss_distill and how many questions they are of, or nothing. `table`: scores of answers.
+    `settings`: the keys of `eval` that they depend on."""
 
     held_out: dict[str, float]
     table: Table
+    settings: dict[str, Any]
 
 
 class Evaluator:
@@ -40,6 +42,7 @@ class Evaluator:
     def __init__(self, engine: TrainEngine, config: RunConfig, vision: VisionConfig, chat: Chat, run: Path,
                  compose: Compose = Packer.row):  # fmt: skip
         self.engine, self.config, self.vision, self.chat, self.run = engine, config, vision, chat, run
+        self.settings = config.eval.model_dump(mode="json", exclude={"every", "batch"})
         store = Store(config.eval.source)
         self.answers = store.kind == REGIONS and bool(config.eval.tasks)
         if config.eval.tasks and not self.answers:
@@ -65,8 +68,12 @@ class Evaluator:
     def __call__(self, step: int) -> Evaluation | None:
         """The evaluation after `step`. One that was kept before an interruption is read, and rank 0 alone has it."""
         rank, path = self.engine.rank, evaluation_file(self.run, step)
-        if self.engine.all_sum(np.array([rank == 0 and path.exists()], np.float32))[0]:
-            return read_evaluation(path) if rank == 0 else None
+        kept = read_evaluation(path) if rank == 0 and path.exists() else None
+        if kept is not None and kept.settings != self.settings:
+            log.info(f"{path} was made with other settings of eval: it is made again")
+            kept = None
+        if self.engine.all_sum(np.array([kept is not None], np.float32))[0]:
+            return kept
         losses = self._losses() if self.loader is not None else {}
         table: Table = {}
         predictions: list[dict[str, Any]] = []
@@ -75,10 +82,10 @@ class Evaluator:
         if rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".tmp")
-            found = {"step": step, "table": table, "held_out": losses, "predictions": predictions}
+            found = {"step": step, "settings": self.settings, "table": table, "held_out": losses, "predictions": predictions}
             temporary.write_text(json.dumps(found, indent=1, allow_nan=False))
             os.replace(temporary, path)
-        return Evaluation(losses, table)
+        return Evaluation(losses, table, self.settings)
 
     def _losses(self) -> dict[str, float]:
         """Losses over all held-out rows: sums over sums, each divided by its own count. A loss that is not finite is left out."""
@@ -106,7 +113,8 @@ def _held_out_rows(config: RunConfig, mix: dict, vision: VisionConfig, chat: Cha
                    compose: Compose) -> Loader:  # fmt: skip
     """The training's loader turned to `eval.source`, for as many of the first steps of its first epoch as hold `eval.rows` rows.
 
-    Rows that an epoch does not fill are of weight zero. Steps have the training's size, so that graphs are the training's shapes.
+    Where the store holds fewer rows, the last step is filled up with rows of weight zero. Steps have the training's size, so that
+    graphs are of the training's shapes.
     """
     sources = (Source(path=config.eval.source),)
     data = config.data.model_copy(update={"sources": sources, "mix": mix, "workers": 0})
@@ -153,6 +161,14 @@ def _answer(
     return table, predictions
 
 
+def forget_evaluations(run: Path, after_step: int) -> None:
+    """Removes the kept evaluations of steps after `after_step`, from where a resumed run goes on."""
+    for path in (run / "eval").glob("step_*.json"):
+        number = path.stem.removeprefix("step_")
+        if number.isdigit() and int(number) > after_step:
+            path.unlink()
+
+
 def evaluation_file(run: Path, step: int) -> Path:
     """Where the evaluation after `step` is kept."""
     return run / "eval" / f"step_{step:07d}.json"
@@ -164,7 +180,7 @@ def read_evaluation(path: Path) -> Evaluation:
         kept = json.loads(path.read_text())
         held_out = kept.get("held_out", {})  # earlier versions kept no held-out losses
         table = {task: {name: float(value) for name, value in scores.items()} for task, scores in kept["table"].items()}
-        return Evaluation({name: float(value) for name, value in held_out.items()}, table)
+        return Evaluation({name: float(value) for name, value in held_out.items()}, table, kept.get("settings", {}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not an evaluation ({error}); move it away to do without it") from None
 

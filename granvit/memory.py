@@ -41,6 +41,8 @@ def memory_errors(where: Callable[[], str], run: Path, cures: list[str], nothing
     the run then goes on from; without cures, `nothing_left`."""
     try:
         yield
+    except TrainingStopped:  # of an inner `memory_errors`: it has named the place already
+        raise
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -19,6 +19,7 @@ from granvit.checkpoint.run import Checkpoint, newest_step, open_checkpoint, ste
 from granvit.checkpoint.tensors import set_digest, tensor_digest
 from granvit.config import RunConfig
 from granvit.data.chat import Chat
+from granvit.data.loader import Loader
 from granvit.data.store import Store
 from granvit.engine import Ranks
 from granvit.launch import FRAMEWORKS, Framework
@@ -44,11 +45,11 @@ def version_facts(framework: Framework) -> dict[str, Fact]:
     return facts | {"source code": Fact(digest.hexdigest()[:16], str(root))}
 
 
-def configuration_facts(config: RunConfig, vision: VisionConfig, language: LanguageConfig, path: str) -> dict[str, Fact]:
+def configuration_facts(config: RunConfig, vision: VisionConfig, language: LanguageConfig, path: Path) -> dict[str, Fact]:
     """Every key of the resolved configuration and of the two models' files."""
     facts = {}
     for prefix, tree, origin in (
-        ("", config, str(Path(path).resolve())),
+        ("", config, f"{path.resolve()} and the command line"),
         (f"model {vision.name} ", vision, ""),
         (f"model {language.name} ", language, ""),
     ):
@@ -70,7 +71,7 @@ def fingerprints(config: RunConfig, chat: Chat) -> dict[str, str]:
 
 
 def _stores(paths: Iterable[str]) -> dict[str, str]:
-    return {f"store {path}": Store(path).fingerprint for path in paths}
+    return {f"store {path}": Store(path, check=False).fingerprint for path in paths}
 
 
 def data_facts(config: RunConfig, chat: Chat, prints: dict[str, str]) -> dict[str, Fact]:
@@ -78,6 +79,12 @@ def data_facts(config: RunConfig, chat: Chat, prints: dict[str, str]) -> dict[st
     held_out = _stores([] if config.eval.source is None else [config.eval.source])
     facts = {what: Fact(value, str(Path(what.removeprefix("store ")).resolve())) for what, value in (prints | held_out).items()}
     return facts | {TOKENIZER: Fact(prints[TOKENIZER], chat.origin)}
+
+
+def order_facts(loader: Loader) -> dict[str, Fact]:
+    """The counted token lengths of every store, from which the order of the data follows; each node may hold its own copy."""
+    counted = zip(loader.plan.stores, loader.plan.lengths, strict=True)
+    return {f"token lengths of {store.path}": Fact(lengths.digest()[:16]) for store, lengths in counted}
 
 
 def agreed_checkpoint(ranks: Ranks, run: Path, wanted: bool = True) -> Checkpoint | None:
@@ -92,10 +99,14 @@ def agreed_checkpoint(ranks: Ranks, run: Path, wanted: bool = True) -> Checkpoin
     if not step:
         return None
     checkpoint = together(ranks, lambda: _open_when_seen(step_directory(run, int(step))))
-    files = sorted(checkpoint.path.glob("*.sha256.json"))
-    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files} | {"state.json": checkpoint.digest}
+    digests = together(ranks, lambda: _digests(checkpoint))
     agree(ranks, {name: Fact(digest[:16], str(checkpoint.path.resolve() / name)) for name, digest in digests.items()})
     return checkpoint
+
+
+def _digests(checkpoint: Checkpoint) -> dict[str, str]:
+    files = sorted(checkpoint.path.glob("*.sha256.json"))
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files} | {"state.json": checkpoint.digest}
 
 
 def _open_when_seen(path: Path) -> Checkpoint:

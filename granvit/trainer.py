@@ -113,7 +113,7 @@ class Trainer:
         if engine.rank == 0:
             self.output = Output(self.run_directory, self.step, steps, config.train.log_every)
         batches = self.loader.batches(self.step)
-        stop = False
+        stop = due = False
         try:
             if checkpoint is not None:
                 self._evaluate()  # where the interruption came between the checkpoint and its evaluation
@@ -139,8 +139,10 @@ class Trainer:
                 if self.in_a_row > config.train.skip_non_finite:
                     self._stop_non_finite(left_out, checkpoint)
                 stop = counts.stop > 0 and step < steps
-                if (step % config.train.checkpoint_every == 0 and result is not None) or step == steps or stop:
+                due = due or step % config.train.checkpoint_every == 0  # after a step that was left out, at the next finite one
+                if (due and result is not None) or step == steps or stop:
                     self._save()
+                    due = False
                 if stop:
                     log.info(f"asked to stop: saved step {step} of {steps}")
                     break
@@ -217,8 +219,9 @@ class Trainer:
         if result is not None:
             variance = result.feature_std**2
             record["feature_std"] = result.feature_std
-            # To the teacher's variance: 1 is what the mean over a box's cells, put in place of each cell, would reach with `mse`.
-            record["distill_relative"] = result.loss_distill / variance if variance > 0 else 0.0
+            if self.config.train.loss_reduction == "global":  # else the loss is no mean over the boxes, as the variance is
+                # With `mse`, a student that gives every cell the mean of its box's teacher cells scores 1.
+                record["distill_relative"] = result.loss_distill / variance if variance > 0 else 0.0
         shares = {part: rates.of_part(part)[0] / rates.lr for part in PARTS if part in self.config.stage_spec.trains}
         record |= {f"lr_{part}": rate * share for part, share in shares.items() if share != 1}
         self.output.step(record, StepTimes(seconds, waiting, counts.questions, counts.row_tokens))
@@ -266,7 +269,7 @@ class Trainer:
         ranks = np.flatnonzero(self.engine.all_sum(culprit)).tolist()
         self.non_finite, self.in_a_row = self.non_finite + 1, self.in_a_row + 1
         here = f"; records of rank {self.engine.rank}: {', '.join(records)}" if records else ""
-        where = f"rank(s) {', '.join(map(str, ranks))}" if ranks else "no rank's own loss (the gradient overflowed)"
+        where = f"rank(s) {', '.join(map(str, ranks))}" if ranks else "no rank's own loss, so the gradient is not finite"
         what = f"step {step}: {error}; from {where}{here}"
         log.warning(f"left out: {what}")
         return what
@@ -274,18 +277,21 @@ class Trainer:
     def _stop_non_finite(self, what: str, checkpoint: Checkpoint | None) -> None:
         """Stops all ranks after too many steps in a row were left out, and keeps the state, in which they are counted.
 
-        Not where every step since `checkpoint` was left out: then the weights may be at fault, and a run that is restarted again
-        and again would replace its good checkpoints by copies of the same weights.
+        Not where every step since `checkpoint` (None: since the start weights) was left out: then the weights may be at
+        fault, and a run that is restarted again and again would replace its good checkpoints by copies of the same weights.
         """
         limit = f"train.skip_non_finite allows {self.config.train.skip_non_finite} in a row"
         self._log_skipped()
-        if checkpoint is not None and self.step - checkpoint.step == self.in_a_row:
+        if self.step - (0 if checkpoint is None else checkpoint.step) == self.in_a_row:
+            since, remedy = "the start weights", "check them and runtime.compute"
+            if checkpoint is not None:
+                since, remedy = checkpoint.path, "go back to an earlier checkpoint by moving this one away"
             raise TrainingStopped(
-                f"{what}; {limit}, and no step since {checkpoint.path} was finite. Nothing is saved: go back to an earlier "
-                f"checkpoint by moving this one away, or raise train.skip_non_finite"
+                f"{what}; {limit}, and no step since {since} was finite. Nothing is saved: {remedy}, or raise "
+                f"train.skip_non_finite"
             )
         self._save()
-        raise TrainingStopped(f"{what}; {limit}; saved as step {self.step}: the same command goes on behind it")
+        raise TrainingStopped(f"{what}; {limit}; saved as step {self.step}: the same command continues after it")
 
     def _log_skipped(self) -> None:
         """Logs how much could not be used since this start, by reason, summed over the ranks, which all call it together."""

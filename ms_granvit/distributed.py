@@ -10,9 +10,10 @@ from mindspore import Tensor, communication, nn, ops
 from granvit.cost import host_memory
 
 ASCEND_910B = 64 * 10**9  # bytes
-# Seconds that a rank waits for another in a collective; the most that every Ascend device takes. The default (1836) could end a
-# run whose rank 0 writes large start weights; a rank that has died is noticed by the watchers (granvit.watcher), not by this.
-HCCL_EXEC_TIMEOUT = "17340"
+# Seconds that a rank waits for another: in a collective (CANN's default, 1836, could end a run whose rank 0 writes large start
+# weights; with its AIV expansion CANN allows 1091 at most, whatever is set), and to connect (default 120: ranks compile the first
+# step's graph for unlike times). A rank that has died is noticed by the watchers (granvit.watcher), not by this.
+HCCL_TIMEOUTS = {"HCCL_EXEC_TIMEOUT": "17340", "HCCL_CONNECT_TIMEOUT": "7200"}
 ROW, SHORT = 1024, 65536  # numbers in a row; vectors of so many are summed at once
 CHUNK = 1 << 26  # elements that one all-reduce joins (256 MiB of float32)
 
@@ -64,7 +65,8 @@ def join(name: str) -> Ranks:
     if "MS_WORKER_NUM" not in os.environ:
         return Ranks(0, 1, device)
     if device == "npu":
-        os.environ.setdefault("HCCL_EXEC_TIMEOUT", HCCL_EXEC_TIMEOUT)
+        for variable, seconds in HCCL_TIMEOUTS.items():
+            os.environ.setdefault(variable, seconds)
     with _more_than_one_core():
         communication.init()
     return Ranks(communication.get_rank(), communication.get_group_size(), device)
@@ -139,8 +141,10 @@ class SumOfSquares(nn.Cell):
 
 
 class ReduceGradients(nn.Cell):
-    """Sums the accumulated gradients over the ranks, in place, joined into few large all-reduces, and a vector of terms beside
-    them; returns the terms with the gradients' global norm behind them, and that norm."""
+    """Sums the accumulated gradients over the ranks, in place, joined into few large all-reduces, and a vector of loss terms.
+
+    Returns one vector for the host to read, the summed terms and then the gradients' global norm; and that norm by itself.
+    """
 
     def __init__(self, gradients: ms.ParameterTuple, world: int):
         super().__init__(auto_prefix=False)

@@ -22,7 +22,7 @@ from ms_granvit.layers import stored_as
 from ms_granvit.model import GranViT
 from ms_granvit.objective import caption_sum
 from ms_granvit.ops import attention as attention_ops
-from ms_granvit.optimizer import AdamW
+from ms_granvit.optimizer import AdamW, Clear
 from ms_granvit.vision import VisionEncoder
 
 
@@ -37,8 +37,8 @@ class Losses(nn.Cell):
     def construct(self, pixels_B3RR, image_weights_B, token_ids_BS, positions_BS, segments_BS, image_positions_BN,
                   answer_positions_BA, answer_targets_BA, answer_weights_BA, tokens, boxes=None, boxes_BK4=None,
                   box_weights_BK=None, crops_BK3rr=None, grids_B2=None):  # fmt: skip
-        """Loss, caption loss, distillation loss: the batch's sums over `tokens` and `boxes` (`Scalars.divisors`). Summed variance
-        of the teacher's features."""
+        """Loss, caption loss, distillation loss: the batch's sums divided by `tokens` and `boxes` (`Scalars.divisors`). Then the
+        summed variance of the teacher's features, undivided."""
         logits, top = self.model(
             pixels_B3RR, image_weights_B, token_ids_BS, positions_BS, segments_BS, image_positions_BN, answer_positions_BA
         )
@@ -117,7 +117,7 @@ class Engine:
         self.micro_batch = MicroBatch(Losses(self.model, self.teacher, config, own_grid), self.trained, self.gradients)
         self.held_out = LossSums(self.micro_batch.losses)
         self.reduce = distributed.ReduceGradients(self.gradients, self.world)
-        self.update = AdamW(self.trained, self.gradients, config.optimizer)
+        self.update, self.clear = AdamW(self.trained, self.gradients, config.optimizer), Clear(self.gradients)
         self.ema = None if self.teacher is None else EMA(self.teacher, self.model.vision)
         self.prefill, self.decode = Prefill(self.model, language), Decode(self.model)
 
@@ -125,8 +125,8 @@ class Engine:
     def compilations(self) -> dict[str, int]:
         """How often each graph was compiled: MindSpore's own cache, which holds one entry for each."""
         graphs = {
-            "micro_batch": self.micro_batch, "reduce": self.reduce, "update": self.update, "ema": self.ema, "all_sum": self.ranks.sum,
-            "held_out": self.held_out, "prefill": self.prefill, "decode": self.decode,
+            "micro_batch": self.micro_batch, "reduce": self.reduce, "update": self.update, "clear": self.clear, "ema": self.ema,
+            "all_sum": self.ranks.sum, "held_out": self.held_out, "prefill": self.prefill, "decode": self.decode,
         }  # fmt: skip
         return {name: len(graph.compile_cache) for name, graph in graphs.items() if graph is not None and graph.compile_cache}
 
@@ -146,8 +146,7 @@ class Engine:
         caption, distill, variance, norm = read.asnumpy().tolist()
         loss = caption + self.config.distill.weight * distill
         if not np.isfinite([loss, norm]).all():
-            for gradient in self.gradients:
-                gradient.set_data(ops.zeros_like(gradient))
+            self.clear(scalar(0.0))
             culprits = [i for i, own in enumerate(own_losses) if not np.isfinite(own.asnumpy())]
             raise NonFiniteLoss(f"loss {loss}, gradient norm {norm}", culprits)
         c, t = self.config.optimizer, scalars.step

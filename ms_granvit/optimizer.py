@@ -10,6 +10,19 @@ from granvit.config import OptimizerSection
 from granvit.models import PARTS, part_of
 
 
+class Clear(nn.Cell):
+    """Zeros the accumulated gradients in place, also where they are not finite."""
+
+    def __init__(self, gradients: ms.ParameterTuple):
+        super().__init__(auto_prefix=False)
+        self.gradients = gradients
+
+    def construct(self, done: Tensor) -> Tensor:
+        for i in range(len(self.gradients)):
+            ops.assign(self.gradients[i], ops.zeros_like(self.gradients[i]))
+        return done
+
+
 class AdamW(nn.Cell):
     """Decoupled weight decay (Loshchilov & Hutter 2019), bias-corrected, on float32 masters; decay on matrices alone.
     Parts may have their own learning rate and decay.

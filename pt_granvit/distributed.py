@@ -13,11 +13,11 @@ from torch import Tensor
 
 from granvit.cost import host_memory
 
-BACKENDS = {"cuda": "nccl", "npu": "hccl"}
-# How long a rank waits for another in a collective. The defaults (10 and 30 minutes; HCCL: 1836 s) could end a run whose rank 0
-# writes large start weights; a rank that has died is noticed by the watchers (granvit.watcher), not by this.
-WAIT = timedelta(days=1)
-HCCL_EXEC_TIMEOUT = "17340"  # seconds; the most that every Ascend device takes
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+# How long a rank waits for another in a sum of host vectors, where it waits while rank 0 writes large weights. Sums on devices
+# keep their library's own timeout: in a step all ranks arrive together. A rank that died is noticed by the watchers (granvit.watcher),
+# a host that died by these timeouts alone.
+WAIT = timedelta(hours=4)
 
 
 def choose_device(name: str) -> str:
@@ -42,14 +42,18 @@ def memory(name: str) -> int:
 
 
 class Ranks:
-    """`granvit.engine.Ranks` over torch.distributed. Small vectors are summed on the host, by gloo, whatever the device."""
+    """`granvit.engine.Ranks` over torch.distributed. `host` is the gloo group that sums small vectors on the host, whatever the
+    device (None: one rank alone)."""
 
-    def __init__(self, rank: int, world: int, device: str):
-        self.rank, self.world, self.device = rank, world, device
+    def __init__(self, rank: int, world: int, device: str, host: dist.ProcessGroup | None = None):
+        self.rank, self.world, self.device, self.host = rank, world, device, host
 
     def all_sum(self, values: np.ndarray) -> np.ndarray:
         """Sum of a small float32 vector over the ranks."""
-        return all_sum_(torch.from_numpy(values.astype(np.float32))).numpy()
+        summed = torch.from_numpy(values.astype(np.float32))
+        if self.host is not None:
+            dist.all_reduce(summed, group=self.host)
+        return summed.numpy()
 
     def leave(self) -> None:
         """Leaves the process group."""
@@ -60,18 +64,17 @@ class Ranks:
 def join(name: str) -> Ranks:
     """Selects the device that `name` chooses and joins torchrun's process group where there is one.
 
-    The group has gloo for tensors of the host beside the device's own library.
+    The devices are connected here, by a first sum, so that a network that does not work is met before any long work.
     """
     device = choose_device(name)
     if device != "cpu":
         getattr(torch, device).set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "WORLD_SIZE" not in os.environ:
         return Ranks(0, 1, device)
-    if device == "npu":
-        os.environ.setdefault("HCCL_EXEC_TIMEOUT", HCCL_EXEC_TIMEOUT)
-    backends = "gloo" if device == "cpu" else f"cpu:gloo,{device}:{BACKENDS[device]}"
-    dist.init_process_group(backends, timeout=WAIT)
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    dist.init_process_group(BACKENDS[device])
+    host = dist.new_group(backend="gloo", timeout=WAIT)
+    all_sum_(torch.zeros(1, device=device))
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, host)
 
 
 def all_sum_(tensor: Tensor) -> Tensor:

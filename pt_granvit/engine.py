@@ -80,8 +80,8 @@ class Engine:
         return StepResult(loss, caption, distill, norm, (variance / max(scalars.boxes, 1)) ** 0.5)
 
     def losses(self, batch: Batch, scalars: Scalars) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss, caption loss, distillation loss: the batch's sums over `Scalars.divisors`. Summed variance of the teacher's
-        features."""
+        """Loss, caption loss, distillation loss: the batch's sums divided by `Scalars.divisors`. Then the summed variance of the
+        teacher's features, undivided."""
         logits, top = self.model(
             self._put(batch.pixels_B3RR), self._put(batch.image_weights_B), self._ids(batch.token_ids_BS),
             self._ids(batch.positions_BS), self._ids(batch.segments_BS), self._ids(batch.image_positions_BN),

@@ -58,7 +58,7 @@ class AdamW:
     def step(self, step: int, learning_rate: float, grad_norm: Tensor) -> None:
         """One update from the accumulated gradients, which are clipped to `clip_norm` and then zeroed.
 
-        `step` counts updates from 1; `learning_rate` is that of `optimizer.lr` now.
+        `step` counts updates from 1; `learning_rate` is what the schedule makes of `optimizer.lr` at this step.
         """
         c, p = self.config, self.parameters
         g, m, v = p.gradients, self.first_moment, self.second_moment

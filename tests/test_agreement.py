@@ -2,6 +2,7 @@
 import json
 import shutil
 import threading
+from pathlib import Path
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -184,8 +185,9 @@ def test_one_number_of_one_tensor_is_another_hash_of_its_part():
 
 def test_every_key_of_configuration_and_models_is_compared():
     config = run_config()
-    facts = configuration_facts(config, VISION, LANGUAGE, "run.yaml")
-    changed = configuration_facts(run_config(distill={"alpha": 0.5}), VISION.model_copy(update={"norm_eps": 1e-5}), LANGUAGE, "x")
+    facts = configuration_facts(config, VISION, LANGUAGE, Path("run.yaml"))
+    other = VISION.model_copy(update={"norm_eps": 1e-5})
+    changed = configuration_facts(run_config(distill={"alpha": 0.5}), other, LANGUAGE, Path("x"))
     assert [what for what in facts if facts[what].value != changed[what].value] == ["distill.alpha", "model tiny-vision norm_eps"]
 
 

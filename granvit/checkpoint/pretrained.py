@@ -120,9 +120,11 @@ def _from_run(config: RunConfig, vision: VisionConfig, language: LanguageConfig,
             log.warning(f"model.weights_language {named} gives the tokenizer alone: the decoder is that of {checkpoint.path}")
         return taken
     decoder = "random" if config.model.init == "random" else f"from {config.model.weights_language}"
-    log.info(
+    log.warning(
         f"model.init_from {checkpoint.path}: its decoder is {checkpoint.language.name!r}, this run's {language.name!r}: "
-        f"the encoder is kept, the projector is new, the decoder is {decoder}"
+        f"the encoder is kept, the projector is new, the decoder is {decoder}. To train the projector first: "
+        f"scripts/projector.py model.language={config.model.language} model.init_from={run} output=OTHER, then "
+        f"model.init_from=OTHER here"
     )
     return _chained(taken, _new_projector_and_decoder(config, vision, language))
 

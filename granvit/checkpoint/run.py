@@ -94,7 +94,7 @@ class State(Strict):
     vision: VisionConfig
     language: LanguageConfig
     ranks: PositiveInt | None = None
-    fingerprints: dict[str, str] = {}
+    fingerprints: dict[str, str] = Field({})
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig, vision: VisionConf
     if wrong:
         raise ValueError(
             f"{run} holds a run of another configuration: {'; '.join(wrong + unstated)}. "
-            f"Use the same configuration to resume it, --fresh to start over, or another output="
+            f"Use the same configuration to resume it ({run / 'config.yaml'} has it), --fresh to start over, or another output="
         )
     if unstated:
         raise ValueError(

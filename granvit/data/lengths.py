@@ -4,6 +4,7 @@ They decide which row shape (bucket) a row needs before any image is read. Coord
 count with the longest text that three decimals can give, so a row always fits the bucket chosen for it.
 """
 import errno
+import hashlib
 import json
 from collections.abc import Iterator
 from itertools import pairwise
@@ -60,8 +61,8 @@ def text_lengths(store: Store, chat: Chat, role: Role) -> np.ndarray:
     columns = _COLUMNS[role]
     texts = store.images + store.regions
     name = f"lengths-{store.fingerprint}-{chat.fingerprint}-{role}.u2"
-    for folder in (store.path / "lengths", Path.home() / ".cache" / "granvit"):
-        path = folder / name
+    for folder in (store.path / "lengths", Path("~/.cache/granvit")):
+        path = folder.expanduser() / name
         try:
             if not path.exists():
                 shares = _shares(store)
@@ -113,6 +114,7 @@ class TurnLengths:
         self._arguments = (store, chat, tasks)
         if store.kind == CONVERSATIONS:
             self._conversations = text_lengths(store, chat, "conversation")
+            self._counted = [self._conversations]
             return
         boxes = [(value / 1000,) * 4 for value in range(1001)]
         self._longest_box = max(chat.answer_lengths([answer_text("caption2bbox", box, "") for box in boxes]))
@@ -120,9 +122,17 @@ class TurnLengths:
         self._fixed = {"global": chat.question_lengths([GLOBAL])[0], "bbox2caption": box_question}
         self._answers = text_lengths(store, chat, "answer")
         self._questions = text_lengths(store, chat, "question") if "caption2bbox" in tasks else None
+        self._counted = [self._answers] + ([] if self._questions is None else [self._questions])
 
     def __reduce__(self):
         return TurnLengths, self._arguments
+
+    def digest(self) -> str:
+        """SHA-256 of all lengths: they decide the order of the data, so that ranks must hold the same."""
+        digest = hashlib.sha256()
+        for lengths in self._counted:
+            digest.update(lengths)
+        return digest.hexdigest()
 
     def of(self, task: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For turns of `task` (indices of TASKS) about text number `text`: input tokens after the prefix, and supervised tokens

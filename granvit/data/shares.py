@@ -23,6 +23,7 @@ from rich.live import Live
 LOG_EVERY = 10.0  # seconds
 _POLL = 1.0  # seconds between looks at what others have made
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system without them: some shares are then made twice
+_REMOVED = (errno.ENOENT, errno.ESTALE)
 _log = logging.getLogger(__name__)
 
 
@@ -44,8 +45,8 @@ def make_in_shares(path: Path, sizes: Sequence[int], make: Callable[[int], Itera
                     _claim(parts / name, parts / own, partial(progress.counted, make, int(name)), path)
                 if _there(parts, files) == files.keys():
                     _claim(path, parts / own, partial(_joined, parts, files), path, parts / "join.lock")
-            except FileNotFoundError:  # `parts` is removed by who saw the result first
-                if not path.exists() and parts.exists():
+            except OSError as error:  # `parts` is removed by who saw the result first; ESTALE is what NFS says of it
+                if error.errno not in _REMOVED or (not path.exists() and parts.exists()):
                     raise
             if not path.exists():
                 progress.show()
@@ -85,7 +86,9 @@ def _there(parts: Path, files: Mapping[str, int]) -> set[str]:
     """The shares that are finished, by one reading of the directory: many processes look, and often. None once it is removed."""
     try:
         return files.keys() & set(os.listdir(parts))
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in _REMOVED:
+            raise
         return set()
 
 

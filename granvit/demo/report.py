@@ -35,12 +35,13 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of one run: means of the scores by task (0..1), every prediction, and held-out losses."""
+    """One evaluation of one run: means of the scores by task (0..1), every prediction, held-out losses, and the settings."""
 
     step: int
     table: dict[str, dict[str, float]]
     predictions: list[dict[str, Any]]
     held_out: dict[str, float]
+    settings: dict[str, Any]
 
     @property
     def rouge_l(self) -> float:

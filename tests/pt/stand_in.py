@@ -1,4 +1,4 @@
-"""A device that is not there: PyTorch's backend for devices from elsewhere, `npu`, over CPU memory.
+"""A device that is not there: PyTorch's backend for devices of other makers, `npu`, over CPU memory.
 
 Its tensors are computed with by the CPU's kernels, and are as strict as an accelerator's: an operator that is given a tensor of
 the host beside one of the device raises, float64 does not exist, and every time the host has to wait for a value is recorded.
