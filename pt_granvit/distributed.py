@@ -15,8 +15,8 @@ from granvit.cost import host_memory
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 # How long a rank waits for another in a sum of host vectors, where it waits while rank 0 writes large weights. Sums on devices
-# keep their library's own timeout: in a step all ranks arrive together. A rank that died is noticed by the watchers (granvit.watcher),
-# a host that died by these timeouts alone.
+# keep their library's own timeout: in a step all ranks arrive together. A rank that died is noticed by the watchers
+# (granvit.watcher), a host that died by these timeouts alone.
 WAIT = timedelta(hours=4)
 
 
