@@ -49,7 +49,7 @@ def configuration_facts(config: RunConfig, vision: VisionConfig, language: Langu
     """Every key of the resolved configuration and of the two models' files."""
     facts = {}
     for prefix, tree, origin in (
-        ("", config, f"{path.resolve()} and the command line"),
+        ("", config, str(path.resolve())),
         (f"model {vision.name} ", vision, ""),
         (f"model {language.name} ", language, ""),
     ):

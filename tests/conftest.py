@@ -103,3 +103,8 @@ def caption_store(tmp_path_factory):
     trees = [spoken(f"c{i}", "Describe it.\n<image>", f"a picture of {i} cups", image=f"{i}.png") for i in range(12)]
     build_conversations(*write_spoken(folder, trees), folder / "store")
     return Store(folder / "store")
+
+
+def pytest_collection_modifyitems(items):
+    """The tests of the stand-in device come first: PyTorch's autograd knows the devices that were there at its first backward pass."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/pt/"))
