@@ -38,7 +38,8 @@ from parity.preconditions import check_deterministic
 
 SCHEMA = 1
 Tensors = dict[str, np.ndarray]  # "<kind>/<name>" -> values, in order of execution
-SUITES = ("ops", "vision", "language", "model", "isolated", "stage1", "stage2", "trajectory", "trajectory2", "generate", "options")
+SUITES = ("ops", "vision", "language", "model", "isolated", "stage1", "stage2", "trajectory", "trajectory2", "generate",
+          "options")  # fmt: skip
 OPENED = ("vision", "language", "model", "isolated")  # suites that one opened-up model serves
 LEFT_BEHIND: tuple[tuple[Group, str], ...] = (("model", "weight"), ("teacher", "teacher"))
 # A part by itself: what is fed at its border, and its tensors' path. `projector.linear_1` follows the encoder.
@@ -248,7 +249,8 @@ def _operators(closed: Introspection, fixture: Fixture) -> Tensors:
 
 def _generation(closed: Introspection, fixture: Fixture) -> Tensors:
     tokens, logits_BTV = closed.generate(fixture.prompts(), NEW_TOKENS, STOP)
-    return {"tokens/greedy": tokens, **{f"forward/logits, token {t}": logits_BTV[:, t] for t in range(logits_BTV.shape[1])}}
+    found = {"tokens/greedy": tokens, "tokens/greedy, by the engine": closed.engine.generate(fixture.prompts(), NEW_TOKENS, STOP)}
+    return found | {f"forward/logits, token {t}": logits_BTV[:, t] for t in range(logits_BTV.shape[1])}
 
 
 def make_engine(framework: str, fixture: Fixture, stage: str, request: Request) -> TrainEngine:

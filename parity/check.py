@@ -32,8 +32,8 @@ from parity.preconditions import CouldNotTell  # noqa: E402
 from parity.report import COULD_NOT_TELL, Report, print_report, write_report  # noqa: E402
 from parity.trials import Trial, false_alarms  # noqa: E402
 
-FREE = ("ops", "vision", "language", "model", "stage1", "stage2", "trajectory", "trajectory2", "generate", "options", "checkpoint",
-        "peers")  # fmt: skip
+FREE = ("ops", "vision", "language", "model", "stage1", "stage2", "trajectory", "trajectory2", "generate", "options",
+        "checkpoint", "peers")  # fmt: skip
 PYNATIVE = ("vision", "language", "model")  # also run op by op, beside the graph
 
 

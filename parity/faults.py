@@ -401,7 +401,8 @@ def _(f):
 
 
 # --- PyTorch: what only an option runs through ------------------------------------------------------------------------
-@fault("a cell for the mean of its neighbours", "torch", "option pooled", "loss/loss_distill", at="pt_granvit.engine.teacher_features")
+@fault("a cell for the mean of its neighbours", "torch", "option pooled", "loss/loss_distill",
+       at="pt_granvit.engine.teacher_features")  # fmt: skip
 def _(f):
     def wrong(teacher, crops, grid):
         own = f(teacher, crops, 2 * grid)
@@ -410,7 +411,8 @@ def _(f):
     return wrong
 
 
-@fault("cosine of features without their mean", "torch", "option pooled", "loss/loss_distill", at="pt_granvit.engine.distill_sums")
+@fault("cosine of features without their mean", "torch", "option pooled", "loss/loss_distill",
+       at="pt_granvit.engine.distill_sums")  # fmt: skip
 def _(f):
     def wrong(student, teacher, *rest):
         return f(student, teacher - teacher.mean(-1, keepdim=True), *rest)
@@ -430,12 +432,13 @@ def _(f):
     return wrong
 
 
-@fault("tiles in columns for tiles in rows", "torch", "option tiled", "loss/loss_distill", at="pt_granvit.ops.roi_align.roi_align_tiled")
+@fault("tiles in columns for tiles in rows", "torch", "option tiled", "loss/loss_distill",
+       at="pt_granvit.ops.roi_align.roi_align_tiled")  # fmt: skip
 def _(f):
     return lambda tiles, grids, boxes, grid: f(tiles, grids.flip(-1), boxes, grid)
 
 
-@fault("a layer scale of ones", "torch", "option tuned", f"{BLOCK0}", at="pt_granvit.engine.fill")
+@fault("a layer scale of ones", "torch", "option tuned", BLOCK0, at="pt_granvit.engine.fill")
 def _(f):
     def wrong(module, tensors):
         f(module, ((n, v * 0 + 1 if "layer_scale2" in n else v) for n, v in tensors))
@@ -443,7 +446,8 @@ def _(f):
     return wrong
 
 
-@fault("an untied head of the embeddings' table", "torch", "option pooled", "forward/language.lm_head", at="pt_granvit.engine.fill")
+@fault("an untied head of the embeddings' table", "torch", "option pooled", "forward/language.lm_head",
+       at="pt_granvit.engine.fill")  # fmt: skip
 def _(f):
     def wrong(module, tensors):
         table = dict(tensors)
@@ -469,7 +473,8 @@ def _(f):
     return wrong
 
 
-@fault("squares for the cosine, in MindSpore", "mindspore", "option pooled", "loss/loss_distill", at="ms_granvit.engine.distill_sums")
+@fault("squares for the cosine, in MindSpore", "mindspore", "option pooled", "loss/loss_distill",
+       at="ms_granvit.engine.distill_sums")  # fmt: skip
 def _(f):
     def wrong(student, teacher, boxes, weights, loss, grids):
         return f(student, teacher, boxes, weights, "mse", grids)

@@ -24,7 +24,7 @@ ROWS, REGIONS = 2, 3  # of a micro-batch
 QUESTION, ANSWER = (2, 5), (1, 4)  # lengths in tokens are drawn from [low, high)
 PREFIX_BEFORE, PREFIX_AFTER = 5, 2  # text tokens of the prefix around the image tokens
 MICRO_BATCHES = 2  # of a step, over all ranks
-TILED = ((2, 2), (1, 3))  # rows and columns of tiles, by row of a batch with tiling
+TILED = ((1, 3), (2, 2))  # rows and columns of tiles, by row of a batch with tiling: absent ones in the first
 NEW_TOKENS = 6
 STOP = 1  # a token that the generation suite is unlikely to choose
 EMBEDDING_STD = 0.3  # of what enters the first blocks: small, so that a norm's epsilon is not lost beside the variance
@@ -44,6 +44,7 @@ class Fixture:
     batches: tuple[Batch, ...]  # as many as any suite trains on
     sections: Mapping[str, Any] = field(default_factory=dict)
     micro_batches: int = MICRO_BATCHES  # of a step
+    share: float = 1.0  # of the global batch that they are
 
     def config(self, stage: str, compute: str = "float32", device: str = "cpu") -> RunConfig:
         """The configuration of a run of `stage`; every hyperparameter is away from the value that would hide it."""
@@ -55,12 +56,13 @@ class Fixture:
         answers = self.batches[0].answer_targets_BA.shape[1]
         boxes = config.boxes_per_row
         found = activation_shapes(self.vision, self.language, rows, length, answers, boxes, config.crop_size(self.vision))
-        return {n: shape for n, shape in found.items() if not config.stage_spec.blind or part_of(n) not in ("vision", "projector")}
+        unseen = ("vision", "projector") if config.stage_spec.blind else ()
+        return {name: shape for name, shape in found.items() if part_of(name) not in unseen}
 
     def scalars(self, step: int, batches: list[Batch]) -> Scalars:
         """A step's scalars: the learning rate changes from step to step."""
         rate, alpha = 1e-2 / (1 + 0.1 * step), float(alphas(DistillSection(**self.sections.get("distill", {})), step)[-1])
-        return Scalars(step, rate, alpha, sum(b.tokens for b in batches), sum(b.boxes for b in batches))
+        return Scalars(step, rate, alpha, sum(b.tokens for b in batches) / self.share, sum(b.boxes for b in batches) / self.share)
 
     def step_batches(self, step: int) -> list[Batch]:
         """The micro-batches of optimizer step `step`, counted from 1, over all ranks."""

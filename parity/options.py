@@ -26,13 +26,15 @@ LANGUAGE = {"vocab": 96, "width": 16, "layers": 1, "heads": 4, "kv_heads": 2, "h
 
 @dataclass(frozen=True)
 class Option:
-    """What differs from the default fixture. `text_rows` of a micro-batch are without an image and without boxes."""
+    """What differs from the default fixture. `text_rows` of a micro-batch are without an image and without boxes. `share` of the
+    global batch are these micro-batches: gradients become as small as the epsilon of clipping."""
 
     stage: str
     vision: Mapping[str, Any] = field(default_factory=dict)
     language: Mapping[str, Any] = field(default_factory=dict)
     sections: Mapping[str, Any] = field(default_factory=dict)
     micro_batches: int = MICRO_BATCHES
+    share: float = 1.0
     text_rows: int = 0
 
 
@@ -77,8 +79,9 @@ OPTIONS: dict[str, Option] = {
         "sft",
         {"class_token": True, "level": "last", "bias": False, "patch_bias": False},
         {"tied_head": False, "kv_heads": 4},
-        {"train": {"freeze": ["vision", "language"]}, "vision": {"tiling": 4}, "optimizer": {"weight_decay": 0.0}},
-        micro_batches=1,
+        {"train": {"freeze": ["vision", "language"]}, "vision": {"tiling": 4},
+         "optimizer": {"weight_decay": 0.0, "clip_norm": 1e-5}},
+        micro_batches=1, share=1e-5,
     ),
     # Questions without their image.
     "blind": Option("guesser", {"activation": "silu"}, {"qkv_bias": False}, {"optimizer": {"clip_norm": 1e9}}),
@@ -98,9 +101,10 @@ def option_fixture(seed: int, name: str) -> Fixture:
     language = LanguageConfig(**{"name": name, **LANGUAGE, **option.language})
     crop = config.crop_size(vision)
     made = [random_batch(vision, language, *batch_sizes(vision), (seed, 3, i), crop) for i in range(option.micro_batches)]
-    made = [replace(b, image_weights_B=_shown(b.image_weights_B, option), box_weights_BK=_shown(b.box_weights_BK, option)) for b in made]
+    made = [replace(batch, image_weights_B=_shown(batch.image_weights_B, option),
+                    box_weights_BK=_shown(batch.box_weights_BK, option)) for batch in made]  # fmt: skip
     return Fixture(seed, name, name, vision, language, start_values(vision, language, seed), tuple(made), option.sections,
-                   option.micro_batches)  # fmt: skip
+                   option.micro_batches, option.share)  # fmt: skip
 
 
 def _shown(weights: np.ndarray, option: Option) -> np.ndarray:
@@ -191,7 +195,8 @@ def _crops(run: RunConfig, vision: VisionConfig) -> str:
 
 def domain() -> dict[str, tuple[str, ...]]:
     """Every factor and the values that must be covered."""
-    return {path: v for path, v in words().items() if path not in NOT_IN_THE_GRAPH} | {name: v for name, (v, _) in NUMBERS.items()}
+    in_graph = {path: values for path, values in words().items() if path not in NOT_IN_THE_GRAPH}
+    return in_graph | {name: values for name, (values, _) in NUMBERS.items()}
 
 
 def factors(option: Option, run: RunConfig, vision: VisionConfig, language: LanguageConfig) -> Values:
@@ -206,9 +211,9 @@ def factors(option: Option, run: RunConfig, vision: VisionConfig, language: Lang
         value: Any = {"vision": vision, "language": language, "run": run}[root]
         for name in fields:
             value = getattr(value, name)
-        if value is None or (root == "vision" and run.stage_spec.blind) or (fields[0] == "distill" and not run.stage_spec.distill):
-            continue
-        found[path] = str(value)
+        unseen = (root == "vision" and run.stage_spec.blind) or (fields[0] == "distill" and not run.stage_spec.distill)
+        if value is not None and not unseen:
+            found[path] = str(value)
     return found
 
 

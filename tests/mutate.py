@@ -2,13 +2,14 @@
 `python tests/mutate.py --help`. A command, not a test: a sample of 100 takes half an hour and more.
 
 PyTorch's records are computed once; each mutant is a process of its own over a copy of the tree, forked from one that has
-MindSpore imported and no more. It stops at the first tensor that diverges, and begins with the check that is nearest to the changed
-file. The results file is written after every mutant. Run again over the same file, what is known is kept, and mutants that were not
-noticed go through the checks that they have not seen yet.
+MindSpore imported and no more. It stops at the first tensor that diverges, and begins with the check that is nearest to the
+changed file. The results file is written after every mutant. Run again over the same file, what is known is kept, and mutants
+that were not noticed go through the checks that they have not seen yet.
 """
 import argparse
 import ast
 import copy
+import itertools
 import json
 import os
 import random
@@ -73,19 +74,23 @@ BINARY = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mu
 COMPARED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
             ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}  # fmt: skip
 PAIRS = (
-    "layer_norm1 layer_norm2", "input_layernorm post_attention_layernorm", "layer_scale1 layer_scale2", "q_proj k_proj", "k_proj v_proj",
-    "gate_proj fc1", "gate_proj up_proj", "fc1 fc2", "linear_1 linear_2", "heads kv_heads", "keys values", "k v", "q k", "cos sin",
-    "first_moment second_moment", "beta1 beta2", "teacher student", "low_BK high_BK", "low high", "rows columns", "H W", "mean std",
-    "level highest", "maximum minimum", "logical_and logical_or", "floor_divide floor_mod", "sum mean", "nt nn", "tn nn",
-    "alpha one_minus_alpha", "rows_BT columns_BT", "tokens boxes", "caption distill", "distill variance", "ones zeros",
+    "layer_norm1 layer_norm2", "input_layernorm post_attention_layernorm", "layer_scale1 layer_scale2", "q_proj k_proj",
+    "k_proj v_proj", "gate_proj fc1", "gate_proj up_proj", "fc1 fc2", "linear_1 linear_2", "heads kv_heads", "keys values", "k v",
+    "q k", "cos sin", "first_moment second_moment", "beta1 beta2", "teacher student", "low_BK high_BK", "low high",
+    "rows columns", "H W", "mean std", "level highest", "maximum minimum", "logical_and logical_or", "floor_divide floor_mod",
+    "sum mean",
+    "nt nn", "tn nn", "alpha one_minus_alpha", "rows_BT columns_BT", "tokens boxes", "caption distill", "distill variance",
+    "ones zeros",
 )  # fmt: skip
-FUNCTIONS = ("maximum", "minimum", "logical_and", "logical_or", "floor_divide", "floor_mod", "sum", "mean", "ones", "zeros", "cos", "sin")
+FUNCTIONS = ("maximum", "minimum", "logical_and", "logical_or", "floor_divide", "floor_mod", "sum", "mean", "ones", "zeros",
+             "cos", "sin")  # fmt: skip
 SWAPPED: dict[str, str] = {}
 for _pair in PAIRS:
     for _a, _b in (_pair.split(), reversed(_pair.split())):
         SWAPPED.setdefault(_a, _b)
-IDENTITY = ("square", "sqrt", "rsqrt", "relu", "abs", "stop_gradient", "transpose", "log_softmax", "softmax", "sigmoid", "floor_divide",
-            "floor_mod", "emit", "minimum", "maximum", "clamp")  # calls that may fall away, leaving their first argument  # fmt: skip
+# Calls that may fall away, leaving their first argument.
+IDENTITY = ("square", "sqrt", "rsqrt", "relu", "abs", "stop_gradient", "transpose", "log_softmax", "softmax", "sigmoid",
+            "floor_divide", "floor_mod", "emit", "minimum", "maximum", "clamp")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class Mutant:
     function: str
     change: str
     number: int  # of those that read the same
-    source: str  # the whole file, changed
+    position: int  # among the changes of the file
 
     @property
     def key(self) -> str:
@@ -106,29 +111,36 @@ class Mutant:
 
 def mutants(file: str, source: str) -> list[Mutant]:
     """Every change of one file, in order of its lines."""
-    tree = ast.parse(source)
-    unchanged, found = ast.unparse(tree), []
+    found: list[Mutant] = []
     seen: dict[str, int] = {}
-    words = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} | set(FUNCTIONS)
-    for function, statement, names, owner, place in _statements(tree, ""):
-        for node, description, restore in _changes(statement, names, words, owner, place):
-            changed = ast.unparse(ast.fix_missing_locations(tree))
-            restore()
-            if changed == unchanged:
-                continue
-            key = f"{function}: {description}"
-            seen[key] = seen.get(key, -1) + 1
-            found.append(Mutant(file, node.lineno, function, description, seen[key], changed))
-    assert ast.unparse(tree) == unchanged
+    for position, (_, function, node, description) in enumerate(_walk(source)):
+        key = f"{function}: {description}"
+        seen[key] = seen.get(key, -1) + 1
+        found.append(Mutant(file, node.lineno, function, description, seen[key], position))
     return found
 
 
+def changed(source: str, mutant: Mutant) -> str:
+    """The file with that one change."""
+    tree = next(itertools.islice(_walk(source), mutant.position, None))[0]
+    return ast.unparse(ast.fix_missing_locations(tree))
+
+
+def _walk(source: str) -> Iterator[tuple[ast.Module, str, ast.AST, str]]:
+    """The tree with one change after another, each undone before the next: with function, changed node and description."""
+    tree = ast.parse(source)
+    words = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} | set(FUNCTIONS)
+    for function, statement, names, owner, place in _statements(tree, ""):
+        for node, description, restore in _changes(statement, names, words, owner, place):
+            yield tree, function, node, description
+            restore()
+
+
 def _statements(node: ast.AST, path: str) -> Iterator[tuple[str, ast.stmt, set[str], list, int]]:
-    """The statements inside functions, each with the names that the function knows, the list that holds it and its place there."""
+    """The statements inside functions, each with the names known there, the list that holds it and its place in that."""
     for child in getattr(node, "body", []):
-        if isinstance(child, (ast.ClassDef, ast.FunctionDef)):
-            if child.name not in LEFT_OUT:
-                yield from _statements(child, f"{path}.{child.name}".lstrip("."))
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef)) and child.name not in LEFT_OUT:
+            yield from _statements(child, f"{path}.{child.name}".lstrip("."))
     if not isinstance(node, ast.FunctionDef):
         return
     names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} | {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
@@ -158,8 +170,11 @@ def _changes(statement: ast.stmt, names: set[str], attributes: set[str], owner: 
     for parent, field, index, node in _expressions(statement):
         for replacement in _replacements(node, names, attributes):
             before = ast.unparse(node)
-            _put(parent, field, index, ast.copy_location(replacement, node))
-            yield node, f"`{_short(before)}` -> `{_short(ast.unparse(replacement))}`", lambda: _put(parent, field, index, node)  # noqa: B023
+            after = ast.unparse(ast.fix_missing_locations(ast.copy_location(replacement, node)))
+            if after == before:
+                continue
+            _put(parent, field, index, replacement)
+            yield node, f"`{_short(before)}` -> `{_short(after)}`", partial(_put, parent, field, index, node)
 
 
 def _droppable(statement: ast.stmt) -> bool:
@@ -310,7 +325,7 @@ def run_check(tree: Path, records: dict[str, Any], check: str) -> dict[str, str]
         done = subprocess.run(command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True)
         return {"how": "failed" if done.returncode else "", "where": ""}
     for suite, tensors in computed(check).items():
-        candidate = {name: np.ascontiguousarray(array) for name, array in tensors.items()}  # as the disk has it: at least one axis
+        candidate = {name: np.ascontiguousarray(array) for name, array in tensors.items()}  # as on disk: no scalars
         sides = (records[side].suites[suite] for side in ("golden", "peer"))
         first = next((row for row in compare_suite(suite, *sides, candidate, "float32") if not row.passed), None)
         if first is not None:
@@ -361,7 +376,7 @@ def try_mutant(mutant: Mutant, known: dict[str, Any], tree: Path, records: dict[
     original = target.read_text()
     known = {"line": mutant.line, "by": "", "how": "", "where": "", "ran": [], "seconds": 0.0} | known
     try:
-        target.write_text(mutant.source)
+        target.write_text(changed(original, mutant))
         for check in (c for c in wanted if c not in known["ran"]):
             known |= in_fork(partial(run_check, tree, records, check)) | {"ran": [*known["ran"], check]}
             if known["how"]:
@@ -387,7 +402,7 @@ def summary(results: dict[str, Any]) -> str:
         raised = sum(f["how"] == "raised" for f in found)
         lines.append(f"noticed by {text}: {len(found)} ({len(found) / max(len(judged), 1):.1%}), {raised} of them by an error")
     lines += [f"  equivalent: {key}: {same[key]}" for key in results if key in same]
-    lines += [f"  noticed though called equivalent: {key} (by {f['by']})" for key, f in results.items() if key in same and f["how"]]
+    lines += [f"  noticed though called equivalent: {k} (by {f['by']})" for k, f in results.items() if k in same and f["how"]]
     lines += [f"  by {f['by']} alone: {key}" for key, f in judged.items() if f["how"] and f["by"] not in DEFAULT]
     lines += [f"  NOT NOTICED: {key} (line {f['line']})" for key, f in judged.items() if not f["how"]]
     return "\n".join(lines)
@@ -457,4 +472,5 @@ def run(o: argparse.Namespace, sample: list[Mutant], results: dict[str, Any], fo
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # in place of tests/, which has a package `parity` of its own
     sys.exit(main())

@@ -30,6 +30,13 @@ def test_a_rank_on_one_core_is_lent_more_and_it_and_its_new_threads_are_bound_ag
     subprocess.run([sys.executable, "-c", SCRIPT], check=True)
 
 
+def test_gradients_are_joined_until_a_group_is_full(monkeypatch):
+    from ms_granvit import distributed
+
+    monkeypatch.setattr(distributed, "CHUNK", 10)
+    assert distributed.chunks([4, 4, 2, 1, 10, 11, 3, 3]) == ((0, 1, 2), (3,), (4,), (5,), (6, 7))
+
+
 def test_the_gradient_norm_is_summed_in_one_order_at_every_launch():
     """A plain sum of this vector changes in its last bit within the first fifteen launches."""
     mindspore = pytest.importorskip("mindspore")

@@ -18,7 +18,10 @@ pytest.importorskip("mindspore")
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 SUITES = ("vision", "language", "model", "stage1", "generate")
-PLANTED = (  # five of the command's; the first three cost no compilation of their own
+CONFIGURATIONS = ("pooled", "tiled")  # of the options' six
+PLANTED = (  # seven of the command's; the first five cost no compilation of their own
+    "a cell for the mean of its neighbours",
+    "tiles in columns for tiles in rows",
     "RoPE in interleaved layout",
     "AdamW without bias correction",
     "a square weight transposed in conversion",
@@ -31,15 +34,16 @@ PLANTED = (  # five of the command's; the first three cost no compilation of the
 def sides():
     """Golden, PyTorch's and MindSpore's records, the isolated suite included."""
     fixture = make_fixture(0)
-    golden = compute(fixture, "torch", Request(SUITES, 3, "float64"))
-    request = Request((*SUITES, "isolated"), 3, golden=golden.suites["model"])
+    golden = compute(fixture, "torch", Request((*SUITES, "options"), 3, "float64", options=CONFIGURATIONS))
+    request = Request((*SUITES, "options", "isolated"), 3, golden=golden.suites["model"], options=CONFIGURATIONS)
     golden.suites |= compute(fixture, "torch", Request(("isolated",), 3, "float64", golden=golden.suites["model"])).suites
     return golden, compute(fixture, "torch", request), compute(fixture, "mindspore", request)
 
 
 def test_the_twins_are_one_model(sides):
     rows = list(compare_records(*sides))
-    assert {row.suite for row in rows} == {*SUITES, "isolated"} and len(rows) > 500
+    of_options = {f"option {name}{step}" for name in CONFIGURATIONS for step in ("", ", step")}
+    assert {row.suite for row in rows} == {*SUITES, *of_options, "isolated"} and len(rows) > 1000
     assert [f"{row.suite} {row.kind}/{row.name}: {row.reason} {row.error}" for row in rows if not row.passed] == []
 
 
@@ -86,7 +90,7 @@ def trial(sides):
     def reuse(framework, suite, vision, precision):
         golden, peer, candidate = sides
         record = {("torch", "float64"): golden, ("torch", "float32"): peer, ("mindspore", "float32"): candidate}
-        return record[framework, precision] if suite in SUITES else clean(framework, suite, vision, precision)
+        return record[framework, precision] if suite in golden.suites else clean(framework, suite, vision, precision)
 
     trial.clean = reuse
     return trial
