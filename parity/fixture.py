@@ -62,7 +62,9 @@ class Fixture:
     def scalars(self, step: int, batches: list[Batch]) -> Scalars:
         """A step's scalars: the learning rate changes from step to step."""
         rate, alpha = 1e-2 / (1 + 0.1 * step), float(alphas(DistillSection(**self.sections.get("distill", {})), step)[-1])
-        return Scalars(step, rate, alpha, sum(b.tokens for b in batches) / self.share, sum(b.boxes for b in batches) / self.share)
+        tokens, boxes = (sum(counts) / self.share for counts in zip(*((b.tokens, b.boxes) for b in batches), strict=True))
+        means = len(batches) if self.sections.get("train", {}).get("loss_reduction") == "per_device" else 0
+        return Scalars(step, rate, alpha, tokens, boxes, means)
 
     def step_batches(self, step: int) -> list[Batch]:
         """The micro-batches of optimizer step `step`, counted from 1, over all ranks."""

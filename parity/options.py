@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 import numpy as np
 from pydantic import BaseModel
 
-from granvit.config import RunConfig
+from granvit.config import PartsSection, RunConfig
 from granvit.models import PARTS, LanguageConfig, VisionConfig
 from granvit.stages import STAGES
 from parity.fixture import MICRO_BATCHES, Fixture, batch_sizes, make_fixture, random_batch, run_config, start_values
@@ -65,13 +65,15 @@ OPTIONS: dict[str, Option] = {
         {"tied_head": False, "qkv_bias": True, "rope_theta": 1e6, "norm_eps": 1e-5},
         {"distill": {"weight": 0.7, "crop_size": 16, "loss": "cosine"}, "vision": {"tiling": 4}},
     ),
-    # An encoder fed to the projector behind its closing norm, tuned with the decoder.
+    # An encoder fed to the projector behind its closing norm, tuned with the decoder, each with rates of its own; losses averaged
+    # by micro-batch.
     "tuned": Option(
         "sft",
         {"norm": "rms", "activation": "gelu", "layer_scale": True, "bias": True, "gated_mlp": True, "pre_norm": True,
          "level": "final", "patch_norm": True},
         {"kv_heads": 4, "tied_head": True},
-        {"train": {"freeze": ["projector"]}, "runtime": {"recompute": True}},
+        {"train": {"freeze": ["projector"], "loss_reduction": "per_device"}, "runtime": {"recompute": True},
+         "optimizer": {"parts": {"vision": {"lr": 0.03, "weight_decay": 0.0}, "language": {"weight_decay": 0.3}}}},
         text_rows=1,
     ),
     # The projector alone, over tiles.
@@ -176,6 +178,8 @@ NUMBERS: dict[str, tuple[tuple[str, ...], Read]] = {
     "clipping": (("never", "at work"), lambda r, v, c, o: "never" if r.optimizer.clip_norm > 1e6 else "at work"),
     "alpha": (("at once", "warm-up"), lambda r, v, c, o: "warm-up" if r.distill.alpha_warmup else "at once"),
     "micro-batches": (("one", "several"), lambda r, v, c, o: "one" if o.micro_batches == 1 else "several"),
+    "rates": (("of all parts", "of each part"),
+              lambda r, v, c, o: "of all parts" if r.optimizer.parts == PartsSection() else "of each part"),
     "text rows": (("none", "some"), lambda r, v, c, o: "some" if o.text_rows else "none"),
 }  # fmt: skip
 

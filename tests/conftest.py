@@ -106,5 +106,5 @@ def caption_store(tmp_path_factory):
 
 
 def pytest_collection_modifyitems(items):
-    """The tests of the stand-in device come first: PyTorch's autograd knows the devices that were there at its first backward pass."""
+    """The tests of the stand-in device come first: autograd knows the devices that are registered at its first backward pass."""
     items.sort(key=lambda item: not item.nodeid.startswith("tests/pt/"))

@@ -65,7 +65,7 @@ FILES = {
 UNIT_TESTS = {"distributed.py": ("tests/ms/test_distributed.py",)}  # what parity's small tensors cannot reach
 # Not mathematics, or not to be run without an Ascend device: what loads, saves, chooses, reports and ends.
 LEFT_OUT = {
-    "from_pretrained", "save_pretrained", "memory", "choose", "choose_device", "initialise", "_more_than_one_core", "finalise",
+    "from_pretrained", "save_pretrained", "memory", "choose", "choose_device", "join", "leave", "_more_than_one_core",
     "close", "compilations", "flash", "tensors", "load", "_group",
 }  # fmt: skip
 

@@ -64,7 +64,9 @@ def test_the_batches_reach_the_corners():
     batch = made["resampled"].batches[0]
     assert batch.image_weights_B.tolist() == [1, 0] and batch.box_weights_BK.tolist() == [[1, 1, 1], [0, 0, 0]]
     assert made["resampled"].vision.seen == 32 < batch.pixels_B3RR.shape[-1]
-    assert made["pooled"].scalars(1, []).alpha == 0 and made["resampled"].scalars(1, []).alpha == 0.8
+    for name, alpha, means in (("pooled", 0, 0), ("resampled", 0.8, 0), ("tuned", 0.9, 2)):
+        scalars = made[name].scalars(1, made[name].step_batches(1))
+        assert (scalars.alpha, scalars.means) == (pytest.approx(alpha), means)
 
 
 def test_the_table_says_which_configuration_has_a_value(capsys):
