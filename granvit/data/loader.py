@@ -69,7 +69,7 @@ _ASK, _ORDER, _SHUFFLE, _BATCHES = range(4)  # what a hash is drawn for
 
 
 def stratified(classes: np.ndarray, buckets: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """An order of rows, int64: any run of consecutive rows holds each class in its share of all, to about one row.
+    """An order of rows, int64, in which any rows that follow each other hold each class in its share of all, to about one row.
 
     `classes` and `buckets` are integers per row. Row r of the n of its class, sorted by bucket (what is equal stays in its
     order), stands at (r + u) / n, with u drawn per class: the shortest rows of all classes come first, the longest last.
