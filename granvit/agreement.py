@@ -86,7 +86,7 @@ def agree(ranks: Ranks, facts: Mapping[str, Fact]) -> None:
     first = {what: Fact(*fact) for what, fact in stated.items()}
     nothing = Fact("nothing")
     mine = [(what, facts.get(what, nothing), first.get(what, nothing)) for what in {**first, **facts}]
-    mine = [f"{what} {own} here, {other} on rank 0" for what, own, other in mine if own.value != other.value]
+    mine = [f"{what} {own} on rank {ranks.rank}, {other} on rank 0" for what, own, other in mine if own.value != other.value]
     differing = ranks_where(ranks, bool(mine))
     if not differing:
         return

@@ -1,9 +1,9 @@
 """The one training loop, for every stage and both frameworks.
 
 A step: this rank's micro-batches; what the global batch holds, summed over the ranks; the engine's step; one line of
-metrics; checkpoint and evaluation where they are due. A step whose loss is not finite is left out: it has its data and its
-line, but no update. Everything that ranks must agree on (counts, the wish to stop, whether a
-checkpoint was written) passes through `engine.all_sum`, so no rank waits for one that has left.
+metrics; checkpoint and evaluation where they are due. A step whose loss is not finite is left out: it is counted and logged,
+and changes no weight. Everything that ranks must agree on (counts, the wish to stop, whether a checkpoint was written) passes
+through `engine.all_sum`, so no rank waits for one that has left.
 """
 import time
 from collections import Counter

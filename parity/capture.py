@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -195,11 +195,22 @@ def _suites(fixture: Fixture, framework: str, request: Request, Introspector: ty
 
 
 def _option(seed: int, framework: str, request: Request, name: str) -> Iterable[tuple[str, Tensors]]:
-    """One configuration: every activation and the losses, in MindSpore op by op, and a training step, in its static graph. So one
+    """One configuration: every activation and the losses, in MindSpore op by op, and training steps, in its static graph. So one
     large graph is compiled for each, and a fault still has a place."""
-    stage, fixture = OPTIONS[name].stage, option_fixture(seed, name)
-    yield option_suite(name), forward_pass(framework, fixture, stage, request)
-    yield f"{option_suite(name)}, step", training_step(make_engine(framework, fixture, stage, request), fixture)
+    fixture = option_fixture(seed, name)
+    yield option_suite(name), forward_pass(framework, fixture, OPTIONS[name].stage, request)
+    yield from option_steps(framework, fixture, OPTIONS[name].stage, request)
+
+
+def option_steps(framework: str, fixture: Fixture, stage: str, request: Request) -> Iterable[tuple[str, Tensors]]:
+    """A training step of one configuration, and one more over batches in which nothing is supervised and no box is valid."""
+    suite, engine = option_suite(fixture.vision_name), make_engine(framework, fixture, stage, request)
+    yield f"{suite}, step", training_step(engine, fixture)
+    batches = [replace(batch, answer_weights_BA=0 * batch.answer_weights_BA, box_weights_BK=0 * batch.box_weights_BK)
+               for batch in fixture.step_batches(2)]  # fmt: skip
+    result = engine.step(batches, fixture.scalars(2, batches))
+    found: Tensors = {f"loss/{name}": np.array(value) for name, value in vars(result).items()}
+    yield f"{suite}, empty step", found | {f"weight/{name}": array for name, array in _ordered(engine, "model", fixture)}
 
 
 def forward_pass(framework: str, fixture: Fixture, stage: str, request: Request) -> Tensors:

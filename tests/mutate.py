@@ -300,7 +300,7 @@ def reference(directory: Path) -> None:
 
 def computed(check: str) -> dict[str, dict[str, np.ndarray]]:
     """What MindSpore computes for one check, by suite."""
-    from parity.capture import Request, compute, forward_pass, make_engine, training_step
+    from parity.capture import Request, compute, forward_pass, option_steps
     from parity.fixture import make_fixture
     from parity.options import OPTIONS, option_fixture
 
@@ -312,7 +312,7 @@ def computed(check: str) -> dict[str, dict[str, np.ndarray]]:
     name, _, step = check.removeprefix("option ").partition(", ")
     fixture, stage = option_fixture(0, name), OPTIONS[name].stage
     if step:
-        return {check: training_step(make_engine("mindspore", fixture, stage, request), fixture)}
+        return dict(option_steps("mindspore", fixture, stage, request))
     return {check: forward_pass("mindspore", fixture, stage, request)}
 
 

@@ -85,14 +85,14 @@ def test_facts_in_which_a_rank_differs_stop_all_with_rank_path_and_both_values()
 
     line = the_line(on_ranks(3, lambda ranks: agree(ranks, facts(ranks.rank))))
     assert line.startswith("rank 2 on ")
-    assert "version of numpy 1.26.3 here, 1.26.4 on rank 0" in line
-    assert "store a beef (/disk2/a) here, f00d (/disk0/a) on rank 0" in line
+    assert "version of numpy 1.26.3 on rank 2, 1.26.4 on rank 0" in line
+    assert "store a beef (/disk2/a) on rank 2, f00d (/disk0/a) on rank 0" in line
     assert on_ranks(3, lambda ranks: agree(ranks, facts(0) if ranks.rank != 1 else facts(1))) == [None] * 3
 
 
 def test_a_fact_that_one_rank_lacks_is_a_difference():
     line = the_line(on_ranks(2, lambda ranks: agree(ranks, {"a": Fact("1")} if ranks.rank else {})))
-    assert "a 1 here, nothing on rank 0" in line
+    assert "a 1 on rank 1, nothing on rank 0" in line
 
 
 @pytest.mark.parametrize("failing", [(1,), (0,), (1, 2), (0, 1, 2)])

@@ -61,6 +61,16 @@ def test_the_cure_divides_the_batch(rows, micro, ranks, recompute, cures, tmp_pa
         raise MemoryError
 
 
+def test_an_evaluation_out_of_memory_keeps_its_own_cure(tmp_path):
+    with (
+        pytest.raises(TrainingStopped, match=r"^out of memory in the evaluation after step 2 .*eval\.batch=4") as raised,
+        memory_errors(lambda: "in step 2", tmp_path, ["train.micro_batch=1"], NOTHING_SMALLER),
+        memory_errors(lambda: "in the evaluation after step 2", tmp_path, ["eval.batch=4"], "none"),
+    ):
+        raise MemoryError
+    assert "micro_batch" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     "ranks, micro, remedy", [(256, 2, "train.micro_batch=1 does"), (64, 3, "train.micro_batch=2 does"), (3, 2, "divides 256")]
 )

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from granvit.evaluate import Evaluator, evaluation_file, read_evaluation
+from granvit.evaluate import Evaluator, evaluation_file, forget_evaluations, read_evaluation
 from granvit.metrics import SCORES, exact_match, iou, rouge_l, rouge_l_ascii, score, words
 from granvit.stages import REGION_TASKS
 from tests.helpers import run_config
@@ -120,6 +120,9 @@ def test_every_task_has_its_scores():
         assert tuple(score(task, "a", "a", (0, 0, 1, 1))) == SCORES[task]
 
 
+ROOM = {"buckets": [{"length": 400, "answers": 96}, {"length": 480, "answers": 128}]}  # for every question of the store
+
+
 class Parrot:
     """An engine that answers `answer` to everything; two of them sum as two ranks would."""
 
@@ -148,7 +151,7 @@ def test_two_ranks_evaluate_what_one_does(store, vision, chat, tmp_path):
     """Rank 1 first: its sums are played to rank 0, which finds rank 1's file beside its own and merges."""
     tasks = ["global", "bbox2caption", "caption2bbox"]
     config = run_config(
-        data={"buckets": [{"length": 400, "answers": 96}, {"length": 480, "answers": 128}]},
+        data=ROOM,
         train={"global_batch": 8, "micro_batch": 2},
         distill={"weight": 0.5},
         eval={"source": str(store.path), "images": 7, "batch": 3, "max_new_tokens": 40, "tasks": tasks, "rows": 10},
@@ -179,6 +182,23 @@ def test_two_ranks_evaluate_what_one_does(store, vision, chat, tmp_path):
     expected = np.mean([iou((0.1, 0.1, 0.9, 0.9), p["box"]) >= 0.5 for p in boxes])
     assert single["caption2bbox"]["acc_iou50"] == pytest.approx(expected)
     assert {p["answer"] for p in predictions} == {"[0.1, 0.1, 0.9, 0.9]"}
+
+
+def test_a_kept_evaluation_of_other_settings_or_of_a_later_step_is_made_again(store, vision, chat, tmp_path):
+    def evaluator(**changed):
+        settings = {"source": str(store.path), "rows": 4, "images": 2, "batch": 2, "max_new_tokens": 4, **changed}
+        engine = Parrot(chat, "no")
+        return engine, Evaluator(engine, run_config(data=ROOM, eval=settings), vision, chat, tmp_path)
+
+    other, no_matter = {"images": 1}, {"batch": 1, "every": 9}
+    for changed, made in (({}, True), ({}, False), (no_matter, False), (other, True), (other, False)):
+        engine, evaluate = evaluator(**changed)
+        evaluate(5)
+        assert bool(engine.rows) == made, changed
+    forget_evaluations(tmp_path, 5)
+    assert evaluation_file(tmp_path, 5).exists()
+    forget_evaluations(tmp_path, 4)
+    assert not evaluation_file(tmp_path, 5).exists()
 
 
 def test_what_a_held_out_store_cannot_answer_is_left_out_or_refused(store, chat_store, vision, chat, tmp_path):

@@ -107,8 +107,8 @@ def two_ranks(directory: Path, *arguments: str, **environment: str) -> list[subp
 @pytest.mark.parametrize(
     "fault, named",
     [
-        ("TOY_VERSION", ["version of numpy 1.2.3 here, {numpy} on rank 0"]),
-        (other_configuration, ["optimizer.lr 0.5 ({disk1}/run.yaml) here, 1e-05 ({disk0}/run.yaml) on rank 0"]),
+        ("TOY_VERSION", ["version of numpy 1.2.3 on rank 1, {numpy} on rank 0"]),
+        (other_configuration, ["optimizer.lr 0.5 ({disk1}/run.yaml) on rank 1, 1e-05 ({disk0}/run.yaml) on rank 0"]),
         (other_tokenizer, ["tokenizer ", "(tokenizer.json) here"]),
         (lambda disk: shutil.rmtree(disk / "weights/vision"), ["model.weights_vision: no directory weights/vision", "{disk1}"]),
     ],

@@ -192,6 +192,20 @@ def test_a_loss_that_is_never_finite_again_replaces_no_good_checkpoint(tmp_path)
         assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["step_0000003", "step_0000004"]
 
 
+def test_nothing_is_saved_where_no_step_was_ever_finite(tmp_path):
+    """The start weights may be at fault: a checkpoint of them would be resumed instead of better ones."""
+    trainer, _ = trainer_in(tmp_path, configuration(), poisoned(*range(1, STEPS + 1)))
+    with pytest.raises(TrainingStopped, match=r"step 4: .*since the start weights was finite\. Nothing is saved: check them"):
+        trainer.run(None)
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_a_checkpoint_that_is_due_at_a_step_left_out_is_made_after_the_next(tmp_path):
+    trainer, _ = trainer_in(tmp_path, configuration(), poisoned(6))
+    assert trainer.run(None)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step_0000007", "step_0000009"]
+
+
 def test_a_checkpoint_of_an_earlier_version_has_left_no_step_out(uninterrupted):
     trainer, checkpoint = trainer_in(uninterrupted, configuration())
     counters = {name: checkpoint.counters[name] for name in ("questions", "skipped")}

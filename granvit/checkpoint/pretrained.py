@@ -31,7 +31,7 @@ from granvit.models import (
 )
 
 log = logging.getLogger("granvit")
-INSTEAD = "model.init=random runs without"
+INSTEAD = "model.init=random runs without published weights"
 BEFORE = {"stage1": "projector", "stage2": "stage1", "continued": "stage2", "sft": "stage2"}  # the paper's order
 OWN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|model\.sha256\.json")
 Tensors = Iterator[tuple[str, np.ndarray]]
