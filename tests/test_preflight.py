@@ -109,7 +109,7 @@ def two_ranks(directory: Path, *arguments: str, **environment: str) -> list[subp
     [
         ("TOY_VERSION", ["version of numpy 1.2.3 on rank 1, {numpy} on rank 0"]),
         (other_configuration, ["optimizer.lr 0.5 ({disk1}/run.yaml) on rank 1, 1e-05 ({disk0}/run.yaml) on rank 0"]),
-        (other_tokenizer, ["tokenizer ", "(tokenizer.json) here"]),
+        (other_tokenizer, ["tokenizer ", "(tokenizer.json) on rank 1"]),
         (lambda disk: shutil.rmtree(disk / "weights/vision"), ["model.weights_vision: no directory weights/vision", "{disk1}"]),
     ],
     ids=["version", "configuration", "tokenizer", "missing"],
@@ -145,7 +145,7 @@ def test_weights_of_another_revision_on_one_rank_stop_all(disks, launcher, join)
     for rank in range(2):
         log = (job.run / f"log/rank_0000{rank}.txt").read_text()
         assert "ERROR error: rank 1 on " in log and "weights of vision " in log and "weights of language" not in log, job.said()
-        assert f"({disk1.resolve()}/weights/vision) here" in log and f"({disk0.resolve()}/weights/vision) on rank 0" in log
+        assert f"({disk1.resolve()}/weights/vision) on rank 1" in log and f"({disk0.resolve()}/weights/vision) on rank 0" in log
     assert steps_of(job.run) == 0
 
 
