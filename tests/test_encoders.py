@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402 (these need tor
 
 import ms_granvit  # noqa: E402
 import pt_granvit  # noqa: E402
+from granvit.checkpoint.convert import convert  # noqa: E402
 from parity import encoders  # noqa: E402
-from parity.convert import convert  # noqa: E402
 
 ROWS = (
     "clip-vit-large-patch14-336", "siglip-so400m-patch14-384", "siglip2-so400m-patch16-512", "aimv2-huge-patch14-448",

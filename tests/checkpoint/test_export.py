@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 from tokenizers import processors
 
+from granvit.checkpoint.export import export, main
 from granvit.checkpoint.history import history
 from granvit.checkpoint.layouts.siglip import SIGLIP
 from granvit.checkpoint.run import CheckpointWriter, newest_checkpoint
@@ -21,7 +22,6 @@ from granvit.data.images import to_square
 from granvit.data.prompts import question_text
 from granvit.init import initial_value
 from granvit.models import LanguageConfig, VisionConfig, parameter_shapes
-from parity.export import export, main
 from tests.helpers import run_config
 from tests.toy import ToyEngine
 

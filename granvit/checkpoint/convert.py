@@ -355,7 +355,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print("\n".join(lines(report)))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(command())
