@@ -1,0 +1,7 @@
+"""Converts checkpoints between layouts. `python parity/convert.py --help`."""
+import sys
+
+from granvit.checkpoint.convert import command
+
+if __name__ == "__main__":
+    sys.exit(command())
