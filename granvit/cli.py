@@ -30,8 +30,9 @@ from granvit.cost import state_bytes
 from granvit.data.batch import Packer, prompt_batch
 from granvit.data.chat import Chat, byte_tokenizer
 from granvit.data.images import decode, to_views
-from granvit.data.loader import WINDOW, Compose, Loader
+from granvit.data.loader import Compose, Loader
 from granvit.data.prompts import Box, parse_box, question_text
+from granvit.data.sampler import WINDOW
 from granvit.engine import Ranks
 from granvit.evaluate import Evaluation, Evaluator, forget_evaluations
 from granvit.launch import Guard, Launch, RunLock, check_launcher, check_port, detect, load_engine_class

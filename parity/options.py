@@ -125,7 +125,7 @@ NOT_IN_THE_GRAPH = {
     "language.chat": "a chat template is text (tests/data/test_chat.py)",
     "run.stage": "what a stage trains, distils and hides: the factors of those names",
     "run.model.init": "where start weights come from (tests/test_stages.py)",
-    "run.data.mix": "which questions are asked (tests/data/test_loader.py)",
+    "run.data.mix": "which questions are asked (tests/data/test_sampler.py)",
     "run.eval.tasks": "which questions are asked in evaluation (tests/test_metrics.py)",
     "run.train.freeze": "the factors `vision`, `projector`, `language` say what trains",
     "run.optimizer.schedule": "the learning rate is a number that enters the graph (tests/test_core.py)",

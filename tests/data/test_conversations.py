@@ -11,9 +11,10 @@ from granvit.config import RunConfig, parse_config
 from granvit.data.batch import Batch
 from granvit.data.chat import Chat, byte_tokenizer
 from granvit.data.conversations import build_conversations, main
+from granvit.data.heldout import held_out
 from granvit.data.images import decode, tile_grids, to_views, token_places
 from granvit.data.lengths import PrefixLengths, TurnLengths
-from granvit.data.loader import Loader, held_out
+from granvit.data.loader import Loader
 from granvit.data.records import BboxFrame
 from granvit.data.store import Store
 from granvit.stages import TASKS

@@ -9,6 +9,7 @@ import pytest
 from granvit.config import CONFIGS, Bucket, load_config, resolve_models
 from granvit.data.batch import Packer, Question, join, prompt_batch
 from granvit.data.chat import Chat, byte_tokenizer
+from granvit.data.heldout import held_out
 from granvit.data.images import (
     box_from_canvas,
     box_to_canvas,
@@ -20,7 +21,7 @@ from granvit.data.images import (
     to_views,
     token_places,
 )
-from granvit.data.loader import Loader, held_out
+from granvit.data.loader import Loader
 from granvit.data.records import ImageRecord, Region
 from granvit.data.store import Store, write_store
 from tests.conftest import encoded_image, random_record
