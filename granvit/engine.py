@@ -90,8 +90,9 @@ class TrainEngine(Protocol):
     """One framework's model, optimizer and collectives behind numpy.
 
     The constructor of both implementations is `Engine(config: RunConfig, vision: VisionConfig, language: LanguageConfig,
-    start: Iterable[tuple[str, np.ndarray]], ranks: Ranks | None = None)`; `start` streams every parameter of `parameter_shapes`
-    under its name. Without `ranks` it joins the launcher's process group, or runs alone where there is none.
+    start: Iterable[tuple[str, np.ndarray]], ranks: Ranks | None = None, stage: Stage | None = None)`; `start` streams every
+    parameter of `parameter_shapes` under its name. Without `ranks` it joins the launcher's process group, or runs alone where
+    there is none. `stage` stands in place of the configuration's (`granvit.stages.ANSWER`: no masters, no moments, no teacher).
     The teacher (where the stage has one) starts as the student; `load("teacher", ...)` replaces it. bfloat16 arrays are
     `ml_dtypes.bfloat16`, in and out.
     """

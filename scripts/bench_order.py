@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from granvit.checkpoint.run import newest_checkpoint
-from granvit.cli import load_chat
 from granvit.config import CONFIGS, RunConfig, load_config, parse_config
+from granvit.data.chat import load_chat
 from granvit.data.loader import Loader
 from granvit.data.sampler import WINDOW, Plan
 from granvit.data.store import REGIONS, write_store

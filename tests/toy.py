@@ -142,7 +142,7 @@ def main() -> int:
     the rank's working directory, as if it stood on another node's disk. TOY_STALE=RANK: that rank's listings lack a run's
     newest checkpoint. TOY_VERSION=RANK:NAME:VERSION: that is the version it has of a package. TOY_ENGINE=real: the framework's.
     """
-    from granvit import cli, launch
+    from granvit import launch, train
     from granvit.checkpoint import run
 
     job = launch.detect()
@@ -172,9 +172,9 @@ def main() -> int:
         installed = run.metadata.version
         run.metadata.version = lambda name: version[1] if name == version[0] else installed(name)
     if "TOY_ENGINE" not in os.environ:
-        cli.load_engine_class = lambda framework: Engine
-        cli._be_scheduler = lambda: time.sleep(float(os.environ.get("TOY_SCHEDULER", "0")))
-    return cli.train_command("stage1", sys.argv[1:])
+        train.load_engine_class = lambda framework: Engine
+        train._be_scheduler = lambda: time.sleep(float(os.environ.get("TOY_SCHEDULER", "0")))
+    return train.train_command("stage1", sys.argv[1:])
 
 
 if __name__ == "__main__":

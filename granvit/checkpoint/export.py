@@ -46,8 +46,7 @@ from granvit.checkpoint.layouts.siglip import SIGLIP
 from granvit.checkpoint.run import Checkpoint, open_checkpoint
 from granvit.checkpoint.source import Source, open_source
 from granvit.checkpoint.tensors import StoredTensors, set_digest, shape_differences, write_synced
-from granvit.cli import load_chat
-from granvit.data.chat import SYSTEM, TEMPLATES, Chat
+from granvit.data.chat import SYSTEM, TEMPLATES, Chat, load_chat
 from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, GLOBAL
 from granvit.models import PARTS, Shapes, VisionConfig, parameter_shapes, part_of, vision_shapes
 
