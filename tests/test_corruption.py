@@ -22,7 +22,8 @@ from granvit.checkpoint.run import CheckpointWriter, _state_digest, newest_check
 from granvit.checkpoint.tensors import TensorWriter
 from granvit.config import dump_config, load_config, resolve_models
 from granvit.data.chat import Chat, byte_tokenizer
-from granvit.data.store import Store, write_store
+from granvit.data.store import Store
+from granvit.data.store_writer import write_store
 from granvit.init import initial_values
 from granvit.logs import MetricsFile
 from granvit.models import parameter_shapes, part_of

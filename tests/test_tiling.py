@@ -17,7 +17,7 @@ from granvit.data.batch import Batch, Packer, PromptBatch, Question, join, promp
 from granvit.data.chat import Chat, byte_tokenizer
 from granvit.data.images import decode, to_views
 from granvit.data.records import ImageRecord
-from granvit.data.store import write_store
+from granvit.data.store_writer import write_store
 from granvit.models import parameter_shapes, part_of
 from parity.fixture import start_values
 from tests.conftest import encoded_image, random_record

@@ -174,10 +174,11 @@ def test_a_frame_must_be_stated_where_there_are_boxes_about_an_image(tmp_path):
     assert not (tmp_path / "store").exists()
     build_conversations(path, images, tmp_path / "as_they_are", frame="image")
     store = Store(tmp_path / "as_they_are")
-    assert [store.record(i).turns[0][1] for i in (0, 1)] == [box] * 2 and store.bbox_frame == "image"
+    assert [store.record(i).turns[0][1] for i in (0, 1)] == [box] * 2
+    assert json.loads((store.path / "manifest.json").read_text())["bbox_frame"] == "image"
     path.write_text(json.dumps(trees[:1]))
     build_conversations(path, images, tmp_path / "text")
-    assert Store(tmp_path / "text").bbox_frame is None
+    assert json.loads((tmp_path / "text" / "manifest.json").read_text())["bbox_frame"] is None
 
 
 def test_the_command_prints_counts_and_explains_bad_files(tmp_path, capsys):

@@ -15,7 +15,8 @@ from granvit.data import shares as shares_module
 from granvit.data.chat import Chat, train_tokenizer
 from granvit.data.lengths import TurnLengths, text_lengths
 from granvit.data.prompts import format_box, question_text
-from granvit.data.store import Store, write_store
+from granvit.data.store import Store
+from granvit.data.store_writer import write_store
 from granvit.stages import REGION_TASKS as TASKS
 from tests.conftest import random_record
 

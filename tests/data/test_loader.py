@@ -15,7 +15,7 @@ from granvit.config import RunConfig, parse_config
 from granvit.data.batch import Batch, Packer
 from granvit.data.loader import Loader
 from granvit.data.records import ImageRecord
-from granvit.data.store import write_store
+from granvit.data.store_writer import write_store
 from granvit.stages import REGION_TASKS as TASKS
 from tests.conftest import random_record
 

@@ -8,7 +8,7 @@ import pytest
 from granvit.data.conversations import build_conversations
 from granvit.data.loader import Loader
 from granvit.data.sampler import splitmix64, stratified
-from granvit.data.store import write_store
+from granvit.data.store_writer import write_store
 from granvit.stages import REGION_TASKS as TASKS
 from tests.conftest import random_record, spoken, write_spoken
 from tests.data.test_loader import all_questions, run
