@@ -26,8 +26,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from granvit.activations import INPUTS
-from granvit.engine import LOSSES, Capture, Feed, Group, Introspection, TrainEngine
+from granvit.engine import LOSSES, Group, TrainEngine
+from granvit.introspection import INPUTS, Capture, Feed, Introspection
 from granvit.launch import load_engine_class
 from granvit.models import PARTS, part_of
 from parity import faults

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))  # the command works without installation, as msru
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from granvit.activations import INPUTS  # noqa: E402
+from granvit.introspection import INPUTS  # noqa: E402
 from granvit.launch import load_engine_class  # noqa: E402
 from parity import peers, preconditions, round_trips  # noqa: E402
 from parity.capture import Record, Request, compute, load_record, open_framework  # noqa: E402

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import yaml
 
-from granvit.activations import activation_shapes
 from granvit.checkpoint.layouts.llava import LLAVA
 from granvit.checkpoint.pretrained import start_weights
 from granvit.config import Bucket, resolve_models
@@ -18,6 +17,7 @@ from granvit.data.chat import Chat, byte_tokenizer
 from granvit.data.images import decode, to_views
 from granvit.data.records import ImageRecord
 from granvit.data.store_writer import write_store
+from granvit.introspection import activation_shapes
 from granvit.models import parameter_shapes, part_of
 from parity.fixture import start_values
 from tests.conftest import encoded_image, random_record
