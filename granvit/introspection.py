@@ -107,8 +107,8 @@ class Introspection(Protocol):
     """One framework's model opened up for parity.
 
     The constructor of both implementations is `Introspector(config, vision, language, start, shapes, graph=True)`: `shapes` names
-    the activations to capture (`activation_shapes` for the batches to come; none: for operators and generation alone), `graph` asks
-    for the framework's static graph where it has one.
+    the activations to capture (`activation_shapes` for the batches to come; none: for operators and generation alone), `graph`
+    asks for the framework's static graph where it has one.
     """
 
     engine: TrainEngine
