@@ -160,7 +160,9 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
     )
     if ranks.world > 1:
         agree(ranks, together(ranks, lambda: order_facts(loader)))
-    loading = Loading("weights", len(parameter_shapes(vision, language)), ranks)
+    # A checkpoint's hashes are known, and every read is compared with them; rank 0's writer hashes the start weights.
+    unknown = ranks.world > 1 and checkpoint is None and launch.rank > 0
+    loading = Loading("weights", len(parameter_shapes(vision, language)), hashed=unknown)
 
     def build():
         writer = _checkpoint_writer(run, config, vision, language, checkpoint, prints) if launch.rank == 0 else None
@@ -170,7 +172,10 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
     keeping = f", and rank 0 writes the start weights to {run / 'parts'}" if checkpoint is None else ""
     writer, engine = together(ranks, build, f"weights are loaded{keeping}")
     if ranks.world > 1:
-        hashes = loading.hashes()
+        if checkpoint is not None:
+            hashes = {name: part.hash for name, part in checkpoint.parts.items()}
+        else:
+            hashes = loading.hashes() if writer is None else writer.start
         agree(ranks, weights_facts(hashes, config, language, source))
         held = ", ".join(f"{part} {digest[:12]}" for part, digest in hashes.items())
         log.info(f"all {ranks.world} ranks hold the same versions, configuration, tokenizer, stores and weights: {held}")

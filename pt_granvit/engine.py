@@ -27,7 +27,7 @@ class Engine:
     def __init__(self, config: RunConfig, vision: VisionConfig, language: LanguageConfig,
                  start: Iterable[tuple[str, np.ndarray]], ranks: Ranks | None = None, stage: Stage | None = None):  # fmt: skip
         runtime, stage = config.runtime, stage or config.stage_spec
-        self.config, self.stage, self.vision = config, stage, vision
+        self.config, self.vision = config, vision
         self.ranks = ranks or distributed.join(runtime.device)
         self.rank, self.world, self.device = self.ranks.rank, self.ranks.world, self.ranks.device
         self.dtype = DTYPES[runtime.compute]

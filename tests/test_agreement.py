@@ -175,7 +175,7 @@ def test_one_number_of_one_tensor_is_another_hash_of_its_part():
                     array.flat[5] = np.nextafter(array.flat[5], np.float32(9))
                 yield name, array
 
-        loading = Loading("weights", 1, ranks)
+        loading = Loading("weights", 1, hashed=True)
         assert wrong in dict(loading.watch(read()))
         agree(ranks, weights_facts(loading.hashes(), config, LANGUAGE, None))
 

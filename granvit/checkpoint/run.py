@@ -306,6 +306,7 @@ class CheckpointWriter:
 
     def __post_init__(self) -> None:
         self.trains = self.config.stage_spec.trains
+        self.frozen_compared = False
         self.model_shapes = parameter_shapes(self.vision, self.language)
         for folder in ("checkpoints", "parts"):
             (self.run / folder).mkdir(parents=True, exist_ok=True)
@@ -358,7 +359,8 @@ class CheckpointWriter:
         return open_checkpoint(into)
 
     def _write_model(self, engine: TrainEngine, folder: Path) -> dict[str, Part]:
-        """Writes the trained parts, hashed and measured from their start; compares the frozen ones with theirs."""
+        """Writes the trained parts, hashed and measured from their start. The first time, compares the frozen ones with theirs:
+        what changes a frozen weight does so in every step."""
         shapes = {n: s for n, s in self.model_shapes.items() if part_of(n) in self.trains}
         starts = {part: open_part(self.run, part, self.start[part]) for part in PARTS}
         digests: dict[str, dict[str, str]] = {part: {} for part in PARTS}
@@ -367,7 +369,7 @@ class CheckpointWriter:
             for name, array in engine.tensors("model"):
                 part = part_of(name)
                 if part not in self.trains:
-                    if tensor_digest(array) != starts[part].digest_as(name, array.dtype):
+                    if not self.frozen_compared and tensor_digest(array) != starts[part].digest_as(name, array.dtype):
                         raise RuntimeError(f"part {part!r} is frozen in this stage, but its weights have changed: {name}")
                     continue
                 writer.add(name, array)
@@ -375,6 +377,7 @@ class CheckpointWriter:
                 moved = array.astype(np.float64) - starts[part].read(name).astype(np.float64)
                 squares[part] += float(np.vdot(moved, moved))
             writer.finish()
+        self.frozen_compared = True
         hashes = self.start | {part: set_digest(digests[part]) for part in self.trains}
         return {part: Part(part in self.trains, hashes[part], self.start[part], squares[part] ** 0.5) for part in PARTS}
 

@@ -93,6 +93,18 @@ def test_a_frozen_part_that_changed_is_an_error_not_a_checkpoint(run):
     assert newest_checkpoint(directory).step == 4
 
 
+def test_frozen_parts_are_hashed_once_by_each_process(run, monkeypatch):
+    directory, config, engine = run
+    hashed = []
+    digest = run_module.tensor_digest
+    monkeypatch.setattr(run_module, "tensor_digest", lambda array: hashed.append(array.size) or digest(array))
+    writer = resumed_writer(directory, config)
+    writer.save(engine, 6, {})
+    assert len(hashed) == sum(part_of(name) == "language" for name in parameter_shapes(VISION, LANGUAGE))
+    writer.save(engine, 8, {})
+    assert len(hashed) == sum(part_of(name) == "language" for name in parameter_shapes(VISION, LANGUAGE))
+
+
 def test_old_checkpoints_are_thinned_after_the_new_one_is_whole(run):
     directory, config, engine = run
     writer = resumed_writer(directory, config)
