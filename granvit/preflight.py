@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from granvit.agreement import Fact, agree, broadcast, together
-from granvit.checkpoint.run import Checkpoint, newest_step, open_checkpoint, step_directory, versions
+from granvit.checkpoint.run import Checkpoint, newest_step, open_checkpoint, step_directory
+from granvit.checkpoint.run_writer import versions
 from granvit.checkpoint.tensors import set_digest, tensor_digest
 from granvit.config import RunConfig
 from granvit.data.chat import Chat

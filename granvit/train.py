@@ -11,7 +11,9 @@ from pathlib import Path
 
 from granvit.agreement import agree, together
 from granvit.checkpoint.pretrained import start_weights
-from granvit.checkpoint.run import Checkpoint, CheckpointWriter, check_same_data, check_same_run
+from granvit.checkpoint.resume import check_same_data, check_same_run
+from granvit.checkpoint.run import Checkpoint
+from granvit.checkpoint.run_writer import CheckpointWriter
 from granvit.config import CONFIGS, RunConfig, dump_config, load_config, resolve_models, shipped
 from granvit.data.batch import Packer
 from granvit.data.chat import Chat, load_chat

@@ -11,7 +11,8 @@ import pytest
 from granvit import preflight
 from granvit.agreement import CHUNK, Fact, Refused, agree, broadcast, ranks_where, together
 from granvit.checkpoint.pretrained import start_weights
-from granvit.checkpoint.run import CheckpointWriter, step_directory
+from granvit.checkpoint.run import step_directory
+from granvit.checkpoint.run_writer import CheckpointWriter
 from granvit.config import language_config, vision_config
 from granvit.data.chat import Chat, byte_tokenizer
 from granvit.preflight import Loading, agreed_checkpoint, configuration_facts, version_facts, weights_facts

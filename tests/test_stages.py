@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from granvit.checkpoint.run import CheckpointWriter
+from granvit.checkpoint.run_writer import CheckpointWriter
 from granvit.config import resolve_models
 from granvit.data.batch import join
 from granvit.data.chat import Chat, byte_tokenizer

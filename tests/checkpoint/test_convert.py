@@ -13,7 +13,7 @@ import pytest
 
 from granvit.checkpoint.convert import convert, lines, main
 from granvit.checkpoint.layouts.mindspore import CkptFile, CkptWriter
-from granvit.checkpoint.run import CheckpointWriter
+from granvit.checkpoint.run_writer import CheckpointWriter
 from granvit.checkpoint.source import open_source
 from granvit.checkpoint.tensors import TensorSet, TensorWriter, write_set
 from granvit.config import language_config, vision_config

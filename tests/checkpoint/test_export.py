@@ -12,7 +12,8 @@ from tokenizers import processors
 from granvit.checkpoint.export import export, main
 from granvit.checkpoint.history import history
 from granvit.checkpoint.layouts.siglip import SIGLIP
-from granvit.checkpoint.run import CheckpointWriter, newest_checkpoint
+from granvit.checkpoint.run import newest_checkpoint
+from granvit.checkpoint.run_writer import CheckpointWriter
 from granvit.checkpoint.tensors import TensorSet
 from granvit.config import language_config, vision_config
 from granvit.data.batch import PromptBatch, prompt_batch

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from granvit.checkpoint.pretrained import start_weights
-from granvit.checkpoint.run import CheckpointWriter
+from granvit.checkpoint.run_writer import CheckpointWriter
 from granvit.init import initial_value, initial_values
 from granvit.models import LanguageConfig, VisionConfig, parameter_shapes
 from tests.helpers import run_config
