@@ -40,16 +40,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from granvit.checkpoint.contents import (
-    LAYOUTS,
-    OURS,
-    Contents,
-    common_name,
-    filler_value,
-    layout_named,
-    left_out_lines,
-    open_contents,
-)
+from granvit.checkpoint.contents import Contents, common_name, filler_value, left_out_lines, open_contents
+from granvit.checkpoint.detect import LAYOUTS, OURS, layout_named
 from granvit.checkpoint.layouts import Layout, Spelling
 from granvit.checkpoint.layouts.default import DEFAULT
 from granvit.checkpoint.layouts.llava import FINAL_DIFFERS, LLAVA

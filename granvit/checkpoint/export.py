@@ -34,8 +34,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from granvit.checkpoint.card import Exported, model_card, shown
-from granvit.checkpoint.contents import EMBEDDING, HEAD, RESAMPLE, detect, open_contents, read_contents
+from granvit.checkpoint.contents import EMBEDDING, HEAD, RESAMPLE, open_contents, read_contents
 from granvit.checkpoint.convert import Bar, Plan, ProgressCallback, Report, lines, make_plan, write_plan
+from granvit.checkpoint.detect import detect
 from granvit.checkpoint.history import PastRun, history
 from granvit.checkpoint.layouts import Layout
 from granvit.checkpoint.layouts.aimv2 import AIMV2
