@@ -79,7 +79,7 @@ class TrainSection(Strict):
     batch, divided by their number. Every token weighs the same, and neither the number of devices nor `micro_batch` enters the
     result: a run may go on with other ones. `per_device`: the mean over micro-batches of each one's mean, as the LLaVA framework
     computes it (cross-entropy averaged per device, gradients averaged by DDP and over accumulation steps). A token of a
-    micro-batch with few of them weighs more there. Micro-batches hold rows of like length here (`granvit.data.loader`), so their
+    micro-batch with few of them weighs more there. Micro-batches hold rows of like length here (`granvit.data.sampler`), so their
     means are over other rows than with a random deal. The paper trains with that framework and does not say how it averages.
 
     `skip_non_finite`: so many steps in a row whose loss or gradient is not finite are left out; one more stops the run. Those

@@ -1,7 +1,7 @@
 """The protocol that each framework implements and the one trainer drives."""
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -90,8 +90,9 @@ class TrainEngine(Protocol):
     """One framework's model, optimizer and collectives behind numpy.
 
     The constructor of both implementations is `Engine(config: RunConfig, vision: VisionConfig, language: LanguageConfig,
-    start: Iterable[tuple[str, np.ndarray]], ranks: Ranks | None = None)`; `start` streams every parameter of `parameter_shapes`
-    under its name. Without `ranks` it joins the launcher's process group, or runs alone where there is none.
+    start: Iterable[tuple[str, np.ndarray]], ranks: Ranks | None = None, stage: Stage | None = None)`; `start` streams every
+    parameter of `parameter_shapes` under its name. Without `ranks` it joins the launcher's process group, or runs alone where
+    there is none. `stage` stands in place of the configuration's (`granvit.stages.ANSWER`: no masters, no moments, no teacher).
     The teacher (where the stage has one) starts as the student; `load("teacher", ...)` replaces it. bfloat16 arrays are
     `ml_dtypes.bfloat16`, in and out.
     """
@@ -136,45 +137,3 @@ class TrainEngine(Protocol):
 
     def close(self) -> None:
         """Leaves the process group."""
-
-
-@dataclass(frozen=True)
-class Capture:
-    """What one forward and backward pass over one batch made, by name (`granvit.activations`, `granvit.models`).
-
-    The losses are those of `LOSSES`. The teacher's activations have no gradient.
-    """
-
-    losses: dict[str, float]
-    activations: dict[str, np.ndarray]
-    activation_gradients: dict[str, np.ndarray]
-    parameter_gradients: dict[str, np.ndarray]
-
-
-Feed = Mapping[str, tuple[np.ndarray, np.ndarray]]  # activation -> what replaces it, and what replaces its gradient
-
-
-class Introspection(Protocol):
-    """One framework's model opened up for parity.
-
-    The constructor of both implementations is `Introspector(config, vision, language, start, shapes, graph=True)`: `shapes` names
-    the activations to capture (`granvit.activations.activation_shapes` for the batches to come; none: for operators and
-    generation alone), `graph` asks for the framework's static graph where it has one.
-    """
-
-    engine: TrainEngine
-
-    def capture(self, batch: Batch, feed: Feed | None = None, backward: bool = True) -> Capture:
-        """Forward and, unless told otherwise, backward over one batch, whose own counts divide its losses; gradients for every
-        parameter, frozen or not.
-
-        An activation in `feed` is captured, then replaced by the value given for it; so is the gradient that it hands
-        back. Fed at all names, every module is judged by itself and not by what came before it.
-        """
-
-    def operate(self, operator: str, arrays: Sequence[np.ndarray], cotangent: np.ndarray, differentiate: int,
-                **options: Any) -> tuple[np.ndarray, list[np.ndarray]]:  # fmt: skip
-        """One operator's output, and the gradients of its first `differentiate` inputs under `cotangent`."""
-
-    def generate(self, prompts: PromptBatch, max_new_tokens: int, stop_token: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `TrainEngine.generate`, and the logits `[B, T, V]` of the T steps it took; `shapes` must have been empty."""

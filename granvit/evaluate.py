@@ -11,7 +11,8 @@ import numpy as np
 from granvit.config import RunConfig, Source
 from granvit.data.batch import Batch, Packer
 from granvit.data.chat import Chat
-from granvit.data.loader import Compose, Loader, held_out
+from granvit.data.heldout import held_out
+from granvit.data.loader import Compose, Loader
 from granvit.data.store import REGIONS, Store
 from granvit.engine import TrainEngine
 from granvit.logs import log

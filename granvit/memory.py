@@ -1,4 +1,5 @@
-"""A device that ran out of memory: how to know it, and the override that cures it."""
+"""A device's memory: a model that does not fit is refused; what says that memory ran out is known by its words, with the override
+that cures it."""
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,9 +7,23 @@ from pathlib import Path
 
 from granvit.checkpoint.run import newest_step
 from granvit.config import RunConfig, largest_divisor
+from granvit.cost import state_bytes
+from granvit.models import LanguageConfig, VisionConfig
 from granvit.trainer import TrainingStopped
 
 WORDS = re.compile(r"out of memory|memory isn't enough|memory not enough|(can't|cannot) allocate memory|alloc.{0,40}failed", re.I)
+
+
+def check_memory(config: RunConfig, vision: VisionConfig, language: LanguageConfig, memory: int) -> None:
+    """`ValueError` where a device's `memory` (bytes) does not even hold weights and optimizer."""
+    stage, compute = config.stage_spec, {"float64": 8, "float32": 4}.get(config.runtime.compute, 2)
+    needed = state_bytes(vision, language, stage.trains, stage.distill, compute)
+    if needed > memory:
+        raise ValueError(
+            f"{config.stage} of {vision.name!r} with {language.name!r} needs about {needed / 1e9:.0f} GB a device for weights, "
+            f"gradients and AdamW's moments, all replicated, and this device has {memory / 1e9:.0f} GB. Sharded optimizer states "
+            f"are not here yet: take a smaller model.language, or devices with more memory"
+        )
 
 
 def is_out_of_memory(error: Exception) -> bool:

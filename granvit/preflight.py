@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from granvit.agreement import Fact, agree, broadcast, together
-from granvit.checkpoint.run import Checkpoint, newest_step, open_checkpoint, step_directory, versions
+from granvit.checkpoint.run import Checkpoint, newest_step, open_checkpoint, step_directory
+from granvit.checkpoint.run_writer import versions
 from granvit.checkpoint.tensors import set_digest, tensor_digest
 from granvit.config import RunConfig
 from granvit.data.chat import Chat
@@ -125,11 +126,11 @@ def _open_when_seen(path: Path) -> Checkpoint:
 
 
 class Loading:
-    """Tensors on their way into an engine: hashed as they pass, in the precision they are stored in, with a line about progress
-    now and then. One rank by itself has nobody to compare with and hashes nothing."""
+    """Tensors on their way into an engine, with a line about progress now and then. With `hashed` they are hashed as they pass,
+    in the precision they are stored in."""
 
-    def __init__(self, what: str, total: int, ranks: Ranks):
-        self.what, self.total, self.hashed = what, total, ranks.world > 1
+    def __init__(self, what: str, total: int, hashed: bool):
+        self.what, self.total, self.hashed = what, total, hashed
         self.digests: dict[str, str] = {}
 
     def watch(self, tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:

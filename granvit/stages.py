@@ -38,7 +38,7 @@ STAGES = {
         Stage("sft", _ALL, {"conversation": 1.0}),
         Stage("pretrain_text", frozenset({"language"}), {"global": 1.0, "bbox2caption": 1.0}, blind=True),
         Stage("pretrain_image", frozenset({"vision", "projector"}), {"global": 1.0}),
-        Stage("answer", frozenset(), {}),  # a finished run asked about a picture: nothing trains
         Stage("guesser", frozenset({"language"}), {"bbox2caption": 1.0, "caption2bbox": 1.0}, blind=True),
     )
 }
+ANSWER = Stage("answer", frozenset(), {})  # no run's: a finished run is asked about a picture, and nothing trains

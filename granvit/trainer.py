@@ -15,7 +15,8 @@ from typing import Protocol
 
 import numpy as np
 
-from granvit.checkpoint.run import Checkpoint, CheckpointWriter
+from granvit.checkpoint.run import Checkpoint
+from granvit.checkpoint.run_writer import CheckpointWriter
 from granvit.config import RunConfig
 from granvit.data.batch import Batch
 from granvit.engine import NonFiniteLoss, Scalars, StepResult, TrainEngine

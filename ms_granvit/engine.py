@@ -14,6 +14,7 @@ from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
 from granvit.engine import UNDIVIDED, Group, NonFiniteLoss, Ranks, Scalars, StepResult
 from granvit.models import PARTS, LanguageConfig, VisionConfig, part_of
+from granvit.stages import Stage
 from ms_granvit import distributed
 from ms_granvit.arrays import DTYPES, fill, to_numpy, to_tensor
 from ms_granvit.distill import EMA, distill_sums, teacher_features
@@ -83,8 +84,8 @@ class Engine:
     """`granvit.engine.TrainEngine` over MindSpore, replicated data parallel."""
 
     def __init__(self, config: RunConfig, vision: VisionConfig, language: LanguageConfig,
-                 start: Iterable[tuple[str, np.ndarray]], ranks: Ranks | None = None):  # fmt: skip
-        runtime, stage = config.runtime, config.stage_spec
+                 start: Iterable[tuple[str, np.ndarray]], ranks: Ranks | None = None, stage: Stage | None = None):  # fmt: skip
+        runtime, stage = config.runtime, stage or config.stage_spec
         self.config = config
         self.ranks = ranks or distributed.join(runtime.device)
         self.rank, self.world, self.device = self.ranks.rank, self.ranks.world, self.ranks.device

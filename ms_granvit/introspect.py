@@ -1,57 +1,25 @@
-"""Named activations, their gradients, isolated modules and single operators (see `granvit.engine.Introspection`)."""
+"""Named activations, their gradients, isolated modules and single operators (see `granvit.introspection.Introspection`)."""
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+from mindspore import ParameterTuple, Tensor, nn, ops
 
-from granvit.activations import INPUTS
 from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
-from granvit.engine import LOSSES, Capture, Feed, Scalars
+from granvit.engine import LOSSES, Scalars
+from granvit.introspection import INPUTS, Capture, Feed
 from granvit.models import LanguageConfig, Shapes, VisionConfig
 from ms_granvit import language, layers, projector
 from ms_granvit.arrays import DTYPES, to_numpy, to_tensor
 from ms_granvit.engine import Engine
 from ms_granvit.generate import greedy
-from ms_granvit.layers import Module
 from ms_granvit.ops import attention as attention_ops
 from ms_granvit.ops import roi_align as roi_ops
+from ms_granvit.taps import Module, Tap
 from ms_granvit.vision import VisionEmbeddings, VisionEncoder
-
-
-class Swap(nn.Cell):
-    """Where `fed` is 1: `value` forward, `gradient` backward. Where it is 0: `x` and its own gradient."""
-
-    def construct(self, x: Tensor, fed: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        return ops.select(fed > 0, value, x)
-
-    def bprop(self, x, fed, value, gradient, out, d):
-        return ops.select(fed > 0, gradient, d), ops.zeros_like(fed), ops.zeros_like(value), ops.zeros_like(gradient)
-
-
-class Tap(nn.Cell):
-    """Keeps the activation that passes, and adds a probe of zeros whose gradient is the activation's. What is fed enters
-    through parameters, so that one compiled graph serves every feed."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: ms.Type):
-        super().__init__()
-        zeros = lambda grad: Parameter(ops.zeros(shape, dtype), requires_grad=grad)  # noqa: E731
-        self.value, self.probe = zeros(False), zeros(True)
-        self.fed, self.fed_value, self.fed_gradient = zeros(False), zeros(False), zeros(False)
-        self.swap = Swap()
-
-    def construct(self, x: Tensor) -> Tensor:
-        ops.assign(self.value, x)
-        return self.swap(x, self.fed, self.fed_value, self.fed_gradient) + self.probe
-
-    def feed(self, fed: tuple[np.ndarray, np.ndarray] | None) -> None:
-        """What the next passes find in place of the activation and of its gradient (None: themselves)."""
-        ops.assign(self.fed, ops.full_like(self.fed, 0.0 if fed is None else 1.0))
-        for parameter, array in zip((self.fed_value, self.fed_gradient), fed or (), strict=False):
-            ops.assign(parameter, to_tensor(array, parameter.dtype))
 
 
 class Differentiated(nn.Cell):
@@ -169,7 +137,7 @@ class Weighted(nn.Cell):
 
 
 def _operator(name: str, config: RunConfig, device: str, arrays: Sequence[np.ndarray], options: dict[str, Any]) -> nn.Cell:
-    """What `granvit.engine.Introspection.operate` runs: the functions and cells that the model itself is made of."""
+    """What `granvit.introspection.Introspection.operate` runs: the functions and cells that the model itself is made of."""
     dtype = DTYPES[config.runtime.compute]
     if name in ("layer_norm", "rms_norm"):
         cell = Norm(name.removesuffix("_norm"), arrays[0].shape[-1], **options)
@@ -191,7 +159,7 @@ def _operator(name: str, config: RunConfig, device: str, arrays: Sequence[np.nda
 
 
 class Introspector:
-    """`granvit.engine.Introspection` over MindSpore, in graph mode or, without `graph`, in PyNative."""
+    """`granvit.introspection.Introspection` over MindSpore, in graph mode or, without `graph`, in PyNative."""
 
     def __init__(self, config: RunConfig, vision: VisionConfig, language: LanguageConfig,
                  start: Iterable[tuple[str, np.ndarray]], shapes: Shapes, graph: bool = True):  # fmt: skip

@@ -13,8 +13,9 @@ from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
 from granvit.models import LanguageConfig, language_shapes
 from ms_granvit.arrays import dtype_here, fill, to_numpy
 from ms_granvit.distributed import choose_device
-from ms_granvit.layers import Embedding, Linear, Module, RMSNorm, activate, linear, stored_as
+from ms_granvit.layers import Embedding, Linear, RMSNorm, activate, linear, stored_as
 from ms_granvit.ops import attention as attention_ops
+from ms_granvit.taps import Module
 
 
 class Rotary(nn.Cell):

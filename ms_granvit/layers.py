@@ -8,6 +8,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
+from ms_granvit.taps import Module
+
 _stored_as = ms.float32
 
 
@@ -26,19 +28,6 @@ def parameter(*shape: int) -> Parameter:
     """A parameter that is filled later (`ms_granvit.arrays.fill`), float32 but for `stored_as`; its name is the attribute that
     holds it."""
     return Parameter(initializer("zeros", shape, _stored_as))
-
-
-class Module(nn.Cell):
-    """A cell whose result has a name, its path (`granvit.activations`). A `tap` sees the result on its way and may replace it;
-    without one, which is how a model trains, nothing is there."""
-
-    def __init__(self):
-        super().__init__()
-        self.tap = None
-
-    def emit(self, result: Tensor) -> Tensor:
-        """The result as it leaves the module."""
-        return result if self.tap is None else self.tap(result)
 
 
 class Linear(Module):

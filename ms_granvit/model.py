@@ -14,9 +14,10 @@ from granvit.models import PARTS, LanguageConfig, VisionConfig, parameter_shapes
 from ms_granvit.arrays import dtype_here, fill, to_numpy
 from ms_granvit.distributed import choose_device
 from ms_granvit.language import CausalDecoder
-from ms_granvit.layers import Module, stored_as
+from ms_granvit.layers import stored_as
 from ms_granvit.ops import attention as attention_ops
 from ms_granvit.projector import Projector
+from ms_granvit.taps import Module
 from ms_granvit.vision import VisionEncoder
 
 

@@ -2,7 +2,8 @@
 from mindspore import Tensor
 
 from granvit.models import LanguageConfig, VisionConfig
-from ms_granvit.layers import Linear, Module, activate
+from ms_granvit.layers import Linear, activate
+from ms_granvit.taps import Module
 
 
 def pixel_shuffle(features_BNC: Tensor) -> Tensor:

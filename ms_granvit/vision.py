@@ -13,8 +13,9 @@ from granvit.interpolate import position_matrix
 from granvit.models import Level, VisionConfig, vision_shapes
 from ms_granvit.arrays import dtype_here, fill, to_numpy
 from ms_granvit.distributed import choose_device
-from ms_granvit.layers import Embedding, Linear, Module, activate, linear, norm, parameter, stored_as
+from ms_granvit.layers import Embedding, Linear, activate, linear, norm, parameter, stored_as
 from ms_granvit.ops import attention as attention_ops
+from ms_granvit.taps import Module
 
 
 class PatchEmbedding(Module):

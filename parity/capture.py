@@ -26,8 +26,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from granvit.activations import INPUTS
-from granvit.engine import LOSSES, Capture, Feed, Group, Introspection, TrainEngine
+from granvit.engine import LOSSES, Group, TrainEngine
+from granvit.introspection import INPUTS, Capture, Feed, Introspection
 from granvit.launch import load_engine_class
 from granvit.models import PARTS, part_of
 from parity import faults
@@ -38,8 +38,6 @@ from parity.preconditions import check_deterministic
 
 SCHEMA = 1
 Tensors = dict[str, np.ndarray]  # "<kind>/<name>" -> values, in order of execution
-SUITES = ("ops", "vision", "language", "model", "isolated", "stage1", "stage2", "trajectory", "trajectory2", "generate",
-          "options")  # fmt: skip
 OPENED = ("vision", "language", "model", "isolated")  # suites that one opened-up model serves
 LEFT_BEHIND: tuple[tuple[Group, str], ...] = (("model", "weight"), ("teacher", "teacher"))
 # A part by itself: what is fed at its border, and its tensors' path. `projector.linear_1` follows the encoder.

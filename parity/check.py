@@ -19,9 +19,9 @@ sys.path.insert(0, str(ROOT))  # the command works without installation, as msru
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from granvit.activations import INPUTS  # noqa: E402
+from granvit.introspection import INPUTS  # noqa: E402
 from granvit.launch import load_engine_class  # noqa: E402
-from parity import peers, preconditions, trips  # noqa: E402
+from parity import peers, preconditions, round_trips  # noqa: E402
 from parity.capture import Record, Request, compute, load_record, open_framework  # noqa: E402
 from parity.capture import environment as _versions  # noqa: E402
 from parity.compare import ROUNDOFF, Row, compare_records, compare_suite  # noqa: E402
@@ -136,8 +136,8 @@ def _check(options: argparse.Namespace, console: Console) -> Report:
     notes = []
     if "checkpoint" in options.suite:
         said("checkpoints")
-        rows += trips.rows(fixture)
-        notes += trips.notes(fixture)
+        rows += round_trips.rows(fixture)
+        notes += round_trips.notes(fixture)
     if "peers" in options.suite:
         said("transformers, MindFormers")
         rows += peers.rows(fixture, options.precision)

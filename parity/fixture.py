@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from granvit.activations import INPUTS, activation_shapes
 from granvit.config import DistillSection, RunConfig, parse_config, resolve_models
 from granvit.data.batch import Batch, PromptBatch
-from granvit.engine import Feed, Scalars
+from granvit.engine import Scalars
 from granvit.init import initial_values
+from granvit.introspection import INPUTS, Feed, activation_shapes
 from granvit.models import LanguageConfig, Shapes, VisionConfig, parameter_shapes, part_of
 from granvit.schedule import alphas
 

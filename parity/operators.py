@@ -10,7 +10,7 @@ from parity.fixture import Fixture
 
 @dataclass(frozen=True)
 class Case:
-    """One call of `granvit.engine.Introspection.operate`."""
+    """One call of `granvit.introspection.Introspection.operate`."""
 
     label: str
     operator: str

@@ -15,7 +15,6 @@ from pydantic import BaseModel
 
 from granvit.config import PartsSection, RunConfig
 from granvit.models import PARTS, LanguageConfig, VisionConfig
-from granvit.stages import STAGES
 from parity.fixture import MICRO_BATCHES, Fixture, batch_sizes, make_fixture, random_batch, run_config, start_values
 
 Values = dict[str, str]  # factor -> the value that a configuration has
@@ -125,7 +124,7 @@ NOT_IN_THE_GRAPH = {
     "language.chat": "a chat template is text (tests/data/test_chat.py)",
     "run.stage": "what a stage trains, distils and hides: the factors of those names",
     "run.model.init": "where start weights come from (tests/test_stages.py)",
-    "run.data.mix": "which questions are asked (tests/data/test_loader.py)",
+    "run.data.mix": "which questions are asked (tests/data/test_sampler.py)",
     "run.eval.tasks": "which questions are asked in evaluation (tests/test_metrics.py)",
     "run.train.freeze": "the factors `vision`, `projector`, `language` say what trains",
     "run.optimizer.schedule": "the learning rate is a number that enters the graph (tests/test_core.py)",
@@ -230,18 +229,6 @@ def configurations(seed: int = 0) -> dict[str, Values]:
         fixture = option_fixture(seed, name)
         found[name] = factors(option, fixture.config(option.stage), fixture.vision, fixture.language)
     return found
-
-
-def missing(found: Mapping[str, Values]) -> list[str]:
-    """Values that no configuration has, and stages that train, distil or hide what none does."""
-    has = {(factor, value) for values in found.values() for factor, value in values.items()}
-    lacking = [f"{factor}: {value}" for factor, values in domain().items() for value in values if (factor, value) not in has]
-    for stage in words()["run.stage"]:
-        spec = STAGES[stage]
-        asked = {part: "trained" if part in spec.trains else "frozen" for part in PARTS}
-        asked |= {"distillation": str(spec.distill), "blind": str(spec.blind)}
-        lacking += [f"{stage}'s {pair}" for pair in pairs(asked) if not any(set(pair) <= set(v.items()) for v in found.values())]
-    return lacking
 
 
 def pairs(values: Values) -> set[tuple[tuple[str, str], tuple[str, str]]]:

@@ -11,12 +11,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from granvit.activations import INPUTS
 from granvit.checkpoint.layouts import Layout
 from granvit.checkpoint.layouts.llama import LLAMA
 from granvit.checkpoint.layouts.qwen2 import QWEN2
 from granvit.checkpoint.layouts.siglip import SIGLIP
 from granvit.data.batch import Batch
+from granvit.introspection import INPUTS
 from parity import mindformers_llama
 from parity.capture import Tensors, open_framework
 from parity.compare import Row, compare_suite
@@ -45,7 +45,7 @@ def notes(precision: str) -> list[str]:
 
 
 def golden(fixture: Fixture, batch: Batch) -> Tensors:
-    """What transformers computes, under the names of `granvit.activations`."""
+    """What transformers computes, under the names of `granvit.introspection`."""
     return _encoder(fixture, batch) | _decoder(fixture, batch)
 
 

@@ -9,6 +9,7 @@ from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
 from granvit.engine import UNDIVIDED, Group, NonFiniteLoss, Ranks, Scalars, StepResult
 from granvit.models import LanguageConfig, VisionConfig, part_of
+from granvit.stages import Stage
 from pt_granvit import distributed
 from pt_granvit.arrays import DTYPES, fill, to_numpy, to_torch
 from pt_granvit.distill import distill_sums, ema_, teacher_features
@@ -24,9 +25,9 @@ class Engine:
     """`granvit.engine.TrainEngine` over PyTorch, replicated data parallel."""
 
     def __init__(self, config: RunConfig, vision: VisionConfig, language: LanguageConfig,
-                 start: Iterable[tuple[str, np.ndarray]], ranks: Ranks | None = None):  # fmt: skip
-        runtime, stage = config.runtime, config.stage_spec
-        self.config, self.stage, self.vision = config, stage, vision
+                 start: Iterable[tuple[str, np.ndarray]], ranks: Ranks | None = None, stage: Stage | None = None):  # fmt: skip
+        runtime, stage = config.runtime, stage or config.stage_spec
+        self.config, self.vision = config, vision
         self.ranks = ranks or distributed.join(runtime.device)
         self.rank, self.world, self.device = self.ranks.rank, self.ranks.world, self.ranks.device
         self.dtype = DTYPES[runtime.compute]

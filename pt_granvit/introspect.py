@@ -1,4 +1,4 @@
-"""Named activations, their gradients, isolated modules and single operators (see `granvit.engine.Introspection`)."""
+"""Named activations, their gradients, isolated modules and single operators (see `granvit.introspection.Introspection`)."""
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -7,46 +7,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from granvit.activations import INPUTS
 from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
-from granvit.engine import LOSSES, Capture, Feed, Scalars
+from granvit.engine import LOSSES, Scalars
+from granvit.introspection import INPUTS, Capture, Feed
 from granvit.models import LanguageConfig, Shapes, VisionConfig
 from pt_granvit import language, layers, projector
 from pt_granvit.arrays import DTYPES, to_numpy
 from pt_granvit.engine import Engine
 from pt_granvit.generate import greedy
-from pt_granvit.layers import Module, norm
+from pt_granvit.layers import norm
 from pt_granvit.ops import attention as attention_ops
 from pt_granvit.ops import roi_align as roi_ops
+from pt_granvit.taps import Module, Tap
 from pt_granvit.vision import VisionEmbeddings, VisionEncoder
-
-
-class Swap(torch.autograd.Function):
-    """Forward: `replacement`. Backward: the gradient to `replacement`, and `gradient` to `x` in its stead."""
-
-    @staticmethod
-    def forward(ctx, replacement: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return replacement.clone()
-
-    @staticmethod
-    def backward(ctx, d: Tensor) -> tuple[Tensor, Tensor, None]:
-        return d, ctx.saved_tensors[0], None
-
-
-class Tap:
-    """Keeps the activation that passes, and adds a probe of zeros whose gradient is the activation's."""
-
-    def __init__(self, fed: tuple[np.ndarray, np.ndarray] | None):
-        self.fed = fed
-
-    def __call__(self, x: Tensor) -> Tensor:
-        self.value, self.probe = x.detach(), torch.zeros_like(x, requires_grad=True)
-        if self.fed is None:
-            return x + self.probe
-        value, gradient = (torch.from_numpy(array).to(x) for array in self.fed)
-        return Swap.apply(value + self.probe, x, gradient)
 
 
 def tapped_modules(engine: Engine, names: Iterable[str]) -> dict[str, Module]:
@@ -86,7 +60,7 @@ def _positions(table_NC: Tensor, vision: VisionConfig, image_size: int) -> Tenso
 
 
 def _operator(name: str, config: RunConfig, device: str, options: dict[str, Any]) -> Callable[..., Tensor]:
-    """What `granvit.engine.Introspection.operate` runs: the functions and modules that the model itself is made of."""
+    """What `granvit.introspection.Introspection.operate` runs: the functions and modules that the model itself is made of."""
     dtype = DTYPES[config.runtime.compute]
     implementation = attention_ops.choose(config.runtime.attention, device, dtype)
     functions = {
@@ -106,7 +80,7 @@ def _operator(name: str, config: RunConfig, device: str, options: dict[str, Any]
 
 
 class Introspector:
-    """`granvit.engine.Introspection` over PyTorch, which is eager whatever `graph` says."""
+    """`granvit.introspection.Introspection` over PyTorch, which is eager whatever `graph` says."""
 
     def __init__(self, config: RunConfig, vision: VisionConfig, language: LanguageConfig,
                  start: Iterable[tuple[str, np.ndarray]], shapes: Shapes, graph: bool = True):  # fmt: skip

@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
 from granvit.models import LanguageConfig, language_shapes
 from pt_granvit.arrays import DTYPES, fill, store_as, to_numpy
-from pt_granvit.layers import Embedding, Linear, Module, RMSNorm, activate
+from pt_granvit.layers import Embedding, Linear, RMSNorm, activate
 from pt_granvit.ops import attention as attention_ops
+from pt_granvit.taps import Module
 
 
 def rotary(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

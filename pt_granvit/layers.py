@@ -1,26 +1,15 @@
 """Building blocks with the canonical parameter names. Weights are cast to the activations' dtype where they are used, so a
 float32 master serves a bfloat16 forward pass; norms compute in float32 (float64 where the activations are)."""
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pt_granvit.taps import Module
 
 
 def wide(x: Tensor) -> Tensor:
     """`x` in float32, or in float64 if it is that already: the dtype of norms, softmax and losses."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-class Module(nn.Module):
-    """A module whose result has a name, its path (`granvit.activations`). A `tap` sees the result on its way and may replace it;
-    without one, which is how a model trains, nothing is there."""
-
-    tap: Callable[[Tensor], Tensor] | None = None
-
-    def emit(self, result: Tensor) -> Tensor:
-        """The result as it leaves the module."""
-        return result if self.tap is None else self.tap(result)
 
 
 class Linear(Module):

@@ -13,8 +13,8 @@ from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
 from granvit.models import PARTS, LanguageConfig, VisionConfig, parameter_shapes
 from pt_granvit.arrays import DTYPES, fill, store_as, to_numpy
 from pt_granvit.language import CausalDecoder
-from pt_granvit.layers import Module
 from pt_granvit.projector import Projector
+from pt_granvit.taps import Module
 from pt_granvit.vision import VisionEncoder
 
 

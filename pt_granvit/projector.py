@@ -2,7 +2,8 @@
 from torch import Tensor
 
 from granvit.models import LanguageConfig, VisionConfig
-from pt_granvit.layers import Linear, Module, activate
+from pt_granvit.layers import Linear, activate
+from pt_granvit.taps import Module
 
 
 def pixel_shuffle(features_BNC: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
 from granvit.interpolate import position_matrix
 from granvit.models import Level, VisionConfig, vision_shapes
 from pt_granvit.arrays import DTYPES, fill, store_as, to_numpy
-from pt_granvit.layers import Embedding, Linear, Module, activate, norm
+from pt_granvit.layers import Embedding, Linear, activate, norm
 from pt_granvit.ops import attention as attention_ops
+from pt_granvit.taps import Module
 
 
 class PatchEmbedding(Module):

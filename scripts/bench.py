@@ -190,7 +190,7 @@ def write_decoder(directory: Path, gigabytes: float) -> int:
 CONVERT = """
 import sys
 from pathlib import Path
-from parity.convert import convert
+from granvit.checkpoint.convert import convert
 report = convert(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], verify=sys.argv[4] == "yes")
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(report.seconds, peak * 1024)

@@ -1,6 +1,7 @@
 """What `scripts/bench.py encoders` and `load` measure: published files of full size, read by both packages. Linux only."""
 import importlib
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,11 +22,7 @@ from granvit.checkpoint.tensors import TensorWriter
 from granvit.config import language_config, vision_config
 from granvit.models import LanguageConfig, Shapes, VisionConfig, language_shapes, vision_shapes
 
-ROWS = (
-    "clip-vit-large-patch14-336", "siglip-so400m-patch14-384", "siglip2-so400m-patch16-512", "aimv2-huge-patch14-448",
-    "sailvit-huge-448", "internvit-300m-448",
-)  # fmt: skip
-HUB = {"sailvit-huge-448": "apple", "internvit-300m-448": "opengvlab"}  # the others as transformers names them
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for tests/, which is not installed
 PACKAGES = {"torch": "pt_granvit", "mindspore": "ms_granvit"}
 
 
@@ -57,15 +54,15 @@ def _publish(row: str, folder: Path) -> float:
     """Writes the row's files and one image's features at every level; returns transformers' seconds for them."""
     import torch
 
-    from parity import encoders
+    from tests import transformers_encoders
 
     vision = vision_config(row)
-    model = encoders.peer(vision)
-    encoders.publish(model, folder, HUB.get(row))
+    model = transformers_encoders.peer(vision)
+    transformers_encoders.publish(model, folder, transformers_encoders.HUB.get(row))
     side = vision.image_size
     pixels = np.random.default_rng(0).normal(size=(1, 3, side, side)).astype(np.float32)
     start = time.perf_counter()
-    found = encoders.levels(model, vision, torch.from_numpy(pixels))
+    found = transformers_encoders.levels(model, vision, torch.from_numpy(pixels))
     seconds = time.perf_counter() - start
     np.savez(folder / "features.npz", pixels=pixels, **{level: tensor.numpy() for level, tensor in found.items()})
     return seconds
@@ -101,6 +98,8 @@ def _features(framework: str, encoder, pixels: np.ndarray, level: str) -> np.nda
 
 def encoders(console: Console) -> None:
     """Every encoder row at full size with random weights, float32: both packages against transformers on one image."""
+    from tests.transformers_encoders import ROWS  # imports PyTorch: not in the processes that import MindSpore
+
     table = Table(title="encoders of full size, random weights, float32, one image: largest error over largest value")
     table.add_column("row", min_width=max(map(len, ROWS)))
     table.add_column("framework")

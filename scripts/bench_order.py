@@ -23,10 +23,12 @@ from rich.console import Console
 from rich.table import Table
 
 from granvit.checkpoint.run import newest_checkpoint
-from granvit.cli import load_chat
 from granvit.config import CONFIGS, RunConfig, load_config, parse_config
-from granvit.data.loader import WINDOW, Loader, Plan
-from granvit.data.store import REGIONS, write_store
+from granvit.data.chat import load_chat
+from granvit.data.loader import Loader
+from granvit.data.sampler import WINDOW, Plan
+from granvit.data.store import REGIONS
+from granvit.data.store_writer import write_store
 from granvit.demo.scenes import scenes
 from granvit.engine import Scalars
 from granvit.launch import load_engine_class

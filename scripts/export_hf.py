@@ -1,7 +1,7 @@
 """A run for transformers, as a vision model or as LLaVA. `python scripts/export_hf.py --help`."""
 import sys
 
-from parity.export import command
+from granvit.checkpoint.export import command
 
 if __name__ == "__main__":
     sys.exit(command())

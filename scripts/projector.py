@@ -1,7 +1,7 @@
 """GranViT's projector stage. `python scripts/projector.py --help`; without arguments configs/projector.yaml."""
 import sys
 
-from granvit.cli import train_command
+from granvit.train import train_command
 
 if __name__ == "__main__":
     sys.exit(train_command("projector"))

@@ -11,7 +11,8 @@ from granvit.config import vision_config
 from granvit.data.chat import Chat, byte_tokenizer
 from granvit.data.conversations import build_conversations
 from granvit.data.records import ImageRecord, Region
-from granvit.data.store import Store, write_store
+from granvit.data.store import Store
+from granvit.data.store_writer import write_store
 
 
 def encoded_image(width: int, height: int, seed: int = 0, file_format: str = "PNG") -> bytes:

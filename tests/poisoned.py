@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from granvit import cli, launch
+from granvit import launch, train
 from granvit.data.batch import Batch
 from granvit.data.loader import Loader
 
@@ -35,5 +35,5 @@ def poisoned_engine_class(framework: str):
 
 
 if __name__ == "__main__":
-    cli.Loader, cli.load_engine_class = PoisonedLoader, poisoned_engine_class
-    sys.exit(cli.train_command("stage1", sys.argv[1:]))
+    train.Loader, train.load_engine_class = PoisonedLoader, poisoned_engine_class
+    sys.exit(train.train_command("stage1", sys.argv[1:]))

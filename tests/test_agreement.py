@@ -11,7 +11,8 @@ import pytest
 from granvit import preflight
 from granvit.agreement import CHUNK, Fact, Refused, agree, broadcast, ranks_where, together
 from granvit.checkpoint.pretrained import start_weights
-from granvit.checkpoint.run import CheckpointWriter, step_directory
+from granvit.checkpoint.run import step_directory
+from granvit.checkpoint.run_writer import CheckpointWriter
 from granvit.config import language_config, vision_config
 from granvit.data.chat import Chat, byte_tokenizer
 from granvit.preflight import Loading, agreed_checkpoint, configuration_facts, version_facts, weights_facts
@@ -175,7 +176,7 @@ def test_one_number_of_one_tensor_is_another_hash_of_its_part():
                     array.flat[5] = np.nextafter(array.flat[5], np.float32(9))
                 yield name, array
 
-        loading = Loading("weights", 1, ranks)
+        loading = Loading("weights", 1, hashed=True)
         assert wrong in dict(loading.watch(read()))
         agree(ranks, weights_facts(loading.hashes(), config, LANGUAGE, None))
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from granvit import cli
 from granvit.config import CONFIGS, differences, dump_config, load_config, parse_config, resolve_models
 from granvit.data.chat import Chat, byte_tokenizer
+from granvit.train import train_command
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = sorted(p for p in CONFIGS.rglob("*.yaml") if "models" not in p.parts)
@@ -50,7 +50,7 @@ def test_each_stages_script_takes_its_own_configurations_and_refuses_the_others(
     monkeypatch.chdir(tmp_path)
     stage = load_config(path).stage
     for script in SCRIPTS:
-        status = cli.train_command(script, ["--config", str(path), "--framework", "torch", f"output={tmp_path}/run"])
+        status = train_command(script, ["--config", str(path), "--framework", "torch", f"output={tmp_path}/run"])
         said = capsys.readouterr().err
         assert status == 2
         assert ("but this script runs" in said) == (stage != script), said
@@ -81,12 +81,12 @@ def test_stage_1_starts_from_the_projectors_run_or_says_how_to_do_without(config
     monkeypatch.chdir(tmp_path)
     assert load_config(CONFIGS / f"{output}.yaml").output == f"runs/{output}"
     command = ["--config", str(CONFIGS / f"{config}.yaml"), "--framework", "torch", f"output={tmp_path}/run"]
-    assert cli.train_command("stage1", command) == 2
+    assert train_command("stage1", command) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and f"model.init_from runs/{output}: no checkpoint in runs/{output}/checkpoints" in said
     assert "scripts/projector.py makes it" in said
     assert "model.init_from=null starts without it, from weights/siglip2-so400m-patch16-512, weights/Qwen2.5" in said
-    assert cli.train_command("stage1", [*command, f"output={tmp_path}/other", "model.init_from=null"]) == 2
+    assert train_command("stage1", [*command, f"output={tmp_path}/other", "model.init_from=null"]) == 2
     assert "model.weights_vision: no directory weights/siglip2-so400m-patch16-512" in capsys.readouterr().err
 
 
@@ -138,14 +138,3 @@ def test_the_log_has_the_traceback_of_a_mistake(tmp_path):
     done = script("projector.py", "--framework", "torch", f"output={tmp_path}")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "model.init=random" in done.stderr
     assert "Traceback" in (tmp_path / "log/rank_00000.txt").read_text()
-
-
-@pytest.mark.parametrize("box", ["0.1,0.2,0.9", "0.5,0.1,0.2,0.9", "10,20,30,40", "0.1,0.2,nan,0.4", "left", ""])
-def test_predict_explains_boxes(box):
-    with pytest.raises(ValueError, match="expected x1,y1,x2,y2, shares of the size"):
-        cli._asked_box(box)
-
-
-def test_predict_without_a_checkpoint(tmp_path, capsys):
-    assert cli.predict_command(["--run", str(tmp_path), "image.png"]) == 2
-    assert "no checkpoint in" in capsys.readouterr().err

@@ -18,11 +18,13 @@ from granvit.checkpoint.layouts import Layout
 from granvit.checkpoint.layouts.qwen2 import QWEN2
 from granvit.checkpoint.layouts.siglip import SIGLIP
 from granvit.checkpoint.pretrained import start_weights
-from granvit.checkpoint.run import CheckpointWriter, _state_digest, newest_checkpoint
+from granvit.checkpoint.run import newest_checkpoint, state_digest
+from granvit.checkpoint.run_writer import CheckpointWriter
 from granvit.checkpoint.tensors import TensorWriter
 from granvit.config import dump_config, load_config, resolve_models
 from granvit.data.chat import Chat, byte_tokenizer
-from granvit.data.store import Store, write_store
+from granvit.data.store import Store
+from granvit.data.store_writer import write_store
 from granvit.init import initial_values
 from granvit.logs import MetricsFile
 from granvit.models import parameter_shapes, part_of
@@ -121,7 +123,7 @@ def misspelled(rng: np.random.Generator, data: bytes) -> bytes:
     key = list(target)[rng.integers(len(target))]
     target[key + "s"] = target.pop(key)
     if isinstance(tree, dict) and "sha256" in tree and "parts" in tree:
-        tree["sha256"] = _state_digest({k: v for k, v in tree.items() if k != "sha256"})
+        tree["sha256"] = state_digest({k: v for k, v in tree.items() if k != "sha256"})
     return json.dumps(tree).encode()
 
 

@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 
+from granvit.checkpoint.convert import convert
 from granvit.config import vision_config
 from granvit.models import VisionConfig
 
@@ -14,14 +15,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402 (these need tor
 
 import ms_granvit  # noqa: E402
 import pt_granvit  # noqa: E402
-from parity import encoders  # noqa: E402
-from parity.convert import convert  # noqa: E402
+from tests import transformers_encoders as encoders  # noqa: E402
 
-ROWS = (
-    "clip-vit-large-patch14-336", "siglip-so400m-patch14-384", "siglip2-so400m-patch16-512", "aimv2-huge-patch14-448",
-    "sailvit-huge-448", "internvit-300m-448",
-)  # fmt: skip
-HUB = {"sailvit-huge-448": "apple", "internvit-300m-448": "opengvlab"}  # the others as transformers names them
 PACKAGES = pytest.mark.parametrize("package", [pt_granvit, ms_granvit], ids=["torch", "mindspore"])
 
 
@@ -44,12 +39,12 @@ def features(encoder, pixels: np.ndarray, **level: str) -> np.ndarray:
         return encoder(torch.from_numpy(pixels), **level).numpy()
 
 
-@pytest.fixture(scope="module", params=ROWS)
+@pytest.fixture(scope="module", params=encoders.ROWS)
 def published(request, tmp_path_factory):
     """A row's structure, transformers' model of it, and its directory as published."""
     vision, directory = tiny(request.param), tmp_path_factory.mktemp(request.param)
     model = encoders.peer(vision)
-    encoders.publish(model, directory, HUB.get(request.param))
+    encoders.publish(model, directory, encoders.HUB.get(request.param))
     return vision, model, directory
 
 
@@ -142,7 +137,7 @@ CONVERTED = {"aimv2-huge-patch14-448": ("aimv2", "aimv2"), "sailvit-huge-448": (
 
 @pytest.mark.parametrize("row", CONVERTED)
 def test_a_conversion_there_and_back_keeps_every_byte(row, tmp_path):
-    encoders.publish(encoders.peer(tiny(row)).bfloat16(), tmp_path / "published", HUB.get(row))
+    encoders.publish(encoders.peer(tiny(row)).bfloat16(), tmp_path / "published", encoders.HUB.get(row))
     convert(tmp_path / "published", tmp_path / "default", "default")
     convert(tmp_path / "default", tmp_path / "back", CONVERTED[row][0])
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("published", "back"))
@@ -157,7 +152,7 @@ def test_a_conversion_there_and_back_keeps_every_byte(row, tmp_path):
 def test_transformers_loads_what_a_hub_layout_is_converted_to(row, tmp_path):
     vision = tiny(row)
     model = encoders.peer(vision)
-    encoders.publish(model, tmp_path / "published", HUB[row])
+    encoders.publish(model, tmp_path / "published", encoders.HUB[row])
     convert(tmp_path / "published", tmp_path / "converted", CONVERTED[row][1])
     loaded, said = type(model).from_pretrained(tmp_path / "converted", output_loading_info=True)
     assert not said["missing_keys"] and not said["unexpected_keys"]
@@ -187,7 +182,7 @@ def edit(directory, change) -> None:
     ],
 )  # fmt: skip
 def test_a_file_that_does_not_fit_is_refused_by_its_own_names(row, change, message, tmp_path):
-    encoders.publish(encoders.peer(tiny(row)), tmp_path, HUB.get(row))
+    encoders.publish(encoders.peer(tiny(row)), tmp_path, encoders.HUB.get(row))
     edit(tmp_path, change)
     with pytest.raises(ValueError, match=message):
         pt_granvit.load_encoder(tmp_path)
@@ -202,7 +197,7 @@ def test_a_file_that_does_not_fit_is_refused_by_its_own_names(row, change, messa
      ("clip-vit-large-patch14-336", "model_type", "dinov2", "model_type 'dinov2'; known: ")],
 )  # fmt: skip
 def test_a_structure_that_no_encoder_here_has_is_refused_by_its_key(row, key, value, message, tmp_path):
-    encoders.publish(encoders.peer(tiny(row)), tmp_path, HUB.get(row))
+    encoders.publish(encoders.peer(tiny(row)), tmp_path, encoders.HUB.get(row))
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(ValueError, match=message):

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from granvit.memory import NOTHING_SMALLER, is_out_of_memory, memory_errors, smaller_steps
+from granvit.config import language_config, vision_config
+from granvit.memory import NOTHING_SMALLER, check_memory, is_out_of_memory, memory_errors, smaller_steps
 from granvit.trainer import TrainingStopped
 from tests.helpers import run_config
 
@@ -80,3 +81,11 @@ def test_a_micro_batch_that_does_not_divide_names_the_one_that_does(ranks, micro
         config.local_micro_batches(ranks)
     fitting = run_config(data={"regions_per_row": 1}, train={"global_batch": 256, "micro_batch": 1})
     assert fitting.local_micro_batches(256) == 1
+
+
+def test_a_model_that_no_device_here_holds_is_refused_with_the_sum():
+    config = run_config(stage="stage2", model={"language": "qwen2.5-7b"}, runtime={"compute": "bfloat16"})
+    encoder, decoder = vision_config("siglip2-so400m-patch16-512"), language_config("qwen2.5-7b")
+    with pytest.raises(ValueError, match=r"needs about 123 GB a device .* this device has 64 GB"):
+        check_memory(config, encoder, decoder, 64 * 10**9)
+    check_memory(config, encoder, language_config("qwen2.5-1.5b"), 64 * 10**9)

@@ -18,7 +18,7 @@ from granvit.checkpoint.pretrained import write_pretrained
 from granvit.checkpoint.run import newest_checkpoint
 from granvit.config import language_config, vision_config
 from granvit.data.chat import byte_tokenizer
-from granvit.data.store import write_store
+from granvit.data.store_writer import write_store
 from granvit.init import initial_values
 from granvit.models import language_shapes, vision_shapes
 from tests.test_launch import MSRUN_JOIN, ROOT, TORCHRUN, TOY, WAIT, Job, free_port, steps_of

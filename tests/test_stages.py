@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import yaml
 
-from granvit import cli
-from granvit.checkpoint.run import CheckpointWriter
+from granvit.checkpoint.run_writer import CheckpointWriter
 from granvit.config import resolve_models
 from granvit.data.batch import join
 from granvit.data.chat import Chat, byte_tokenizer
 from granvit.data.loader import Loader
 from granvit.models import part_of
+from granvit.predict import predict_command
 from parity.fixture import start_values
 from tests.conftest import encoded_image
 from tests.helpers import run_config
@@ -124,9 +124,9 @@ def test_the_stages_follow_each_other_and_train_what_they_should(chat_store, cap
     picture = tmp_path / "picture.png"
     picture.write_bytes(encoded_image(40, 20))
     asked = ["--run", projector.output, "--framework", "torch", str(picture)]
-    assert cli.predict_command([*asked, "--text", "a cup"]) == 2
+    assert predict_command([*asked, "--text", "a cup"]) == 2
     assert "projector learned captions without questions" in capsys.readouterr().err
-    assert cli.predict_command(asked) == 0
+    assert predict_command(asked) == 0
 
     continued = conversation_run("continued", chat_store, tmp_path / "continued", {"init_from": projector.output})
     second = run_stage("torch", "continued", continued, tmp_path)

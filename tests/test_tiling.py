@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import yaml
 
-from granvit.activations import activation_shapes
 from granvit.checkpoint.layouts.llava import LLAVA
 from granvit.checkpoint.pretrained import start_weights
 from granvit.config import Bucket, RunConfig, resolve_models
@@ -17,7 +16,8 @@ from granvit.data.batch import Batch, Packer, PromptBatch, Question, join, promp
 from granvit.data.chat import Chat, byte_tokenizer
 from granvit.data.images import decode, to_views
 from granvit.data.records import ImageRecord
-from granvit.data.store import write_store
+from granvit.data.store_writer import write_store
+from granvit.introspection import activation_shapes
 from granvit.models import parameter_shapes, part_of
 from parity.fixture import start_values
 from tests.conftest import encoded_image, random_record

@@ -11,7 +11,8 @@ import pytest
 
 from granvit import trainer as trainer_module
 from granvit.checkpoint.pretrained import start_weights
-from granvit.checkpoint.run import CheckpointNotSaved, CheckpointWriter, newest_checkpoint
+from granvit.checkpoint.run import newest_checkpoint
+from granvit.checkpoint.run_writer import CheckpointNotSaved, CheckpointWriter
 from granvit.config import DistillSection, OptimizerSection, language_config, vision_config
 from granvit.evaluate import Evaluation
 from granvit.logs import MetricsFile

@@ -10,13 +10,13 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from granvit.checkpoint.export import export  # noqa: E402
 from granvit.checkpoint.run import newest_checkpoint  # noqa: E402
-from granvit.cli import load_chat  # noqa: E402
 from granvit.data.batch import prompt_batch  # noqa: E402
-from parity.export import export  # noqa: E402
+from granvit.data.chat import load_chat  # noqa: E402
 from pt_granvit.vision import VisionEncoder  # noqa: E402 (these need torch)
 from tests.ask_transformers import ask  # noqa: E402
-from tests.test_export import AIMV2_TINY, CLIP_TINY, QUESTION, QWEN, SIGLIP_TINY, changed, write_run  # noqa: E402
+from tests.checkpoint.test_export import AIMV2_TINY, CLIP_TINY, QUESTION, QWEN, SIGLIP_TINY, changed, write_run  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = ROOT / ".venv-transformers5" / "bin" / "python"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from granvit.cli import any_train_command
 from granvit.config import CONFIGS, shipped
+from granvit.train import any_train_command
 
 pytest.importorskip("setuptools", minversion="70.1")  # makes wheels by itself
 ROOT = Path(__file__).resolve().parents[1]

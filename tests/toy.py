@@ -142,8 +142,8 @@ def main() -> int:
     the rank's working directory, as if it stood on another node's disk. TOY_STALE=RANK: that rank's listings lack a run's
     newest checkpoint. TOY_VERSION=RANK:NAME:VERSION: that is the version it has of a package. TOY_ENGINE=real: the framework's.
     """
-    from granvit import cli, launch
-    from granvit.checkpoint import run
+    from granvit import launch, train
+    from granvit.checkpoint import run, run_writer
 
     job = launch.detect()
     exchange = Path(os.environ.get("TOY_EXCHANGE", "."))
@@ -166,15 +166,15 @@ def main() -> int:
     if disk := planted("TOY_DISK"):
         os.chdir(disk[0])
     if planted("TOY_STALE"):
-        listed = run._steps
-        run._steps = lambda directory: listed(directory)[:-1]
+        listed = run.saved_steps
+        run.saved_steps = lambda directory: listed(directory)[:-1]
     if version := planted("TOY_VERSION"):
-        installed = run.metadata.version
-        run.metadata.version = lambda name: version[1] if name == version[0] else installed(name)
+        installed = run_writer.metadata.version
+        run_writer.metadata.version = lambda name: version[1] if name == version[0] else installed(name)
     if "TOY_ENGINE" not in os.environ:
-        cli.load_engine_class = lambda framework: Engine
-        cli._be_scheduler = lambda: time.sleep(float(os.environ.get("TOY_SCHEDULER", "0")))
-    return cli.train_command("stage1", sys.argv[1:])
+        train.load_engine_class = lambda framework: Engine
+        train._be_scheduler = lambda: time.sleep(float(os.environ.get("TOY_SCHEDULER", "0")))
+    return train.train_command("stage1", sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from granvit.checkpoint.contents import LAYOUTS, left_out_lines, open_contents
+from granvit.checkpoint.contents import left_out_lines, open_contents
+from granvit.checkpoint.detect import LAYOUTS
 from granvit.checkpoint.layouts.default import DEFAULT
 from granvit.checkpoint.run import Checkpoint, newest_checkpoint
 from granvit.checkpoint.source import read_json

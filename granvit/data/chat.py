@@ -18,7 +18,9 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from granvit.config import RunConfig
 from granvit.data import prompts
+from granvit.models import LanguageConfig
 
 SYSTEM = "You are a helpful assistant."
 Piece = tuple[str, bool]  # text, and whether it is one control token
@@ -306,3 +308,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, family: str, phrases:
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
     return tokenizer
+
+
+def load_chat(config: RunConfig, language: LanguageConfig) -> Chat:
+    """The run's chat template over its tokenizer; a run from random weights without one gets the built-in byte tokenizer."""
+    directory = Path(config.model.tokenizer or config.model.weights_language)
+    path = directory if directory.suffix == ".json" else directory / "tokenizer.json"
+    if path.is_file() or config.model.init != "random" or config.model.tokenizer:
+        chat = Chat.from_file(path, language.chat, config.stage_spec.plain)
+    else:
+        chat = Chat(byte_tokenizer(language.chat), language.chat, "the built-in byte tokenizer", config.stage_spec.plain)
+    if chat.size > language.vocab:
+        raise ValueError(f"{chat.origin} has {chat.size} tokens, but {language.name!r} embeds {language.vocab} only")
+    return chat

@@ -28,20 +28,12 @@ from typing import Any, get_args
 
 from rich.progress import Progress
 
+from granvit.data.build_store import add_build_arguments, print_refused, read_image, read_in_threads
 from granvit.data.images import decode
 from granvit.data.prompts import Box, replace_boxes
 from granvit.data.records import BboxFrame, Conversation, written_box
-from granvit.data.store import (
-    CONVERSATIONS,
-    MAX_PIXELS,
-    Item,
-    Summary,
-    add_build_arguments,
-    print_refused,
-    read_image,
-    read_in_threads,
-    write_items,
-)
+from granvit.data.store import CONVERSATIONS, MAX_PIXELS
+from granvit.data.store_writer import Item, Summary, write_items
 
 IMAGE = "<image>"
 _SPEAKERS = {"human": 0, "user": 0, "gpt": 1, "assistant": 1}  # place in a turn

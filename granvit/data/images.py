@@ -149,12 +149,6 @@ def box_to_canvas(box: Box, width: int, height: int, vision: VisionConfig) -> Bo
     return tuple((box[i] * fitted[i % 2] + pad[i % 2]) / side[i % 2] for i in range(4))
 
 
-def box_from_canvas(box: Box, width: int, height: int, vision: VisionConfig) -> Box:
-    """Canvas frame -> image frame, the inverse of `box_to_canvas`; outside 0..1 where the box lies on the padding."""
-    side, fitted, pad = _canvas(width, height, vision)
-    return tuple((box[i] * side[i % 2] - pad[i % 2]) / fitted[i % 2] for i in range(4))
-
-
 def to_canvas(image_HW3: np.ndarray, vision: VisionConfig) -> np.ndarray:
     """The image fitted into its canvas, centred, padded with the encoder's mean colour: uint8 `[rows * R, columns * R, 3]`."""
     side, fitted, pad = _canvas(image_HW3.shape[1], image_HW3.shape[0], vision)

@@ -22,15 +22,16 @@ import sys
 import time
 from pathlib import Path
 
-from granvit.cli import train_command
 from granvit.config import CONFIGS, RunConfig, dump_config, load_config, resolve_models
 from granvit.data import prompts
 from granvit.data.batch import Packer
 from granvit.data.chat import SYSTEM, train_tokenizer
 from granvit.data.records import ImageRecord
-from granvit.data.store import Store, write_store
+from granvit.data.store import Store
+from granvit.data.store_writer import write_store
 from granvit.demo.pretrained import GROUND, WHERE, compose_text, place, publish_language, publish_vision
 from granvit.demo.scenes import scenes
+from granvit.train import train_command
 
 ROOT = Path("runs/demo")  # what configs/demo writes in its paths
 SCENES = {"train": 12_000, "heldout": 200}

@@ -11,9 +11,10 @@ from granvit.config import RunConfig, parse_config
 from granvit.data.batch import Batch
 from granvit.data.chat import Chat, byte_tokenizer
 from granvit.data.conversations import build_conversations, main
+from granvit.data.heldout import held_out
 from granvit.data.images import decode, tile_grids, to_views, token_places
 from granvit.data.lengths import PrefixLengths, TurnLengths
-from granvit.data.loader import Loader, held_out
+from granvit.data.loader import Loader
 from granvit.data.records import BboxFrame
 from granvit.data.store import Store
 from granvit.stages import TASKS
@@ -173,10 +174,11 @@ def test_a_frame_must_be_stated_where_there_are_boxes_about_an_image(tmp_path):
     assert not (tmp_path / "store").exists()
     build_conversations(path, images, tmp_path / "as_they_are", frame="image")
     store = Store(tmp_path / "as_they_are")
-    assert [store.record(i).turns[0][1] for i in (0, 1)] == [box] * 2 and store.bbox_frame == "image"
+    assert [store.record(i).turns[0][1] for i in (0, 1)] == [box] * 2
+    assert json.loads((store.path / "manifest.json").read_text())["bbox_frame"] == "image"
     path.write_text(json.dumps(trees[:1]))
     build_conversations(path, images, tmp_path / "text")
-    assert Store(tmp_path / "text").bbox_frame is None
+    assert json.loads((tmp_path / "text" / "manifest.json").read_text())["bbox_frame"] is None
 
 
 def test_the_command_prints_counts_and_explains_bad_files(tmp_path, capsys):

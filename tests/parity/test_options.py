@@ -4,9 +4,22 @@ from typing import Literal
 
 import pytest
 
-from granvit.models import VisionConfig
+from granvit.models import PARTS, VisionConfig
+from granvit.stages import STAGES
 from parity import check, options
-from parity.options import NOT_IN_THE_GRAPH, OPTIONS, configurations, coverage, domain, missing, words
+from parity.options import NOT_IN_THE_GRAPH, OPTIONS, configurations, coverage, domain, pairs, words
+
+
+def missing(found) -> list[str]:
+    """Values that no configuration has, and stages that train, distil or hide what none does."""
+    has = {(factor, value) for values in found.values() for factor, value in values.items()}
+    lacking = [f"{factor}: {value}" for factor, values in domain().items() for value in values if (factor, value) not in has]
+    for stage in words()["run.stage"]:
+        spec = STAGES[stage]
+        asked = {part: "trained" if part in spec.trains else "frozen" for part in PARTS}
+        asked |= {"distillation": str(spec.distill), "blind": str(spec.blind)}
+        lacking += [f"{stage}'s {pair}" for pair in pairs(asked) if not any(set(pair) <= set(v.items()) for v in found.values())]
+    return lacking
 
 
 def test_every_value_of_every_option_is_in_a_configuration():
@@ -42,7 +55,7 @@ def test_a_configuration_left_out_is_missed(name, lost):
 
 
 def test_a_stage_that_trains_hides_and_distils_as_none_does_is_named(monkeypatch):
-    monkeypatch.setitem(options.STAGES, "pretrain_text", replace(options.STAGES["pretrain_text"], distill=True))
+    monkeypatch.setitem(STAGES, "pretrain_text", replace(STAGES["pretrain_text"], distill=True))
     assert any("pretrain_text's" in text and "distillation" in text for text in missing(configurations()))
 
 

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from granvit.checkpoint.run import Checkpoint, CheckpointWriter, newest_checkpoint
+from granvit.checkpoint.convert import convert
+from granvit.checkpoint.run import Checkpoint, newest_checkpoint
+from granvit.checkpoint.run_writer import CheckpointWriter
 from granvit.checkpoint.tensors import TensorSet
 from granvit.engine import Group, TrainEngine
 from granvit.launch import load_engine_class
 from parity.compare import Row
-from parity.convert import convert
 from parity.fixture import Fixture
 
 GROUPS: tuple[Group, ...] = ("model", "teacher", "first_moment", "second_moment")

@@ -17,7 +17,6 @@ that hidden state before the closing norm, and answer otherwise without an error
 
 Exit status: 0 done, 2 refused (DST is not created).
 """
-# It lies beside convert.py, whose plans it completes, and not in granvit/checkpoint: the core does not import parity.
 import argparse
 import json
 import os
@@ -35,7 +34,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from granvit.checkpoint.card import Exported, model_card, shown
-from granvit.checkpoint.contents import EMBEDDING, HEAD, RESAMPLE, detect, open_contents, read_contents
+from granvit.checkpoint.contents import EMBEDDING, HEAD, RESAMPLE, open_contents, read_contents
+from granvit.checkpoint.convert import Bar, Plan, ProgressCallback, Report, lines, make_plan, write_plan
+from granvit.checkpoint.detect import detect
 from granvit.checkpoint.history import PastRun, history
 from granvit.checkpoint.layouts import Layout
 from granvit.checkpoint.layouts.aimv2 import AIMV2
@@ -46,11 +47,9 @@ from granvit.checkpoint.layouts.siglip import SIGLIP
 from granvit.checkpoint.run import Checkpoint, open_checkpoint
 from granvit.checkpoint.source import Source, open_source
 from granvit.checkpoint.tensors import StoredTensors, set_digest, shape_differences, write_synced
-from granvit.cli import load_chat
-from granvit.data.chat import SYSTEM, TEMPLATES, Chat
+from granvit.data.chat import SYSTEM, TEMPLATES, Chat, load_chat
 from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, GLOBAL
 from granvit.models import PARTS, Shapes, VisionConfig, parameter_shapes, part_of, vision_shapes
-from parity.convert import Bar, Plan, ProgressCallback, Report, lines, make_plan, write_plan
 
 EXAMPLES = """examples:
   python scripts/export_hf.py runs/stage1 granvit-encoder --as encoder --top start

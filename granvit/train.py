@@ -1,7 +1,4 @@
-"""The commands behind scripts/: a stage's training run, and one answer about one picture.
-
-A user's mistake prints one line and exits with 2; anything else exits with 1. Both leave the traceback in RUN/log.
-"""
+"""The commands behind scripts/: a stage's training run."""
 import argparse
 import importlib
 import logging
@@ -9,34 +6,25 @@ import math
 import os
 import sys
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageDraw
-
-from granvit.agreement import Refused, agree, together
+from granvit.agreement import agree, together
 from granvit.checkpoint.pretrained import start_weights
-from granvit.checkpoint.run import (
-    Checkpoint,
-    CheckpointWriter,
-    check_same_data,
-    check_same_run,
-    newest_checkpoint,
-)
+from granvit.checkpoint.resume import check_same_data, check_same_run
+from granvit.checkpoint.run import Checkpoint
+from granvit.checkpoint.run_writer import CheckpointWriter
 from granvit.config import CONFIGS, RunConfig, dump_config, load_config, resolve_models, shipped
-from granvit.cost import state_bytes
-from granvit.data.batch import Packer, prompt_batch
-from granvit.data.chat import Chat, byte_tokenizer
-from granvit.data.images import decode, to_views
-from granvit.data.loader import WINDOW, Compose, Loader
-from granvit.data.prompts import Box, parse_box, question_text
+from granvit.data.batch import Packer
+from granvit.data.chat import Chat, load_chat
+from granvit.data.loader import Compose, Loader
+from granvit.data.sampler import WINDOW
 from granvit.engine import Ranks
 from granvit.evaluate import Evaluation, Evaluator, forget_evaluations
+from granvit.exit_status import exit_status
 from granvit.launch import Guard, Launch, RunLock, check_launcher, check_port, detect, load_engine_class
 from granvit.logs import log, to_console, to_file
-from granvit.memory import NOTHING_SMALLER, memory_errors, smaller_steps
+from granvit.memory import NOTHING_SMALLER, check_memory, memory_errors, smaller_steps
 from granvit.models import PARTS, LanguageConfig, VisionConfig, parameter_shapes, part_of
 from granvit.preflight import (
     Loading,
@@ -48,24 +36,11 @@ from granvit.preflight import (
     version_facts,
     weights_facts,
 )
-from granvit.trainer import Trainer, TrainingStopped
+from granvit.trainer import Trainer
 
 PAPER_STAGES = ("projector", "stage1", "stage2", "continued", "sft")
 ANY_TRAIN = "$(command -v granvit-train)"
 REPLACED = ("checkpoints", "parts", "eval", "tensorboard", "metrics.jsonl", "config.yaml")  # what --fresh puts aside
-
-
-def load_chat(config: RunConfig, language: LanguageConfig) -> Chat:
-    """The run's chat template over its tokenizer; a run from random weights without one gets the built-in byte tokenizer."""
-    directory = Path(config.model.tokenizer or config.model.weights_language)
-    path = directory if directory.suffix == ".json" else directory / "tokenizer.json"
-    if path.is_file() or config.model.init != "random" or config.model.tokenizer:
-        chat = Chat.from_file(path, language.chat, config.stage_spec.plain)
-    else:
-        chat = Chat(byte_tokenizer(language.chat), language.chat, "the built-in byte tokenizer", config.stage_spec.plain)
-    if chat.size > language.vocab:
-        raise ValueError(f"{chat.origin} has {chat.size} tokens, but {language.name!r} embeds {language.vocab} only")
-    return chat
 
 
 def train_command(
@@ -84,7 +59,7 @@ def train_command(
         return 2
     to_console(launch.rank)
     guard: list[Guard] = []
-    status = _report(lambda: _train(stage, options, launch, guard, compose), guard)
+    status = exit_status(lambda: _train(stage, options, launch, guard, compose), guard)
     for member in guard:
         member.leave()
     if status and launch.launcher is not None:
@@ -124,28 +99,6 @@ def _train_options(stage: str, arguments: Sequence[str] | None, script: str) -> 
     parser.add_argument("--fresh", action="store_true", help="start over; what the directory holds is put aside, not deleted")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the YAML, as in optimizer.lr=2e-5")
     return parser.parse_intermixed_args(arguments)
-
-
-def _report(body: Callable[[], None], guard: list[Guard]) -> int:
-    """Runs a command; turns what it raises into a line, a log entry, a word to the other ranks and an exit status."""
-    try:
-        body()
-        return 0
-    except Refused as error:
-        raised, status, message = error, 2, None
-    except (ValueError, OSError) as error:
-        raised, status, message = error, 2, f"error: {error}"
-    except TrainingStopped as error:
-        raised, status, message = error, 1, f"stopped: {error}"
-    except (Exception, KeyboardInterrupt) as error:
-        raised, status, message = error, 1, f"failed: {type(error).__name__}: {error}"
-        traceback.print_exc()
-    log.error("traceback", exc_info=raised, extra={"file_only": True})
-    if message is not None:  # what all ranks know they have logged together
-        log.error(message)
-    for member in guard:
-        member.fail(message or f"error: {raised}")
-    return status
 
 
 def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[Guard], compose: Compose) -> None:
@@ -209,7 +162,9 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
     )
     if ranks.world > 1:
         agree(ranks, together(ranks, lambda: order_facts(loader)))
-    loading = Loading("weights", len(parameter_shapes(vision, language)), ranks)
+    # A checkpoint's hashes are known, and every read is compared with them; rank 0's writer hashes the start weights.
+    unknown = ranks.world > 1 and checkpoint is None and launch.rank > 0
+    loading = Loading("weights", len(parameter_shapes(vision, language)), hashed=unknown)
 
     def build():
         writer = _checkpoint_writer(run, config, vision, language, checkpoint, prints) if launch.rank == 0 else None
@@ -219,7 +174,10 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
     keeping = f", and rank 0 writes the start weights to {run / 'parts'}" if checkpoint is None else ""
     writer, engine = together(ranks, build, f"weights are loaded{keeping}")
     if ranks.world > 1:
-        hashes = loading.hashes()
+        if checkpoint is not None:
+            hashes = {name: part.hash for name, part in checkpoint.parts.items()}
+        else:
+            hashes = loading.hashes() if writer is None else writer.start
         agree(ranks, weights_facts(hashes, config, language, source))
         held = ", ".join(f"{part} {digest[:12]}" for part, digest in hashes.items())
         log.info(f"all {ranks.world} ranks hold the same versions, configuration, tokenizer, stores and weights: {held}")
@@ -307,88 +265,6 @@ def _put_aside(run: Path) -> None:
         log.info(f"--fresh: the earlier run is now in {aside}")
 
 
-def check_memory(config: RunConfig, vision: VisionConfig, language: LanguageConfig, memory: int) -> None:
-    """`ValueError` where a device's `memory` (bytes) does not even hold weights and optimizer."""
-    stage, compute = config.stage_spec, {"float64": 8, "float32": 4}.get(config.runtime.compute, 2)
-    needed = state_bytes(vision, language, stage.trains, stage.distill, compute)
-    if needed > memory:
-        raise ValueError(
-            f"{config.stage} of {vision.name!r} with {language.name!r} needs about {needed / 1e9:.0f} GB a device for weights, "
-            f"gradients and AdamW's moments, all replicated, and this device has {memory / 1e9:.0f} GB. Sharded optimizer states "
-            f"are not here yet: take a smaller model.language, or devices with more memory"
-        )
-
-
 def _be_scheduler() -> None:
     """msrun runs this script once more as the cluster's scheduler: it serves the workers until they have left."""
     importlib.import_module("ms_granvit.distributed").join("cpu")
-
-
-def predict_command(arguments: Sequence[str] | None = None) -> int:
-    """One answer about one picture; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description="Asks a trained run about a picture: --box describes a region, --text finds one, neither describes it all.",
-        epilog='Example: python scripts/predict.py --run runs/demo/stage2 photo.jpg --text "a red circle" --draw answer.png',
-    )
-    parser.add_argument("image", help="a picture file")
-    parser.add_argument("--run", required=True, help="a run's directory; its newest checkpoint answers")
-    question = parser.add_mutually_exclusive_group()
-    question.add_argument("--box", metavar="x1,y1,x2,y2", help="region to describe, relative to the picture's size: 0..1")
-    question.add_argument("--text", help="what to find")
-    parser.add_argument("--draw", metavar="OUT.png", help="save the picture: predicted box green, asked box blue")
-    parser.add_argument("--framework", choices=("mindspore", "torch"), default="mindspore", help="default: %(default)s")
-    options = parser.parse_args(arguments)
-    to_console(0)
-    return _report(lambda: _predict(options), [])
-
-
-def _asked_box(text: str) -> Box:
-    try:
-        box = tuple(float(number) for number in text.split(","))
-    except ValueError:
-        box = ()
-    if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
-        raise ValueError(f"--box {text!r}: expected x1,y1,x2,y2, shares of the size with 0 <= x1 < x2 <= 1, 0 <= y1 < y2 <= 1")
-    return box
-
-
-def _predict(options: argparse.Namespace) -> None:
-    run = Path(options.run)
-    checkpoint = newest_checkpoint(run)
-    if checkpoint is None:
-        raise ValueError(f"--run {run}: no checkpoint in {run / 'checkpoints'}")
-    config, vision, language = checkpoint.config, checkpoint.vision, checkpoint.language
-    asked = None if options.box is None else _asked_box(options.box)
-    if options.text is not None:
-        text = question_text("caption2bbox", caption=options.text)
-    else:
-        text = question_text("global") if asked is None else question_text("bbox2caption", box=asked)
-    try:
-        image_HW3 = decode(Path(options.image).read_bytes(), config.data.max_pixels)
-    except ValueError as error:
-        raise ValueError(f"{options.image}: {error}") from None
-    chat = load_chat(config, language)
-    if chat.plain and (options.box or options.text):
-        raise ValueError(f"--run {run}: {config.stage} learned captions without questions; leave out --box and --text")
-    answering = config.model_copy(update={"stage": "answer"})  # no masters, no moments, no teacher
-    engine = load_engine_class(options.framework)(answering, vision, language, checkpoint.tensors("model"))
-    height, width = image_HW3.shape[:2]
-    prompts = prompt_batch(to_views(image_HW3, vision)[None], [text], chat, vision, sizes=[(width, height)])
-    answer = chat.decode(engine.generate(prompts, config.eval.max_new_tokens, chat.stop_token)[0])
-    print(answer)
-    if options.draw:
-        predicted = parse_box(answer) if options.text is not None else None
-        if options.text is not None and predicted is None:
-            log.warning("the answer is not a box: nothing to draw")
-        _draw(image_HW3, {"green": predicted, "blue": asked}).save(options.draw)
-
-
-def _draw(image_HW3: np.ndarray, boxes: dict[str, Box | None]) -> Image.Image:
-    """The picture with each box (relative to its size) outlined in its colour."""
-    picture = Image.fromarray(image_HW3)
-    draw, line = ImageDraw.Draw(picture), max(2, min(picture.size) // 150)
-    for colour, box in boxes.items():
-        if box is not None:
-            corners = np.array(box) * np.tile(picture.size, 2)
-            draw.rectangle(corners.round().astype(int).tolist(), outline=colour, width=line)
-    return picture

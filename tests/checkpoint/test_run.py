@@ -11,16 +11,11 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from granvit.checkpoint import run as run_module
+from granvit.checkpoint import run_writer
 from granvit.checkpoint.pretrained import start_weights
-from granvit.checkpoint.run import (
-    CheckpointNotSaved,
-    CheckpointWriter,
-    check_same_data,
-    check_same_run,
-    newest_checkpoint,
-    open_checkpoint,
-)
+from granvit.checkpoint.resume import check_same_data, check_same_run
+from granvit.checkpoint.run import newest_checkpoint, open_checkpoint, state_digest
+from granvit.checkpoint.run_writer import CheckpointNotSaved, CheckpointWriter
 from granvit.checkpoint.tensors import TensorSet, TensorWriter, write_set
 from granvit.config import language_config, vision_config
 from granvit.engine import Scalars
@@ -93,6 +88,18 @@ def test_a_frozen_part_that_changed_is_an_error_not_a_checkpoint(run):
     assert newest_checkpoint(directory).step == 4
 
 
+def test_frozen_parts_are_hashed_once_by_each_process(run, monkeypatch):
+    directory, config, engine = run
+    hashed = []
+    digest = run_writer.tensor_digest
+    monkeypatch.setattr(run_writer, "tensor_digest", lambda array: hashed.append(array.size) or digest(array))
+    writer = resumed_writer(directory, config)
+    writer.save(engine, 6, {})
+    assert len(hashed) == sum(part_of(name) == "language" for name in parameter_shapes(VISION, LANGUAGE))
+    writer.save(engine, 8, {})
+    assert len(hashed) == sum(part_of(name) == "language" for name in parameter_shapes(VISION, LANGUAGE))
+
+
 def test_old_checkpoints_are_thinned_after_the_new_one_is_whole(run):
     directory, config, engine = run
     writer = resumed_writer(directory, config)
@@ -151,7 +158,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(run, monkeypatch, fail
     directory, config, engine = run
     writer = resumed_writer(directory, config)
     calls = iter(range(1, 1000))
-    synced = run_module.os.fsync
+    synced = run_writer.os.fsync
 
     def full(descriptor: int) -> None:
         if next(calls) == fails_at:
@@ -192,7 +199,7 @@ def test_a_checkpoint_of_a_later_format_is_refused(run):
     state = json.loads(path.read_text())
     del state["sha256"]
     state["format"] = 2
-    path.write_text(json.dumps({"sha256": run_module._state_digest(state)} | state))
+    path.write_text(json.dumps({"sha256": state_digest(state)} | state))
     with pytest.raises(ValueError, match="checkpoint format 2"):
         open_checkpoint(path.parent)
 
@@ -242,7 +249,7 @@ def test_a_checkpoint_from_before_ranks_and_fingerprints_were_kept_is_read(run):
     state = json.loads(path.read_text())
     for key in ("sha256", "ranks", "fingerprints"):
         del state[key]
-    path.write_text(json.dumps({"sha256": run_module._state_digest(state)} | state))
+    path.write_text(json.dumps({"sha256": state_digest(state)} | state))
     checkpoint = open_checkpoint(path.parent)
     assert (checkpoint.ranks, checkpoint.fingerprints) == (None, {})
     check_same_data(checkpoint, {"store": "1"})

@@ -11,14 +11,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from granvit.checkpoint.convert import convert, lines, main
 from granvit.checkpoint.layouts.mindspore import CkptFile, CkptWriter
-from granvit.checkpoint.run import CheckpointWriter
+from granvit.checkpoint.run_writer import CheckpointWriter
 from granvit.checkpoint.source import open_source
 from granvit.checkpoint.tensors import TensorSet, TensorWriter, write_set
 from granvit.config import language_config, vision_config
 from granvit.init import initial_value
 from granvit.models import parameter_shapes
-from parity.convert import convert, lines, main
 from parity.mindformers_llama import FORCED
 from tests.helpers import run_config
 from tests.toy import ToyEngine
@@ -539,7 +539,7 @@ def test_bytes_that_read_back_differently_are_refused(published, tmp_path, monke
 
 
 def test_large_sets_come_in_several_files_with_an_index(published, tmp_path, monkeypatch):
-    monkeypatch.setattr("parity.convert.SHARD_BYTES", 4000)
+    monkeypatch.setattr("granvit.checkpoint.convert.SHARD_BYTES", 4000)
     convert(published / "qwen2", tmp_path / "default", "default")
     convert(tmp_path / "default", tmp_path / "back", "qwen2")
     index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
@@ -552,7 +552,7 @@ def test_large_sets_come_in_several_files_with_an_index(published, tmp_path, mon
 CHILD = """
 import sys
 from pathlib import Path
-from parity.convert import convert
+from granvit.checkpoint.convert import convert
 
 def peak():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -1,10 +1,19 @@
-"""The named activations of a forward pass, in the order in which they are made: the contract that both packages keep.
+"""What parity looks at inside a model: the named activations of a forward pass, in the order in which they are made, and the
+protocol that each framework implements to hand them out.
 
 A name is the path of the module that makes the activation, as in its parameters' names. What bears a module's name is what its
 own mathematics makes and no submodule has named: an attention's heads before its output projection, an MLP's activated
 hidden layer before the closing product, a block's sum with its residual, the decoder's logits. The merged sequence of text and
 image tokens is called `inputs`.
 """
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from granvit.data.batch import Batch, PromptBatch
+from granvit.engine import TrainEngine
 from granvit.models import LanguageConfig, Shapes, VisionConfig
 
 INPUTS = "inputs"
@@ -76,3 +85,45 @@ def activation_shapes(vision: VisionConfig, language: LanguageConfig, rows: int,
     if boxes:
         found |= vision_activations(vision, rows * boxes, crop_size, "teacher.")
     return found
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What one forward and backward pass over one batch made, by name (this file's, `granvit.models`).
+
+    The losses are those of `granvit.engine.LOSSES`. The teacher's activations have no gradient.
+    """
+
+    losses: dict[str, float]
+    activations: dict[str, np.ndarray]
+    activation_gradients: dict[str, np.ndarray]
+    parameter_gradients: dict[str, np.ndarray]
+
+
+Feed = Mapping[str, tuple[np.ndarray, np.ndarray]]  # activation -> what replaces it, and what replaces its gradient
+
+
+class Introspection(Protocol):
+    """One framework's model opened up for parity.
+
+    The constructor of both implementations is `Introspector(config, vision, language, start, shapes, graph=True)`: `shapes` names
+    the activations to capture (`activation_shapes` for the batches to come; none: for operators and generation alone), `graph`
+    asks for the framework's static graph where it has one.
+    """
+
+    engine: TrainEngine
+
+    def capture(self, batch: Batch, feed: Feed | None = None, backward: bool = True) -> Capture:
+        """Forward and, unless told otherwise, backward over one batch, whose own counts divide its losses; gradients for every
+        parameter, frozen or not.
+
+        An activation in `feed` is captured, then replaced by the value given for it; so is the gradient that it hands
+        back. Fed at all names, every module is judged by itself and not by what came before it.
+        """
+
+    def operate(self, operator: str, arrays: Sequence[np.ndarray], cotangent: np.ndarray, differentiate: int,
+                **options: Any) -> tuple[np.ndarray, list[np.ndarray]]:  # fmt: skip
+        """One operator's output, and the gradients of its first `differentiate` inputs under `cotangent`."""
+
+    def generate(self, prompts: PromptBatch, max_new_tokens: int, stop_token: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `TrainEngine.generate`, and the logits `[B, T, V]` of the T steps it took; `shapes` must have been empty."""

@@ -19,6 +19,11 @@ from granvit.checkpoint.layouts.internvit import INTERNVIT
 from granvit.checkpoint.layouts.siglip import SIGLIP
 from granvit.models import VisionConfig
 
+ROWS = (
+    "clip-vit-large-patch14-336", "siglip-so400m-patch14-384", "siglip2-so400m-patch16-512", "aimv2-huge-patch14-448",
+    "sailvit-huge-448", "internvit-300m-448",
+)  # fmt: skip
+HUB = {"sailvit-huge-448": "apple", "internvit-300m-448": "opengvlab"}  # the others as transformers names them
 # Where a family keeps its blocks and its closing norm.
 BLOCKS = {
     "siglip": "vision_model.encoder.layers", "clip": "vision_model.encoder.layers", "aimv2": "encoder.layers",

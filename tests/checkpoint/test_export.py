@@ -9,19 +9,20 @@ import yaml
 from PIL import Image
 from tokenizers import processors
 
+from granvit.checkpoint.export import export, main
 from granvit.checkpoint.history import history
 from granvit.checkpoint.layouts.siglip import SIGLIP
-from granvit.checkpoint.run import CheckpointWriter, newest_checkpoint
+from granvit.checkpoint.run import newest_checkpoint
+from granvit.checkpoint.run_writer import CheckpointWriter
 from granvit.checkpoint.tensors import TensorSet
-from granvit.cli import load_chat
 from granvit.config import language_config, vision_config
 from granvit.data.batch import PromptBatch, prompt_batch
-from granvit.data.chat import TEMPLATES, Chat, byte_tokenizer, train_tokenizer
+from granvit.data.chat import TEMPLATES, Chat, byte_tokenizer, load_chat, train_tokenizer
 from granvit.data.images import to_square
 from granvit.data.prompts import question_text
 from granvit.init import initial_value
 from granvit.models import LanguageConfig, VisionConfig, parameter_shapes
-from parity.export import export, main
+from granvit.stages import ANSWER
 from tests.helpers import run_config
 from tests.toy import ToyEngine
 
@@ -220,9 +221,8 @@ def test_llava_answers_as_the_run_does(tmp_path, photograph, vision, language, i
     found = as_the_card_says(out, picture=photograph, question=QUESTION)
 
     checkpoint = newest_checkpoint(run)
-    config = checkpoint.config.model_copy(update={"stage": "answer"})
-    engine = Engine(config, vision, language, checkpoint.tensors("model"))
-    chat = load_chat(config, language)
+    engine = Engine(checkpoint.config, vision, language, checkpoint.tensors("model"), stage=ANSWER)
+    chat = load_chat(checkpoint.config, language)
     prompts = prompt_batch(square(photograph, vision), [QUESTION], chat, vision)
     expected_ids = prompts.token_ids_BS.copy()
     image_id = found["processor"].tokenizer.convert_tokens_to_ids(image_token)

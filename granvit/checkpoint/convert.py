@@ -1,0 +1,349 @@
+"""Converts checkpoints between the default (canonical) layout and those of other programs, tensor by tensor.
+
+    python parity/convert.py SRC DST --to LAYOUT [--from LAYOUT] [--no-verify]
+
+SRC is a publisher's directory, a run's directory or one of its checkpoints (RUN/checkpoints/step_0001000), or one .safetensors or
+.ckpt file. DST must not exist: a name that ends in .safetensors or .ckpt becomes one file, any other a directory with a
+config.json beside the tensors. Tokenizers and preprocessing files are not copied: scripts/export_hf.py writes those too.
+
+layouts:
+  default      this project's own names; any of its parts
+  siglip, clip, aimv2, internvit
+               SigLIP and SigLIP2, CLIP, AIMv2, InternViT of transformers: the encoder (a text tower in SRC is left out)
+  aimv2-apple, internvit-hub
+               AIMv2 and SAILViT, InternViT with their publishers' own names: the encoder
+  qwen2        Qwen2 and Qwen2.5 of transformers: the decoder
+  llama        Llama of transformers: the decoder
+  llava        LlavaForConditionalGeneration of transformers: encoder, projector and decoder
+  mindformers  Llama and Qwen2 of MindFormers: the decoder, a .ckpt file
+  mindspore    this project's own names in a .ckpt file
+
+Every tensor keeps its bytes and its dtype. What SRC holds beyond the layout is listed with the reason; anything that is not
+explained is an error. Exit status: 0 done, 2 refused (DST is not created).
+"""
+import argparse
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from granvit.checkpoint.contents import Contents, common_name, filler_value, left_out_lines, open_contents
+from granvit.checkpoint.detect import LAYOUTS, OURS, layout_named
+from granvit.checkpoint.layouts import Layout, Spelling
+from granvit.checkpoint.layouts.default import DEFAULT
+from granvit.checkpoint.layouts.llava import FINAL_DIFFERS, LLAVA
+from granvit.checkpoint.layouts.mindspore import MINDSPORE, CkptFile, CkptWriter
+from granvit.checkpoint.pieces import assemble, whole, whole_shape
+from granvit.checkpoint.source import Source
+from granvit.checkpoint.tensors import (
+    SHARD_BYTES,
+    StoredTensors,
+    TensorSet,
+    TensorWriter,
+    shape_differences,
+    sync_directory,
+    write_synced,
+)
+from granvit.models import PARTS, Shapes, VisionConfig, part_of, vision_shapes
+
+IN_CKPT = ("mindformers", "mindspore")
+EXAMPLES = """examples:
+  python parity/convert.py models/siglip2-so400m-patch16-512 siglip2-default --to default
+  python parity/convert.py runs/stage2 granvit-llava --to llava           # the newest checkpoint of a run
+  python parity/convert.py runs/stage2/checkpoints/step_0001000 decoder --to qwen2
+  python parity/convert.py models/Qwen2.5-1.5B-Instruct qwen.ckpt --to mindformers
+  python parity/convert.py qwen.ckpt qwen-default --to default --from mindformers"""
+ProgressCallback = Callable[[str, int, int], None]  # what is done, bytes done, bytes in all
+
+
+@dataclass
+class Report:
+    """What was converted. `left_out` maps names in the source to reasons, `filled` lists names that only the target has."""
+
+    source: Path
+    destination: Path
+    from_layout: str
+    to_layout: str
+    tensors: int = 0
+    bytes: int = 0
+    left_out: dict[str, str] = field(default_factory=dict)
+    filled: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    verified: bool = False
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+@dataclass
+class Plan:
+    """What is written: target name -> the source's names of its parts in order, or the value and dtype of a filler; and the
+    configuration."""
+
+    names: dict[str, list[str]]
+    shapes: Shapes
+    fillers: dict[str, tuple[float, np.dtype]]
+    config: dict[str, Any] | None
+
+
+def make_plan(source: Source, contents: Contents, target: Layout, report: Report) -> Plan:
+    """Names every tensor in the target's words; `ValueError` where the target has none, or needs a part that is not there."""
+    held = {part_of(name) for name in contents.names}
+    holds = ", ".join(part for part in PARTS if part in target.parts)
+    lacking = target.parts - held
+    if lacking and target.name not in OURS:
+        raise ValueError(f"{source.path}: holds no {' and no '.join(sorted(lacking))}; the {target.name!r} layout needs {holds}")
+    vision = contents.vision if "vision" in target.parts else None
+    language = contents.language if "language" in target.parts else None
+    try:
+        tree = target.write_config(vision, language)
+    except ValueError as error:
+        raise ValueError(f"{source.path}: cannot be written as {target.name!r}: {error}") from None
+    came_from = contents.published if (contents.published or {}).get("layout") == target.name else None
+    spelling = target.spellings[came_from["spelling"]] if came_from else target.spelling_for(contents.names)
+    plan, parts = Plan({}, {}, {}, None), {}
+    for canonical, foreign in contents.names.items():
+        if part_of(canonical) not in target.parts:
+            report.left_out[foreign] = f"the {target.name!r} layout holds {holds} alone"
+            continue
+        name = spelling.foreign(canonical)
+        if name is None:
+            raise ValueError(f"{source.path}: tensor {foreign!r} has no name in the {target.name!r} layout")
+        parts.setdefault(whole(name), {})[name] = foreign
+        plan.shapes[whole(name)] = whole_shape(name, source.tensors.shapes[foreign])
+    plan.names = {name: [found[part] for part in sorted(found)] for name, found in parts.items()}
+    if vision is not None and target.name not in OURS and contents.stated and not came_from:
+        _complete_tower(source, contents, vision, spelling, plan, report)
+    if contents.stated:
+        plan.config = _config(tree, source, contents, target, plan, came_from, report)
+    return plan
+
+
+def _complete_tower(
+    source: Source, contents: Contents, vision: VisionConfig, spelling: Spelling, plan: Plan, report: Report
+) -> None:
+    """Adds the blocks above `vision.level` that are not in the source: transformers builds them, though nothing reads them."""
+    dtype = source.tensors.dtypes[source.tensors.entries[contents.names["vision.embeddings.patch_embedding.weight"]]["tag"]]
+    for canonical, shape in vision_shapes(vision.whole).items():
+        if canonical not in contents.names:
+            name = spelling.foreign(canonical)
+            plan.fillers[whole(name)], plan.shapes[whole(name)] = (filler_value(canonical), dtype), whole_shape(name, shape)
+    report.filled += plan.fillers
+
+
+def _config(tree: dict[str, Any], source: Source, contents: Contents, target: Layout, plan: Plan,
+            came_from: dict[str, Any] | None, report: Report) -> dict[str, Any]:  # fmt: skip
+    """The target's config.json: `tree` with what the publisher's said beyond it, and what follows from the tensors."""
+    if target.name in OURS:
+        return tree | ({"published": contents.published} if contents.published else {})
+    if came_from and came_from["config"].get("model_type") == tree["model_type"]:
+        tree = _merged(came_from["config"], tree)
+    dtypes = {source.tensors.dtypes[source.tensors.entries[n]["tag"]].name for names in plan.names.values() for n in names}
+    if len(dtypes) == 1 and not {"dtype", "torch_dtype"} & tree.keys():
+        tree["torch_dtype"] = dtypes.pop()
+    if target is LLAVA and "image_token_index" not in tree:
+        tree["image_token_index"] = contents.language.vocab - 1
+        report.notes.append(f"image_token_index is {tree['image_token_index']}, the last token id: let it stand for the image")
+    if target is LLAVA and contents.vision.level == "final":
+        report.notes.append(f"load it with transformers 4.57 alone: {FINAL_DIFFERS}")
+    if plan.fillers:
+        tree["granvit"] = {"filled": list(plan.fillers)}
+    return tree
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, objects merged key by key."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        merged[key] = _merged(below[key], value) if both else value
+    return merged
+
+
+def _bytes(source: Source, plan: Plan) -> dict[str, int]:
+    kinds = {t: source.tensors.dtypes[source.tensors.entries[parts[0]]["tag"]] for t, parts in plan.names.items()}
+    kinds |= {t: dtype for t, (_, dtype) in plan.fillers.items()}
+    return {t: math.prod(plan.shapes[t]) * kind.itemsize for t, kind in kinds.items()}
+
+
+def _arrays(source: Source, plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor that is written, one in memory at a time."""
+    for name, parts in plan.names.items():
+        yield name, assemble(plan.shapes[name], [source.tensors.read(part) for part in parts])
+    for name, (value, dtype) in plan.fillers.items():
+        yield name, np.full(plan.shapes[name], value, dtype)
+
+
+@contextmanager
+def _beside(destination: Path) -> Iterator[Path]:
+    """A folder beside the destination that is gone afterwards, with what is left in it."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    folder = destination.with_name(f".tmp-{destination.name}-{os.getpid()}")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_plan(source: Source, plan: Plan, target: Layout, destination: Path, verify: bool, report: Report,
+               progress: ProgressCallback, accompany: Callable[[Path], None] = lambda folder: None) -> None:  # fmt: skip
+    """Writes beside the destination, re-reads, renames. `accompany` puts further files into the folder before that."""
+    one_file = destination.suffix in (".ckpt", ".safetensors")
+    as_ckpt = destination.suffix == ".ckpt" or (not one_file and target.name in IN_CKPT)
+    sizes = _bytes(source, plan)
+    with _beside(destination) as folder:
+        inside = folder if one_file else folder / destination.name
+        inside.mkdir(exist_ok=True)
+        stem = destination.stem if one_file else "model"
+        if as_ckpt:
+            writer = CkptWriter(inside / f"{stem}.ckpt", plan.shapes)
+        else:
+            limit = sum(sizes.values()) if one_file else SHARD_BYTES
+            checksums = not one_file and target is DEFAULT
+            writer = TensorWriter(inside, stem, plan.shapes, limit, dict(target.metadata), checksums)
+        done = 0
+        with writer:
+            for name, array in _arrays(source, plan):
+                writer.add(name, array)
+                done += array.nbytes
+                del array  # before the next one is read
+                progress("writing", done, sum(sizes.values()))
+            digests = writer.finish()
+        if plan.config is not None and not one_file:
+            write_synced(inside / "config.json", json.dumps(plan.config, indent=2) + "\n")
+        elif plan.config is not None:
+            report.notes.append("one file holds no configuration: a directory as DST would have a config.json")
+        accompany(inside)
+        if verify:
+            written = CkptFile(inside / f"{stem}.ckpt") if as_ckpt else TensorSet(inside, stem)
+            _verify(source, plan, written, digests, sizes, progress)
+        sync_directory(inside)
+        if os.path.lexists(destination):
+            raise ValueError(f"{destination}: has come to exist meanwhile; nothing was replaced")
+        os.rename(inside / destination.name if one_file else inside, destination)
+        sync_directory(destination.parent)
+    report.tensors, report.bytes, report.verified = len(plan.shapes), sum(sizes.values()), verify
+
+
+def _verify(source: Source, plan: Plan, written: StoredTensors, digests: dict[str, str], sizes: dict[str, int],
+            progress: ProgressCallback) -> None:  # fmt: skip
+    """Reads back what was written: names, shapes, dtypes and the sha256 of every tensor's bytes."""
+    found = shape_differences(written.shapes, plan.shapes)
+    if found:
+        raise ValueError(f"what was written reads back differently: {'; '.join(found)}")
+    done = 0
+    for name, parts in (plan.names | dict.fromkeys(plan.fillers)).items():
+        kind = plan.fillers[name][1] if parts is None else source.tensors.dtypes[source.tensors.entries[parts[0]]["tag"]]
+        if written.dtypes[written.entries[name]["tag"]] != kind or written.digest(name) != digests[name]:
+            raise ValueError(f"{written.entries[name]['path']}: tensor {name!r} reads back differently from what was written")
+        done += sizes[name]
+        progress("verifying", done, sum(sizes.values()))
+
+
+def convert(
+    source: Path,
+    destination: Path,
+    to: str,
+    from_: str | None = None,
+    verify: bool = True,
+    progress: ProgressCallback = lambda what, done, total: None,
+) -> Report:
+    """Converts `source` to the layout `to` at `destination`; everything is checked before the first tensor is written.
+
+    `ValueError` says in one line what is wrong, where, and leaves no destination behind; `OSError` is the disk's.
+    """
+    source, destination, start = Path(source), Path(destination), time.perf_counter()
+    target = layout_named(to)
+    if to == MINDSPORE.name and destination.suffix == ".safetensors":
+        raise ValueError(f"{destination}: the layout {to!r} is a .ckpt file; 'default' has the same names in safetensors")
+    if os.path.lexists(destination):
+        raise ValueError(f"{destination}: exists already; remove it or choose another name")
+    opened, layout, contents = open_contents(source, from_)
+    report = Report(source, destination, layout.name, target.name, left_out=contents.left_out, notes=contents.notes)
+    plan = make_plan(opened, contents, target, report)
+    write_plan(opened, plan, target, destination, verify, report, progress)
+    report.seconds = time.perf_counter() - start
+    report.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return report
+
+
+class Bar:
+    """Progress on stderr: live on a terminal, a plain line every ten seconds elsewhere."""
+
+    def __init__(self):
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        self.live = Progress(*columns, console=console, transient=True) if console.is_terminal else None
+        self.tasks: dict[str, int] = {}
+        self.shown = time.monotonic()
+
+    def __enter__(self) -> "Bar":
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self.live:
+            if what not in self.tasks:
+                self.tasks[what] = self.live.add_task(what, total=total)
+            self.live.update(self.tasks[what], completed=done)
+        elif time.monotonic() - self.shown > 10:
+            self.shown = time.monotonic()
+            print(f"{what} {done / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stderr, flush=True)
+
+
+def lines(report: Report) -> Iterator[str]:
+    """The report in words: what was left out or added and why, sizes, time and memory."""
+    yield from left_out_lines(report.left_out)
+    if report.filled:
+        yield f"added {common_name(report.filled)}: blocks that transformers builds above the level in use (zeros; norms of one)"
+    yield from (f"note: {note}" for note in report.notes)
+    yield (
+        f"{report.from_layout} -> {report.to_layout}: {report.tensors} tensors, {report.bytes / 1e9:.3f} GB, "
+        f"{'verified' if report.verified else 'not verified'}, {report.seconds:.1f} s, "
+        f"peak memory {report.peak_bytes / 1e6:.0f} MB"
+    )
+
+
+def command() -> int:
+    """`main` of a process of its own, which a SIGTERM ends in order: what is half written is removed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    return main()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="convert.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="SRC", type=Path, help="what is converted; never written to")
+    parser.add_argument("destination", metavar="DST", type=Path, help="what is made; must not exist")
+    parser.add_argument("--to", metavar="LAYOUT", required=True, choices=tuple(LAYOUTS), help="the layout of DST")
+    parser.add_argument("--from", dest="from_", metavar="LAYOUT", choices=tuple(LAYOUTS), help="that of SRC (default: detected)")
+    parser.add_argument("--no-verify", action="store_true", help="do not re-read what was written")
+    options = parser.parse_args(arguments)
+    try:
+        with Bar() as bar:
+            report = convert(options.source, options.destination, options.to, options.from_, not options.no_verify, bar)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print("\n".join(lines(report)))
+    return 0

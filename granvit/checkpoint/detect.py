@@ -1,0 +1,114 @@
+"""Which layout a source has: by its config.json and its names."""
+from collections.abc import Sequence
+
+from granvit.checkpoint.layouts import Layout, Spelling
+from granvit.checkpoint.layouts.aimv2 import AIMV2, AIMV2_APPLE
+from granvit.checkpoint.layouts.clip import CLIP
+from granvit.checkpoint.layouts.default import DEFAULT
+from granvit.checkpoint.layouts.internvit import INTERNVIT, INTERNVIT_HUB
+from granvit.checkpoint.layouts.llama import LLAMA
+from granvit.checkpoint.layouts.llava import LLAVA
+from granvit.checkpoint.layouts.mindformers import MINDFORMERS
+from granvit.checkpoint.layouts.mindspore import MINDSPORE
+from granvit.checkpoint.layouts.qwen2 import QWEN2
+from granvit.checkpoint.layouts.siglip import SIGLIP
+from granvit.checkpoint.pieces import piece_names, whole
+from granvit.checkpoint.source import Source
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        *(DEFAULT, SIGLIP, CLIP, AIMV2, AIMV2_APPLE, INTERNVIT, INTERNVIT_HUB),
+        *(QWEN2, LLAMA, LLAVA, MINDFORMERS, MINDSPORE),
+    )
+}
+DETECTED = tuple(layout for layout in LAYOUTS.values() if layout is not MINDSPORE)  # which differs from DEFAULT by its file alone
+OURS = ("default", "mindspore")  # these hold any parts of the model
+
+
+def detect(source: Source, named: str | None) -> tuple[Layout, Spelling]:
+    """The source's layout, by its config.json and its names; `ValueError` where that does not decide, or a name is unknown."""
+    if source.vision is not None:  # a run's checkpoint
+        if named not in (None, DEFAULT.name):
+            raise ValueError(f"{source.path}: a run's checkpoint has the layout {DEFAULT.name!r}, not {named!r}")
+        return DEFAULT, DEFAULT.spellings[0]
+    names = list(source.tensors.shapes)
+    if named is not None:
+        layout = layout_named(named)
+        return layout, _best_spelling(source, layout, names)
+    stated = _by_model_type(source)
+    fitting = [layout for layout in (stated or DETECTED) if any(_explains(layout, s, names) for s in layout.spellings)]
+    if len(fitting) > 1:
+        candidates = ", ".join(layout.name for layout in fitting)
+        raise ValueError(f"{source.path}: its names fit several layouts ({candidates}); name one with --from")
+    # Where none fits, the nearest one names the tensor that is in the way.
+    layout = fitting[0] if fitting else max(stated or DETECTED, key=lambda layout: _mapped(layout, names))
+    if not fitting and not _mapped(layout, names):
+        at = source.tensors.entries[names[0]]["path"] if names else source.path
+        what = f"tensor {names[0]!r} is in no known layout" if names else "no tensor is there"
+        raise ValueError(f"{at}: {what} ({', '.join(layout.name for layout in stated or DETECTED)})")
+    return layout, _best_spelling(source, layout, names)
+
+
+def _by_model_type(source: Source) -> tuple[Layout, ...]:
+    """The layouts that config.json names; none where there is no config.json."""
+    if source.tree is None or (source.beside and "model_type" not in source.tree):
+        return ()
+    model_type = source.tree.get("model_type")
+    found = tuple(layout for layout in DETECTED if model_type in layout.model_types)
+    if not found and not source.beside:
+        known = ", ".join(dict.fromkeys(t for layout in DETECTED for t in layout.model_types))
+        raise ValueError(f"{source.config_path}: model_type {model_type!r}; known: {known}. --from names one that fits")
+    if source.beside:  # it may belong to another file: it decides only where it agrees
+        names = list(source.tensors.shapes)
+        found = tuple(layout for layout in found if any(_explains(layout, s, names) for s in layout.spellings))
+    return found
+
+
+def layout_named(name: str) -> Layout:
+    """The layout of this name; `ValueError` where there is none."""
+    if name not in LAYOUTS:
+        raise ValueError(f"layout {name!r} is not known; known: {', '.join(LAYOUTS)}")
+    return LAYOUTS[name]
+
+
+def _explains(layout: Layout, spelling: Spelling, names: Sequence[str]) -> bool:
+    mapped = [(name, spelling.canonical(name)) for name in piece_names(names, layout)]
+    if not any(canonical for _, canonical in mapped):
+        return False
+    if any(canonical is None and spelling.reason(name) is None for name, canonical in mapped):
+        return False
+    return not _unpaired(layout, [canonical for _, canonical in mapped if canonical])
+
+
+def _unpaired(layout: Layout, canonicals: Sequence[str]) -> bool:
+    """Whether a first name of the layout's pairs is there without its second."""
+    there = set(canonicals)
+    for first, second in layout.pairs:
+        pairing = Spelling(((second, first),))
+        if any((partner := pairing.foreign(name)) is not None and partner not in there for name in there):
+            return True
+    return False
+
+
+def _mapped(layout: Layout, names: Sequence[str]) -> int:
+    names = piece_names(names, layout)
+    return max(sum(spelling.canonical(name) is not None for name in names) for spelling in layout.spellings)
+
+
+def _best_spelling(source: Source, layout: Layout, names: Sequence[str]) -> Spelling:
+    """The spelling that maps most; `ValueError` naming the first tensor that it does not know."""
+    names = piece_names(names, layout)
+    spelling = max(layout.spellings, key=lambda s: sum(s.canonical(name) is not None for name in names))
+    for name in names:
+        if spelling.canonical(name) is not None or spelling.reason(name) is not None:
+            continue
+        at = source.tensors.entries[whole(name)]["path"]
+        canonical = next((c for other in layout.spellings if (c := other.canonical(name)) is not None), None)
+        if canonical is None:
+            raise ValueError(f"{at}: tensor {name!r} is in no row of the {layout.name!r} layout")
+        twin = spelling.foreign(canonical)
+        if twin in source.tensors.entries:
+            raise ValueError(f"{at}: tensors {twin!r} and {name!r} are both {canonical!r}")
+        raise ValueError(f"{at}: tensor {name!r} is spelled otherwise than the rest, where it would be {twin!r}")
+    return spelling

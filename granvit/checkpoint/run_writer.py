@@ -1,0 +1,172 @@
+"""Writes a run's checkpoints (`granvit.checkpoint.run` has their files): streamed, synced, renamed. Rank 0 writes alone."""
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from granvit.checkpoint.run import FORMAT, Checkpoint, Part, open_checkpoint, open_part, saved_steps, state_digest, step_directory
+from granvit.checkpoint.tensors import TensorWriter, set_digest, sync_directory, tensor_digest, write_set, write_synced
+from granvit.config import RunConfig
+from granvit.engine import TrainEngine
+from granvit.models import PARTS, LanguageConfig, VisionConfig, parameter_shapes, part_of, vision_shapes
+
+
+class CheckpointNotSaved(OSError):
+    """The disk refused a checkpoint; the previous one is whole."""
+
+
+def versions() -> dict[str, str]:
+    """The installed versions of what can enter a result."""
+    names = ("granvit", "numpy", "grain", "tokenizers", "pillow", "safetensors", "ml_dtypes", "mindspore", "torch")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@contextmanager
+def _temporary(folder: Path) -> Iterator[Path]:
+    """A new folder that is gone afterwards, unless it was renamed."""
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _disk_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointNotSaved(error.errno, f"{what}: {error.strerror}; earlier checkpoints are whole") from error
+
+
+@dataclass
+class CheckpointWriter:
+    """Writes one run's checkpoints (rank 0). `start` maps each part to the hash of its start weights in RUN/parts, `fingerprints`
+    names what the run reads (`granvit.preflight.fingerprints`)."""
+
+    run: Path
+    config: RunConfig
+    vision: VisionConfig
+    language: LanguageConfig
+    start: dict[str, str] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.trains = self.config.stage_spec.trains
+        self.frozen_compared = False
+        self.model_shapes = parameter_shapes(self.vision, self.language)
+        for folder in ("checkpoints", "parts"):
+            (self.run / folder).mkdir(parents=True, exist_ok=True)
+            for leftover in (self.run / folder).glob(".tmp-*"):
+                shutil.rmtree(leftover)
+
+    def record_start(self, start: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+        """Passes the start weights on, and writes them as they pass, in the precision they come in.
+
+        The files are there once the last tensor has been taken.
+        """
+        what = f"the start weights of {self.run} could not be written"
+        with ExitStack() as stack:
+            folders, writers = {}, {}
+            for part in PARTS:
+                with _disk_errors(what):
+                    folders[part] = stack.enter_context(_temporary(self.run / "parts" / f".tmp-{part}-{os.getpid()}"))
+                shapes = {n: s for n, s in self.model_shapes.items() if part_of(n) == part}
+                writers[part] = stack.enter_context(TensorWriter(folders[part], "model", shapes))
+            for name, array in start:
+                with _disk_errors(what):
+                    writers[part_of(name)].add(name, array)
+                yield name, array
+            with _disk_errors(what):
+                for part, writer in writers.items():
+                    self.start[part] = set_digest(writer.finish())
+                    into = self.run / "parts" / f"{part}-{self.start[part][:16]}"
+                    if not into.exists():  # it does where an earlier start of the same run wrote the same bytes
+                        sync_directory(folders[part])
+                        os.rename(folders[part], into)
+                sync_directory(self.run / "parts")
+
+    def save(self, engine: TrainEngine, step: int, counters: dict[str, int]) -> Checkpoint:
+        """Writes the state after `step` and then drops the oldest checkpoints beyond `train.keep_checkpoints`.
+
+        `CheckpointNotSaved` where the disk refuses; what was written so far is removed and earlier checkpoints stay whole.
+        """
+        into = step_directory(self.run, step)
+        if into.exists():
+            return open_checkpoint(into)  # the same step of the same run: the same bytes
+        temporary = into.with_name(f".tmp-{into.name}-{os.getpid()}")
+        with _disk_errors(f"checkpoint {into} could not be written"), _temporary(temporary) as folder:
+            parts = self._write_model(engine, folder)
+            self._write_rest(engine, folder)
+            self._write_state(folder, step, parts, counters, engine.world)
+            sync_directory(folder)
+            os.rename(folder, into)
+            sync_directory(into.parent)
+        self._thin()
+        return open_checkpoint(into)
+
+    def _write_model(self, engine: TrainEngine, folder: Path) -> dict[str, Part]:
+        """Writes the trained parts, hashed and measured from their start. The first time, compares the frozen ones with theirs:
+        what changes a frozen weight does so in every step."""
+        shapes = {n: s for n, s in self.model_shapes.items() if part_of(n) in self.trains}
+        starts = {part: open_part(self.run, part, self.start[part]) for part in PARTS}
+        digests: dict[str, dict[str, str]] = {part: {} for part in PARTS}
+        squares = dict.fromkeys(PARTS, 0.0)
+        with TensorWriter(folder, "model", shapes) as writer:
+            for name, array in engine.tensors("model"):
+                part = part_of(name)
+                if part not in self.trains:
+                    if not self.frozen_compared and tensor_digest(array) != starts[part].digest_as(name, array.dtype):
+                        raise RuntimeError(f"part {part!r} is frozen in this stage, but its weights have changed: {name}")
+                    continue
+                writer.add(name, array)
+                digests[part][name] = writer.digests[name]
+                moved = array.astype(np.float64) - starts[part].read(name).astype(np.float64)
+                squares[part] += float(np.vdot(moved, moved))
+            writer.finish()
+        self.frozen_compared = True
+        hashes = self.start | {part: set_digest(digests[part]) for part in self.trains}
+        return {part: Part(part in self.trains, hashes[part], self.start[part], squares[part] ** 0.5) for part in PARTS}
+
+    def _write_rest(self, engine: TrainEngine, folder: Path) -> None:
+        trained = {n: s for n, s in self.model_shapes.items() if part_of(n) in self.trains}
+        moments = ("first_moment", "second_moment")
+        shapes = {f"{group}.{name}": shape for group in moments for name, shape in trained.items()}
+        write_set(folder, "optimizer", shapes, ((f"{g}.{n}", a) for g in moments for n, a in engine.tensors(g)))
+        if self.config.stage_spec.distill:
+            write_set(folder, "teacher", vision_shapes(self.vision, "teacher"), engine.tensors("teacher"))
+
+    def _write_state(self, folder: Path, step: int, parts: dict[str, Part], counters: dict[str, int], ranks: int) -> None:
+        state = {
+            "format": FORMAT,
+            "step": step,
+            "data_position": step,
+            "counters": counters,
+            "parts": {name: vars(part) for name, part in parts.items()},
+            "versions": versions(),
+            "ranks": ranks,
+            "fingerprints": self.fingerprints,
+            "config": self.config.model_dump(mode="json"),
+            "vision": self.vision.model_dump(mode="json"),
+            "language": self.language.model_dump(mode="json"),
+        }
+        write_synced(folder / "state.json", json.dumps({"sha256": state_digest(state)} | state, indent=1))
+
+    def _thin(self) -> None:
+        for step in saved_steps(self.run)[: -self.config.train.keep_checkpoints]:
+            old = step_directory(self.run, step)
+            going = old.with_name(f".tmp-old-{old.name}")
+            os.rename(old, going)  # a reader sees all of it or nothing
+            shutil.rmtree(going)

@@ -1,0 +1,149 @@
+"""Builds a region store from a JSON-lines file and a folder of images:
+
+    python -m granvit.data.build_store annotations.jsonl images/ OUT [--bbox-frame padded_square] [--boxes absolute]
+
+One line an image; `id` (default: the image's path), `global` and `regions` may be absent, other keys are ignored:
+
+    {"image": "a.jpg", "id": "a", "global": "A desk ...", "regions": [{"box": [0.1, 0.2, 0.5, 0.9], "caption": "a red cup"}]}
+
+Whatever is bad is left out and named in `refused.jsonl`, `{"what": ..., "reason": ...}` a line (no file where there is none).
+"""
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar, get_args
+
+from rich.progress import Progress
+
+from granvit.data.records import BboxFrame, BoxUnit, make_record
+from granvit.data.store import MAX_PIXELS, REGIONS
+from granvit.data.store_writer import REFUSED, Item, Summary, write_items
+
+Input = TypeVar("Input")
+
+
+def read_in_threads(
+    read: Callable[[Input], Item], inputs: Iterator[Input], done: Callable[[list[Input]], None]
+) -> Iterator[Item]:
+    """`read` of every input, in order; `done` is told which are behind. A bounded number of images is held in memory."""
+    with ThreadPoolExecutor() as pool:
+        while chunk := list(islice(inputs, 64)):
+            yield from pool.map(read, chunk)
+            done(chunk)
+
+
+def read_image(path: Path) -> bytes:
+    """An image file's bytes; `ValueError` with a reason that can be counted."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"image file cannot be read ({type(error).__name__})") from None
+
+
+def _read_line(numbered: tuple[int, bytes], images: Path, unit: BoxUnit, frame: BboxFrame, max_pixels: int) -> Item:
+    number, line = numbered
+    name = f"line {number}"
+    try:
+        try:
+            tree = json.loads(line)
+        except ValueError:  # also UnicodeDecodeError
+            raise ValueError("line is not valid JSON") from None
+        if not isinstance(tree, dict) or not isinstance(tree.get("image"), str):
+            raise ValueError("line has no image path")
+        name = str(tree["image"] if tree.get("id") is None else tree["id"]).encode(errors="replace").decode()
+        data = read_image(images / tree["image"])
+        record, refused = make_record(
+            name, data, tree.get("global"), tree.get("regions") or [], unit=unit, frame=frame, max_pixels=max_pixels
+        )
+    except ValueError as error:
+        return None, [(name, str(error))]
+    return record, [(f"{name} {part}", reason) for part, reason in refused]
+
+
+def build_store(
+    jsonl: str | Path,
+    images: str | Path,
+    out: str | Path,
+    *,
+    frame: BboxFrame = "image",
+    unit: BoxUnit = "relative",
+    shard_bytes: int = 256 << 20,
+    max_pixels: int = MAX_PIXELS,
+    progress: Progress | None = None,
+) -> Summary:
+    """Builds a store from a JSON-lines file and a folder of images (see the module's docstring).
+
+    Whatever is bad is left out and named in `refused.jsonl`; `ValueError` where nothing is left, or an argument is no file or
+    folder.
+    """
+    jsonl, images = Path(jsonl), Path(images)
+    if not jsonl.is_file():
+        raise ValueError(f"annotations {jsonl}: no such file")
+    if not images.is_dir():
+        raise ValueError(f"images {images}: no such directory")
+    read = partial(_read_line, images=images, unit=unit, frame=frame, max_pixels=max_pixels)
+    task = progress.add_task("images", total=jsonl.stat().st_size) if progress else None
+
+    def items() -> Iterator[Item]:
+        def done(chunk: list[tuple[int, bytes]]) -> None:
+            if progress:
+                progress.advance(task, sum(len(line) for _, line in chunk))
+
+        with open(jsonl, "rb") as file:
+            yield from read_in_threads(read, ((n, line) for n, line in enumerate(file, 1) if line.strip()), done)
+
+    return write_items(items(), out, REGIONS, frame, shard_bytes)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m granvit.data.build_store", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("jsonl", metavar="JSONL", help="annotations, one image a line")
+    add_build_arguments(parser)
+    parser.add_argument("--bbox-frame", choices=get_args(BboxFrame), default="image", help="what boxes are relative to")
+    parser.add_argument("--boxes", choices=get_args(BoxUnit), default="relative", help="0..1, or pixels (default: relative)")
+    a = parser.parse_args(arguments)
+    try:
+        with Progress(transient=True) as progress:
+            summary = build_store(
+                *(a.jsonl, a.images, a.out),
+                frame=a.bbox_frame,
+                unit=a.boxes,
+                shard_bytes=a.shard_size << 20,
+                max_pixels=a.max_pixels,
+                progress=progress,
+            )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{a.out}: {summary.images} images, {summary.regions} regions, {summary.globals} global captions")
+    print_refused(summary, a.out)
+    return 0
+
+
+def add_build_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command that builds a store takes behind its annotations."""
+    parser.add_argument("images", metavar="IMAGES", help="folder that the annotations' image paths are relative to")
+    parser.add_argument("out", metavar="OUT", help="directory to make")
+    parser.add_argument("--shard-size", type=int, default=256, metavar="MB", help="shards are closed at this size (default: 256)")
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="refuse larger images (default: %(default)s)")
+
+
+def print_refused(summary: Summary, out: str) -> None:
+    """What was refused, by reason, the first by name, and where all of it stands where those are not all."""
+    for reason, count in summary.refused.most_common():
+        print(f"  refused {count}: {reason}")
+    for line in summary.first_refused:
+        print(f"    {line}")
+    if (total := summary.refused.total()) > len(summary.first_refused):
+        print(f"    all {total}: {Path(out) / REFUSED}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""Which questions form which row at which step.
+
+`Plan` is a pure function of the stores, the tokenizer, the seed and the step; it knows nothing of ranks.
+- An epoch asks a region question iff a counter-based hash of (seed, epoch, region, task) falls below the task's share times
+  the source's rate; so a conversation; a global question has no source rate.
+- The asked questions of one image, both tasks together and in an order drawn per epoch, are cut into chunks of
+  K = `data.regions_per_row`. The global question joins an image's first chunk; where K is 1 it is a row of its own. So is a
+  conversation, always.
+- Rows follow a global shuffle that needs no memory. A window of 32 steps is cut into global batches as `stratified` says: each
+  holds every kind of row in the window's share, and long rows of all kinds meet in few of them. A step's lengths are therefore
+  more alike than in plain sampling; the paper says nothing on the order. The order of a window's steps is drawn again.
+- The rows of a global batch are sorted by bucket.
+- An epoch's last batch is filled up with rows of weight zero, so nothing is lost.
+"""
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+from grain.experimental import index_shuffle
+
+from granvit.config import Bucket
+from granvit.data.batch import Question
+from granvit.data.lengths import PrefixLengths, TurnLengths
+from granvit.data.store import CONVERSATIONS, Store
+from granvit.stages import TASKS, Task
+
+WINDOW = 32  # steps among which rows are shared out
+_CHUNK = 1 << 20  # regions hashed at a time
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def splitmix64(counters: np.ndarray, *key: int) -> np.ndarray:
+    """uint64 hash of each counter under a key: output number `counter` of the SplitMix64 generator seeded by the key."""
+    state = 0
+    for part in key:
+        state = int(_finish(np.array([(state ^ part) & (2**64 - 1)], np.uint64))[0])
+    with np.errstate(over="ignore"):
+        return _finish(np.uint64(state) + counters.astype(np.uint64) * np.uint64(_GOLDEN))
+
+
+def _finish(z: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        z = z + np.uint64(_GOLDEN)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+WHOLE = ("global", "conversation")  # tasks about a whole record, not a region of it
+_ASK, _ORDER, _SHUFFLE, _BATCHES = range(4)  # what a hash is drawn for
+
+
+def stratified(classes: np.ndarray, buckets: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """An order of rows, int64, in which any rows that follow each other hold each class in its share of all, to about one row.
+
+    `classes` and `buckets` are integers per row. Row r of the n of its class, sorted by bucket (what is equal stays in its
+    order), stands at (r + u) / n, with u drawn per class: the shortest rows of all classes come first, the longest last.
+    """
+    by_class = np.lexsort((buckets, classes))
+    _, counts = np.unique(classes, return_counts=True)
+    place = np.arange(len(classes)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return by_class[np.argsort((place + np.repeat(rng.random(len(counts)), counts)) / np.repeat(counts, counts), kind="stable")]
+
+
+class Plan:
+    """The order of the data: rows, buckets and global batches of every epoch.
+
+    `rates` are the sources' shares, `mix` the tasks'. `rows_per_step` counts rows of the global batch. A row's number is its
+    place in the epoch's unshuffled order; -1 is a row of weight zero. Memory: one int64 per image and epoch held (two at most).
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[Store],
+        lengths: Sequence[TurnLengths],
+        rates: Sequence[float],
+        mix: dict[Task, float],
+        regions_per_row: int,
+        rows_per_step: int,
+        buckets: Sequence[Bucket],
+        prefixes: Sequence[PrefixLengths],
+        seed: int,
+    ):
+        self._arguments = (stores, lengths, rates, mix, regions_per_row, rows_per_step, buckets, prefixes, seed)
+        self.stores, self.lengths, self.prefixes, self.rates, self.mix = stores, lengths, prefixes, rates, mix
+        self.K, self.rows_per_step, self.buckets, self.seed = regions_per_row, rows_per_step, buckets, seed
+        self._image_starts = np.cumsum([0] + [store.images for store in stores])
+        self._region_starts = np.cumsum([0] + [store.regions for store in stores])
+        self._tasks = [(index, task) for index, task in enumerate(TASKS) if mix.get(task, 0) > 0]
+        self._lock = threading.RLock()  # the reading threads share the tables below
+        self._epochs: dict[int, np.ndarray] = {}
+        self._epoch_steps: list[int] = []
+        self._windows: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+
+    def __reduce__(self):
+        return Plan, self._arguments
+
+    def steps(self, epochs: int) -> int:
+        """Global steps of the first `epochs` epochs."""
+        return sum(self.epoch_steps(epoch) for epoch in range(epochs))
+
+    def epoch_steps(self, epoch: int) -> int:
+        """Global steps of one epoch; `ValueError` where it asks no question at all."""
+        with self._lock:
+            while len(self._epoch_steps) <= epoch:
+                rows = int(self._row_starts(len(self._epoch_steps))[-1])
+                if not rows:
+                    paths = ", ".join(str(store.path) for store in self.stores)
+                    raise ValueError(f"data.sources ({paths}) hold no question of the tasks mixed: {self.mix}")
+                self._epoch_steps.append(-(-rows // self.rows_per_step))
+            return self._epoch_steps[epoch]
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """The epoch of a global step (counted from 0), and the step within it."""
+        epoch = 0
+        while step >= (steps := self.epoch_steps(epoch)):
+            step, epoch = step - steps, epoch + 1
+        return epoch, step
+
+    def batch(self, step: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """Global step -> epoch, and two int64 `[rows_per_step]` of the global batch: the smallest bucket that holds each row (an
+        index, rising) and the row numbers."""
+        epoch, step = self.locate(step)
+        rows, buckets = self._window(epoch, step // WINDOW)
+        return epoch, buckets[step % WINDOW], rows[step % WINDOW]
+
+    def contents(self, epoch: int, rows: np.ndarray) -> list[tuple[int, int, list[Question]]]:
+        """For each row number: source, image in that source, and its questions in order."""
+        source, image = self._images(epoch, rows)[:2]
+        row, task, region = self._questions(epoch, rows)
+        questions: list[list[Question]] = [[] for _ in rows]
+        for r, t, g in zip(row.tolist(), task.tolist(), region.tolist(), strict=True):
+            questions[r].append(Question(TASKS[t], None if g < 0 else g))
+        return list(zip(source.tolist(), image.tolist(), questions, strict=True))
+
+    def _asked(self, epoch: int, task: int, counters: np.ndarray, rate: float) -> np.ndarray:
+        """bool: whether the epoch asks this task about the regions (global task: images) with these global numbers."""
+        share = self.mix[TASKS[task]] * rate
+        if share >= 1:
+            return np.ones(len(counters), bool)
+        return (splitmix64(counters, self.seed, epoch, task, _ASK) >> np.uint64(11)) * 2.0**-53 < share
+
+    def _whole_task(self, source: int) -> Task:
+        """What is asked about a whole record of a source."""
+        return "conversation" if self.stores[source].kind == CONVERSATIONS else "global"
+
+    def _asked_whole(self, epoch: int, source: int, images: np.ndarray) -> np.ndarray:
+        """bool: whether the epoch asks the global question, or the conversation, of these images of one source."""
+        store, task = self.stores[source], self._whole_task(source)
+        if self.mix.get(task, 0) <= 0:
+            return np.zeros(len(images), bool)
+        number = store.region_starts[images] + images
+        present = store.text_ends[number + 1] > store.text_ends[number]
+        rate = self.rates[source] if task == "conversation" else 1.0
+        return present & self._asked(epoch, TASKS.index(task), self._image_starts[source] + images, rate)
+
+    def _row_starts(self, epoch: int) -> np.ndarray:
+        """int64 `[images + 1]`: the epoch's first row of each image, over all sources."""
+        with self._lock:
+            if epoch not in self._epochs:
+                while len(self._epochs) >= 2:
+                    self._epochs.pop(next(iter(self._epochs)))
+                counts = [self._count_rows(epoch, source) for source in range(len(self.stores))]
+                self._epochs[epoch] = np.concatenate([[0], np.cumsum(np.concatenate(counts), dtype=np.int64)])
+            return self._epochs[epoch]
+
+    def _count_rows(self, epoch: int, source: int) -> np.ndarray:
+        """int64 `[images]`: rows of each image of one source."""
+        store, rate = self.stores[source], self.rates[source]
+        asked, whole = np.zeros(store.images, np.int64), np.zeros(store.images, bool)
+        first = 0
+        while first < store.images:
+            limit = int(store.region_starts[first]) + _CHUNK
+            last = max(int(np.searchsorted(store.region_starts, limit, "right")) - 1, first + 1)
+            starts = store.region_starts[first : last + 1].astype(np.int64)
+            counters = np.arange(starts[0], starts[-1]) + self._region_starts[source]
+            for task, name in self._tasks:
+                if name not in WHOLE:
+                    running = np.concatenate([[0], np.cumsum(self._asked(epoch, task, counters, rate))])
+                    asked[first:last] += np.diff(running[starts - starts[0]])
+            whole[first:last] = self._asked_whole(epoch, source, np.arange(first, last))
+            first = last
+        return asked + whole if self.K == 1 else np.maximum(-(-asked // self.K), whole)
+
+    def _images(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For each row number: source, image in it, and the chunk of that image's questions."""
+        row_starts = self._row_starts(epoch)
+        image = np.searchsorted(row_starts, rows, "right") - 1
+        source = np.searchsorted(self._image_starts, image, "right") - 1
+        return source, image - self._image_starts[source], rows - row_starts[image]
+
+    def _questions(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All questions of some rows, sorted by row: index into `rows`, task, region in the image (-1: none, always last)."""
+        sources, images, chunks = self._images(epoch, rows)
+        found = []
+        for source in np.unique(sources):
+            store, members = self.stores[source], np.flatnonzero(sources == source)
+            image, chunk = images[members], chunks[members]
+            starts = store.region_starts[image].astype(np.int64)
+            counts = store.region_starts[image + 1].astype(np.int64) - starts
+            at = np.repeat(np.arange(len(members)), counts)  # row of each region
+            region = np.arange(len(at)) - np.repeat(np.cumsum(counts) - counts, counts)
+            counters = self._region_starts[source] + starts[at] + region
+            candidates = []
+            for task, name in self._tasks:
+                if name not in WHOLE:
+                    asked = self._asked(epoch, task, counters, self.rates[source])
+                    order = splitmix64(counters[asked], self.seed, epoch, task, _ORDER)
+                    candidates.append((at[asked], np.full(asked.sum(), task), region[asked], order))
+            asked = np.zeros(len(members), np.int64)  # region questions of each row's image
+            if candidates:
+                at, task, region, order = map(np.concatenate, zip(*candidates, strict=True))
+                sort = np.lexsort((order, at))
+                at, task, region = at[sort], task[sort], region[sort]
+                asked = np.bincount(at, minlength=len(members))
+                place = np.arange(len(at)) - np.repeat(np.cumsum(asked) - asked, asked)
+                mine = place // self.K == chunk[at]
+                found.append((members[at[mine]], task[mine], region[mine]))
+            whole = self._asked_whole(epoch, source, image) & (chunk == (asked if self.K == 1 else 0))
+            task = TASKS.index(self._whole_task(source))
+            found.append((members[whole], np.full(whole.sum(), task), np.full(whole.sum(), -1)))
+        row, task, region = map(np.concatenate, zip(*found, strict=True))
+        sort = np.argsort(row, kind="stable")
+        return row[sort], task[sort], region[sort]
+
+    def _kinds(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For each row its class (a number: its source, whether it has an image, and how often it asks each task) and the index
+        of the smallest bucket that holds it; the largest where none does (what is too long is counted there)."""
+        sources, images, _ = self._images(epoch, rows)
+        row, task, region = self._questions(epoch, rows)
+        tokens, answers, pictured = (np.zeros(len(rows), np.int64) for _ in range(3))
+        for source in np.unique(sources):
+            own = sources == source
+            tokens[own], pictured[own] = self.prefixes[source].of(images[own]), self.prefixes[source].pictured(images[own])
+            mine = sources[row] == source
+            image = images[row[mine]]
+            text = self.stores[source].region_starts[image] + image + 1 + region[mine]  # region -1: the global caption
+            turn_tokens, turn_answers = self.lengths[source].of(task[mine], text)
+            np.add.at(tokens, row[mine], turn_tokens)
+            np.add.at(answers, row[mine], turn_answers)
+        asked = np.bincount(row * len(TASKS) + task, minlength=len(rows) * len(TASKS)).reshape(len(rows), -1)
+        classes = np.unique(np.column_stack([sources, pictured, asked]), axis=0, return_inverse=True)[1].reshape(-1)
+        fits = [(tokens <= bucket.length) & (answers <= bucket.answers) for bucket in self.buckets]
+        return classes, np.argmax([*fits[:-1], np.ones(len(rows), bool)], axis=0)
+
+    def _window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers and bucket indices, int64 `[steps, rows_per_step]`, of one window of steps."""
+        with self._lock:
+            if (epoch, window) not in self._windows:
+                while len(self._windows) >= 2:
+                    self._windows.pop(next(iter(self._windows)))
+                self._windows[epoch, window] = self._order_window(epoch, window)
+            return self._windows[epoch, window]
+
+    def _order_window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+        total, span = int(self._row_starts(epoch)[-1]), WINDOW * self.rows_per_step
+        assert total < 2**32, "index_shuffle permutes 32-bit numbers"
+        shuffle_seed, batch_seed = (int(splitmix64(np.zeros(1), self.seed, epoch, use)[0]) for use in (_SHUFFLE, _BATCHES))
+        places = range(window * span, min((window + 1) * span, total))
+        rows = np.array([index_shuffle(p, total - 1, shuffle_seed % 2**31, 4) for p in places], np.int64)
+        rng = np.random.default_rng((batch_seed, window))
+        classes, buckets = self._kinds(epoch, rows)
+        order = stratified(classes, buckets, rng)
+        fill = np.full(-len(rows) % self.rows_per_step, -1)
+        rows, buckets = (np.append(x[order], fill).reshape(-1, self.rows_per_step) for x in (rows, buckets))
+        whole = len(rows) - (len(fill) > 0)
+        steps = np.append(rng.permutation(whole), np.arange(whole, len(rows)))[:, None]  # what is filled up stays the last
+        sort = np.argsort(buckets[steps[:, 0]], axis=1, kind="stable")
+        return rows[steps, sort], np.maximum(buckets[steps, sort], 0)

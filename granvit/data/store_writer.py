@@ -1,0 +1,178 @@
+"""Writes a store (`granvit.data.store` has its format) out of records, whole or not at all."""
+import json
+import os
+import shutil
+import struct
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from granvit.data.records import BboxFrame, Conversation, ImageRecord, image_box
+from granvit.data.store import REGIONS, VERSION, Kind, Record
+
+_NAMED = 10  # refused items named on the console
+REFUSED = "refused.jsonl"  # beside the data, no part of it
+
+
+@dataclass
+class Summary:
+    """What went into a store and what was refused: counts by reason, and the first ten by name."""
+
+    images: int = 0
+    regions: int = 0
+    globals: int = 0
+    conversations: int = 0
+    turns: int = 0
+    refused: Counter = field(default_factory=Counter)
+    first_refused: list[str] = field(default_factory=list)
+
+    def refuse(self, what: str, reason: str) -> None:
+        self.refused[reason] += 1
+        if len(self.first_refused) < _NAMED:
+            self.first_refused.append(f"{what}: {reason}")
+
+
+def _header(record: Record) -> str:
+    """All of a record but its image, as JSON."""
+    tree = {"id": record.id, "width": record.width, "height": record.height}
+    if isinstance(record, Conversation):
+        tree["turns"] = record.turns
+    else:
+        tree["global"] = record.global_caption
+        tree["regions"] = [[*region.box, region.caption] for region in record.regions]
+    return json.dumps(tree, ensure_ascii=False, separators=(",", ":"))
+
+
+def _encode(header: str, image: bytes) -> bytes:
+    text = header.encode()
+    return struct.pack("<I", len(text)) + text + image
+
+
+class _Writer:
+    """Writes a store into `folder`, which exists and is empty."""
+
+    def __init__(self, folder: Path, kind: Kind, shard_bytes: int):
+        self.folder, self.kind, self.shard_bytes = folder, kind, shard_bytes
+        self.shards: list[dict] = []
+        self.summary = Summary()
+        self._shard: ArrayRecordWriter | None = None
+        # Closed by `finish`, or with a failed build.
+        self._texts = open(folder / "texts.bin", "wb")  # noqa: SIM115
+        self._ends = open(folder / "text_ends.u8", "wb")  # noqa: SIM115
+        self._starts = open(folder / "region_starts.i8", "wb")  # noqa: SIM115
+        self._sizes = open(folder / "sizes.u4", "wb")  # noqa: SIM115
+        self._refused: TextIO | None = None
+        self._ends.write(struct.pack("<Q", 0))
+        self._starts.write(struct.pack("<q", 0))
+
+    def add(self, record: Record) -> None:
+        header = _header(record)
+        data = _encode(header, record.image)
+        if self._shard is None:
+            name = f"shard-{len(self.shards):05d}.array_record"
+            self._shard = ArrayRecordWriter(str(self.folder / name), "group_size:1,uncompressed")
+            self.shards.append({"file": name, "images": 0})
+            self._filled = 0
+        self._shard.write(data)
+        self.shards[-1]["images"] += 1
+        self._filled += len(data)
+        if isinstance(record, Conversation):
+            texts = [header]
+            self.summary.conversations += 1
+            self.summary.turns += len(record.turns)
+            self.summary.images += bool(record.image)
+        else:
+            texts = [record.global_caption or "", *(region.caption for region in record.regions)]
+            self.summary.images += 1
+            self.summary.regions += len(record.regions)
+            self.summary.globals += record.global_caption is not None
+        for text in texts:
+            self._texts.write(text.encode())
+            self._ends.write(struct.pack("<Q", self._texts.tell()))
+        self._starts.write(struct.pack("<q", self.summary.regions))
+        self._sizes.write(struct.pack("<II", record.width, record.height))
+        if self._filled >= self.shard_bytes:
+            self._close_shard()
+
+    def refuse(self, what: str, reason: str) -> None:
+        self.summary.refuse(what, reason)
+        if self._refused is None:
+            self._refused = open(self.folder / REFUSED, "w")  # noqa: SIM115
+        self._refused.write(json.dumps({"what": what, "reason": reason}) + "\n")
+
+    def _close_shard(self) -> None:
+        if self._shard is not None:
+            self._shard.close()
+            self._shard = None
+
+    def finish(self, frame: BboxFrame | None) -> None:
+        self._close_shard()
+        for file in (self._texts, self._ends, self._starts, self._sizes, self._refused):
+            if file is not None:
+                file.close()
+        names = [shard["file"] for shard in self.shards] + ["texts.bin", "text_ends.u8", "region_starts.i8", "sizes.u4"]
+        manifest = {
+            "format": self.kind.format,
+            "version": VERSION,
+            **{count: getattr(self.summary, count) for count in self.kind.counts},
+            "bbox_frame": frame,  # of the boxes as they came; the stored ones are relative to the image
+            "refused": dict(self.summary.refused),
+            "shards": self.shards,
+            "bytes": {name: (self.folder / name).stat().st_size for name in names},
+        }
+        (self.folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for name in [*names, "manifest.json"]:
+            with open(self.folder / name, "rb") as file:
+                os.fsync(file.fileno())
+
+
+Item = tuple[Record | None, list[tuple[str, str]]]  # a record, and what was refused of it as (what, reason)
+
+
+def write_items(items: Iterable[Item], out: str | Path, kind: Kind, frame: BboxFrame | None, shard_bytes: int) -> Summary:
+    """Writes beside and renames: `out` appears whole or not at all. `ValueError` where it exists already or nothing is left."""
+    out = Path(out)
+    if out.exists():
+        raise ValueError(f"store {out} exists already; remove it or name another directory")
+    partial_out = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial_out, ignore_errors=True)  # of a build that was killed
+    partial_out.mkdir(parents=True)
+    try:
+        writer = _Writer(partial_out, kind, shard_bytes)
+        for record, refused in items:
+            for what, reason in refused:
+                writer.refuse(what, reason)
+            if record is not None:
+                writer.add(record)
+        if not writer.shards:
+            refused = dict(writer.summary.refused) or "the input is empty"
+            raise ValueError(f"store {out}: no usable {kind.counts[0][:-1]}; refused: {refused}")
+        writer.finish(frame)
+        os.rename(partial_out, out)
+    except BaseException:
+        shutil.rmtree(partial_out, ignore_errors=True)
+        raise
+    return writer.summary
+
+
+def write_store(records: Iterable[ImageRecord], out: str | Path, shard_bytes: int = 256 << 20) -> Summary:
+    """Writes records made by a program to a new store `out`; an invalid one raises `ValueError` and leaves no store."""
+
+    def checked() -> Iterator[Item]:
+        for record in records:
+            for number, region in enumerate(record.regions):
+                try:
+                    image_box(list(region.box), record.width, record.height, "relative", "image")
+                except ValueError as error:
+                    raise ValueError(f"record {record.id!r} region {number}: {error}") from None
+                if not region.caption.strip():
+                    raise ValueError(f"record {record.id!r} region {number}: caption is empty")
+            if record.global_caption is not None and not record.global_caption.strip():
+                raise ValueError(f"record {record.id!r}: global caption is empty (None means absent)")
+            yield record, []
+
+    return write_items(checked(), out, REGIONS, "image", shard_bytes)
