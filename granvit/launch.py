@@ -105,6 +105,7 @@ def check_port(launch: Launch) -> None:
     agent_listens = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not (launch.scheduler or (launch.launcher == "torchrun" and launch.rank == 0 and not agent_listens)):
         return
+    assert launch.address is not None  # there is one wherever there is a launcher
     host, _, port = launch.address.rpartition(":")
     family, kind, protocol, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
     with socket.socket(family, kind, protocol) as probe:
@@ -190,6 +191,7 @@ class Guard:
     def leave(self) -> None:
         """Tells the watcher that this process ends in order."""
         if self._watcher is not None:
+            assert self._watcher.stdin is not None
             self._watcher.stdin.write(b"end")
             self._watcher.stdin.flush()
 

@@ -285,7 +285,7 @@ class Trainer:
         if self.step - (0 if checkpoint is None else checkpoint.step) == self.in_a_row:
             since, remedy = "the start weights", "check them and runtime.compute"
             if checkpoint is not None:
-                since, remedy = checkpoint.path, "go back to an earlier checkpoint by moving this one away"
+                since, remedy = str(checkpoint.path), "go back to an earlier checkpoint by moving this one away"
             raise TrainingStopped(
                 f"{what}; {limit}, and no step since {since} was finite. Nothing is saved: {remedy}, or raise "
                 f"train.skip_non_finite"

@@ -44,7 +44,7 @@ LAYOUTS = {
 }
 DETECTED = tuple(layout for layout in LAYOUTS.values() if layout is not MINDSPORE)  # which differs from DEFAULT by its file alone
 OURS = ("default", "mindspore")  # these hold any parts of the model
-RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, which preprocessor_config.json holds
+RESAMPLE: dict[Any, str] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, which preprocessor_config.json holds
 EMBEDDING, HEAD = "language.model.embed_tokens.weight", "language.lm_head.weight"
 
 
@@ -166,7 +166,9 @@ def read_contents(source: Source, layout: Layout, spelling: Spelling) -> Content
     for foreign in source.tensors.shapes:
         canonical = spelling.canonical(foreign)
         if canonical is None:
-            contents.left_out[foreign] = spelling.reason(foreign)
+            reason = spelling.reason(foreign)
+            assert reason is not None, foreign
+            contents.left_out[foreign] = reason
             continue
         assert canonical not in names, f"two rows of one spelling of {layout.name!r} map to {canonical!r}"
         source.tensors.check_readable(foreign)
@@ -185,6 +187,7 @@ def read_contents(source: Source, layout: Layout, spelling: Spelling) -> Content
 
 def _published(source: Source) -> dict[str, Any] | None:
     """What a default directory remembers of the publisher's, so that it can be written again as it was."""
+    assert source.tree is not None
     record = source.tree.get("published")
     if record is None:
         return None
@@ -247,6 +250,7 @@ def _stated(source: Source, layout: Layout, contents: Contents) -> tuple[VisionC
 
 def _pixels(source: Source, contents: Contents) -> dict[str, Any]:
     """The fields of `VisionConfig` that preprocessor_config.json states."""
+    assert source.config_path is not None  # it was read
     path = source.config_path.parent / "preprocessor_config.json"
     if not path.exists():
         contents.notes.append("no preprocessor_config.json: mean, std and resize are taken to be this family's")

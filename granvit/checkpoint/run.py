@@ -125,7 +125,7 @@ class Checkpoint:
 
     def check_architecture(self, vision: VisionConfig, language: LanguageConfig) -> None:
         """`ValueError` naming the first keys in which the checkpoint is of another architecture."""
-        expected = {"model": parameter_shapes(vision, language)}
+        expected: dict[Group, Shapes] = {"model": parameter_shapes(vision, language)}
         trained = {n: s for n, s in expected["model"].items() if self.parts[part_of(n)].trained}
         expected |= {"first_moment": trained, "second_moment": trained}
         if self.config.stage_spec.distill:
@@ -159,6 +159,7 @@ class Checkpoint:
 def open_part(run: Path, name: str, digest: str) -> TensorSet:
     """A part in RUN/parts, its checksums compared with the hash it is referred to by."""
     tensors = TensorSet(run / "parts" / f"{name}-{digest[:16]}", "model", checked=True)
+    assert tensors.digests is not None
     if set_digest(tensors.digests) != digest:
         raise ValueError(f"{tensors.directory}: its checksums do not add up to the hash it is referred to by; it is damaged")
     return tensors
@@ -380,7 +381,7 @@ class CheckpointWriter:
 
     def _write_rest(self, engine: TrainEngine, folder: Path) -> None:
         trained = {n: s for n, s in self.model_shapes.items() if part_of(n) in self.trains}
-        moments = ("first_moment", "second_moment")
+        moments: tuple[Group, ...] = ("first_moment", "second_moment")
         shapes = {f"{group}.{name}": shape for group in moments for name, shape in trained.items()}
         write_set(folder, "optimizer", shapes, ((f"{g}.{n}", a) for g in moments for n, a in engine.tensors(g)))
         if self.config.stage_spec.distill:
