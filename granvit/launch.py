@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from granvit import watcher
+from granvit.engine import TrainEngine
 
 Framework = Literal["mindspore", "torch"]
 FRAMEWORKS: dict[Framework, tuple[str, str]] = {"mindspore": ("ms_granvit", "MindSpore"), "torch": ("pt_granvit", "PyTorch")}
@@ -80,7 +81,7 @@ def check_launcher(launch: Launch, framework: Framework) -> None:
         raise ValueError("started by msrun but --framework is torch; start with torchrun, or leave --framework out")
 
 
-def load_engine_class(framework: Framework) -> type:
+def load_engine_class(framework: Framework) -> type[TrainEngine]:
     """The framework's `Engine`; `ValueError` with the command that installs a framework that is not there."""
     package, name = FRAMEWORKS[framework]
     module = "mindspore" if framework == "mindspore" else "torch"

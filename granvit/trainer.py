@@ -7,7 +7,7 @@ through `engine.all_sum`, so no rank waits for one that has left.
 """
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -35,7 +35,7 @@ class Batches(Protocol):
 
     steps: int
 
-    def batches(self, start_step: int) -> Iterator[list[Batch]]:
+    def batches(self, start_step: int) -> Generator[list[Batch], None, None]:
         """This rank's micro-batches of every step after `start_step`."""
 
 
