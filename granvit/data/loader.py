@@ -21,7 +21,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 
 import grain
@@ -220,11 +220,11 @@ class Plan:
             region = np.arange(len(at)) - np.repeat(np.cumsum(counts) - counts, counts)
             counters = self._region_starts[source] + starts[at] + region
             candidates = []
-            for task, name in self._tasks:
+            for index, name in self._tasks:
                 if name not in WHOLE:
-                    asked = self._asked(epoch, task, counters, self.rates[source])
-                    order = splitmix64(counters[asked], self.seed, epoch, task, _ORDER)
-                    candidates.append((at[asked], np.full(asked.sum(), task), region[asked], order))
+                    asked = self._asked(epoch, index, counters, self.rates[source])
+                    order = splitmix64(counters[asked], self.seed, epoch, index, _ORDER)
+                    candidates.append((at[asked], np.full(asked.sum(), index), region[asked], order))
             asked = np.zeros(len(members), np.int64)  # region questions of each row's image
             if candidates:
                 at, task, region, order = map(np.concatenate, zip(*candidates, strict=True))
@@ -235,8 +235,8 @@ class Plan:
                 mine = place // self.K == chunk[at]
                 found.append((members[at[mine]], task[mine], region[mine]))
             whole = self._asked_whole(epoch, source, image) & (chunk == (asked if self.K == 1 else 0))
-            task = TASKS.index(self._whole_task(source))
-            found.append((members[whole], np.full(whole.sum(), task), np.full(whole.sum(), -1)))
+            index = TASKS.index(self._whole_task(source))
+            found.append((members[whole], np.full(whole.sum(), index), np.full(whole.sum(), -1)))
         row, task, region = map(np.concatenate, zip(*found, strict=True))
         sort = np.argsort(row, kind="stable")
         return row[sort], task[sort], region[sort]
@@ -377,7 +377,7 @@ class Loader:
             *(compose, rank, world, config.train.micro_batch, self.micro_batches),
         )
 
-    def batches(self, start_step: int = 0) -> Iterator[list[Batch]]:
+    def batches(self, start_step: int = 0) -> Generator[list[Batch], None, None]:
         """Micro-batches of steps `start_step`, `start_step` + 1, ... to the last, read and decoded ahead.
 
         Close the iterator (or let it run out) to end its reading processes; they also end when this process is gone.
@@ -463,12 +463,14 @@ def held_out(
                 except ValueError as error:
                     raise ValueError(f"store {store.path}: held-out record {record_id}: {error}") from None
         pixels_B3RR = np.stack([pixels[image] for image, _ in rows])
-        shown, asked = [sizes[image] for image, _ in rows], [item[2] for _, item in rows]
-        yield prompt_batch(pixels_B3RR, asked, chat, vision, length, shown), [item for _, item in part]
+        shown, questions = [sizes[image] for image, _ in rows], [item[2] for _, item in rows]
+        yield prompt_batch(pixels_B3RR, questions, chat, vision, length, shown), [item for _, item in part]
 
 
 def _held_out_record(store: Store, image: int) -> ImageRecord:
     try:
-        return store.record(image)
+        record = store.record(image)
     except ValueError as error:
         raise ValueError(f"store {store.path}: held-out image {image}: {error}") from None
+    assert isinstance(record, ImageRecord)  # the store is one of regions
+    return record

@@ -230,8 +230,8 @@ class _Writer:
         }
         (self.folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for name in [*names, "manifest.json"]:
-            with open(self.folder / name, "rb") as file:
-                os.fsync(file.fileno())
+            with open(self.folder / name, "rb") as written:
+                os.fsync(written.fileno())
 
 
 Item = tuple[Record | None, list[tuple[str, str]]]  # a record, and what was refused of it as (what, reason)
@@ -253,8 +253,8 @@ def write_items(items: Iterable[Item], out: str | Path, kind: Kind, frame: BboxF
             if record is not None:
                 writer.add(record)
         if not writer.shards:
-            refused = dict(writer.summary.refused) or "the input is empty"
-            raise ValueError(f"store {out}: no usable {kind.counts[0][:-1]}; refused: {refused}")
+            reasons = dict(writer.summary.refused) or "the input is empty"
+            raise ValueError(f"store {out}: no usable {kind.counts[0][:-1]}; refused: {reasons}")
         writer.finish(frame)
         os.rename(partial_out, out)
     except BaseException:
@@ -346,7 +346,7 @@ def build_store(
 
     def items() -> Iterator[Item]:
         def done(chunk: list[tuple[int, bytes]]) -> None:
-            if progress:
+            if progress and task is not None:
                 progress.advance(task, sum(len(line) for _, line in chunk))
 
         with open(jsonl, "rb") as file:
