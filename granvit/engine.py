@@ -5,7 +5,9 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
+from granvit.models import LanguageConfig, VisionConfig
 
 LOSSES = ("loss", "loss_caption", "loss_distill")
 Group = Literal["model", "teacher", "first_moment", "second_moment"]
@@ -102,6 +104,9 @@ class TrainEngine(Protocol):
     device: str
     implementations: dict[str, str]  # operator -> the implementation that runs, for the log
     compilations: dict[str, int]  # graph -> how often it was compiled
+
+    def __init__(self, config: RunConfig, vision: VisionConfig, language: LanguageConfig,
+                 start: Iterable[tuple[str, np.ndarray]], ranks: Ranks | None = None): ...  # fmt: skip
 
     @staticmethod
     def memory(device: str) -> int:

@@ -19,6 +19,7 @@ from granvit.data.records import ImageRecord
 from granvit.data.store import MAX_PIXELS, Store
 from granvit.evaluate import evaluation_file
 from granvit.metrics import SCORES, iou
+from granvit.stages import Task
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -39,7 +40,7 @@ class Evaluation:
     """One evaluation of one run: means of the scores by task (0..1), every prediction, held-out losses, and the settings."""
 
     step: int
-    table: dict[str, dict[str, float]]
+    table: dict[Task, dict[str, float]]
     predictions: list[dict[str, Any]]
     held_out: dict[str, float]
     settings: dict[str, Any]
@@ -90,8 +91,10 @@ def write_report(root: Path, framework: str, seconds: dict[str, float]) -> Path:
     runs = {name: evaluations(root / name) for name in COLUMNS}
     last = {name: found[-1] for name, found in runs.items()}
     _draw_curve(root, runs, root / "figure4a.png")
-    store = Store(load_config(root / "stage1" / "config.yaml").eval.source)
-    records = {record.id: record for record in map(store.record, range(store.images))}
+    source = load_config(root / "stage1" / "config.yaml").eval.source
+    assert source is not None
+    store = Store(source)
+    records = {record.id: record for record in map(store.record, range(store.images)) if isinstance(record, ImageRecord)}
     _draw_boxes(records, last, root / "caption2bbox.png")
     _draw_captions(records, last, root / "bbox2caption.png")
     _draw_small(records, last, root / "answers_small.png")
