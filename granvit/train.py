@@ -19,7 +19,7 @@ from granvit.data.batch import Packer
 from granvit.data.chat import Chat, load_chat
 from granvit.data.loader import Compose, Loader
 from granvit.data.sampler import WINDOW
-from granvit.engine import Ranks
+from granvit.engine import Ranks, TrainEngine
 from granvit.evaluate import Evaluation, Evaluator, forget_evaluations
 from granvit.exit_status import exit_status
 from granvit.launch import Guard, Launch, RunLock, check_launcher, check_port, detect, load_engine_class

@@ -110,6 +110,6 @@ FIRST = ("tests/pt/", "tests/test_runs.py", "tests/parity/test_check.py")
 
 
 def pytest_collection_modifyitems(items):
-    """The stand-in device comes first: autograd knows the devices that are registered at its first backward pass. Then the longest
-    files: with several workers (`make test`), no worker starts one at the end."""
+    """The stand-in device comes first: autograd knows the devices that are registered at its first backward pass. The longest
+    files follow, so that no worker of `make test` starts one at the end."""
     items.sort(key=lambda item: next((i for i, path in enumerate(FIRST) if item.nodeid.startswith(path)), len(FIRST)))
