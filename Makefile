@@ -1,22 +1,37 @@
 # make demo: fresh machine -> trained tiny GranViT, table, pictures. make test: fresh machine -> the whole test suite.
+# make lint: ruff over everything, mypy over the core.
+# make test-torch PYTHON=python3.13: the core and the PyTorch twin without MindSpore, in an environment of their own, on a newer Python.
 # make transformers5: a second environment, in which tests/test_transformers5.py loads exports; without it that test is skipped.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 READY := $(VENV)/.ready
 VENV5 := .venv-transformers5
+VENV_TORCH := .venv-torch
 
-.PHONY: demo test transformers5 clean
+.PHONY: demo test lint test-torch transformers5 clean
 demo: $(READY)
 	$(VENV)/bin/python scripts/demo.py
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest
 
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
 $(READY): requirements.txt pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v != (3, 11) and f"Python 3.11 is needed, $(PYTHON) is {v[0]}.{v[1]}; name one with make PYTHON=/path/to/python3.11")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+test-torch: $(VENV_TORCH)/.ready
+	$(VENV_TORCH)/bin/python -m pytest
+
+$(VENV_TORCH)/.ready: pyproject.toml setup.py
+	test -x $(VENV_TORCH)/bin/python || $(PYTHON) -m venv $(VENV_TORCH)
+	$(VENV_TORCH)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[torch,test]'
 	touch $@
 
 transformers5: $(VENV5)/.ready
@@ -26,4 +41,4 @@ $(VENV5)/.ready:
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV5) runs
+	rm -rf $(VENV) $(VENV5) $(VENV_TORCH) runs

@@ -86,8 +86,8 @@ def agree(ranks: Ranks, facts: Mapping[str, Fact]) -> None:
     stated = json.loads(broadcast(ranks, json.dumps(facts), 0))
     first = {what: Fact(*fact) for what, fact in stated.items()}
     nothing = Fact("nothing")
-    mine = [(what, facts.get(what, nothing), first.get(what, nothing)) for what in {**first, **facts}]
-    mine = [f"{what} {own} on rank {ranks.rank}, {other} on rank 0" for what, own, other in mine if own.value != other.value]
+    pairs = [(what, facts.get(what, nothing), first.get(what, nothing)) for what in {**first, **facts}]
+    mine = [f"{what} {own} on rank {ranks.rank}, {other} on rank 0" for what, own, other in pairs if own.value != other.value]
     differing = ranks_where(ranks, bool(mine))
     if not differing:
         return

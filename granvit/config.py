@@ -456,8 +456,8 @@ def resolve_models(config: RunConfig) -> tuple[VisionConfig, LanguageConfig]:
     if crop % vision.patch_size:
         raise ValueError(f"distill.crop_size {crop} is not a multiple of {vision.name!r}'s patch size {vision.patch_size}")
     if grid and (crop // vision.patch_size) % grid:
-        own = crop // vision.patch_size
-        raise ValueError(f"distill.grid {grid} does not divide the teacher's grid of {own} x {own} (crops of {crop} pixels)")
+        cells = crop // vision.patch_size
+        raise ValueError(f"distill.grid {grid} does not divide the teacher's grid of {cells} x {cells} (crops of {crop} pixels)")
     if config.stage_spec.distill and config.distill.features == "final":
         vision = VisionConfig(**{**vision.model_dump(), "top": "final"})
     if config.vision.tiling:

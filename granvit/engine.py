@@ -5,7 +5,10 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
+from granvit.models import LanguageConfig, VisionConfig
+from granvit.stages import Stage
 
 LOSSES = ("loss", "loss_caption", "loss_distill")
 Group = Literal["model", "teacher", "first_moment", "second_moment"]
@@ -89,10 +92,9 @@ class Ranks(Protocol):
 class TrainEngine(Protocol):
     """One framework's model, optimizer and collectives behind numpy.
 
-    The constructor of both implementations is `Engine(config: RunConfig, vision: VisionConfig, language: LanguageConfig,
-    start: Iterable[tuple[str, np.ndarray]], ranks: Ranks | None = None, stage: Stage | None = None)`; `start` streams every
-    parameter of `parameter_shapes` under its name. Without `ranks` it joins the launcher's process group, or runs alone where
-    there is none. `stage` stands in place of the configuration's (`granvit.stages.ANSWER`: no masters, no moments, no teacher).
+    `start` streams every parameter of `parameter_shapes` under its name. Without `ranks` it joins the launcher's process group,
+    or runs alone where there is none. `stage` replaces the configuration's (`granvit.stages.ANSWER`: no masters, no moments, no
+    teacher).
     The teacher (where the stage has one) starts as the student; `load("teacher", ...)` replaces it. bfloat16 arrays are
     `ml_dtypes.bfloat16`, in and out.
     """
@@ -103,6 +105,9 @@ class TrainEngine(Protocol):
     device: str
     implementations: dict[str, str]  # operator -> the implementation that runs, for the log
     compilations: dict[str, int]  # graph -> how often it was compiled
+
+    def __init__(self, config: RunConfig, vision: VisionConfig, language: LanguageConfig,
+                 start: Iterable[tuple[str, np.ndarray]], ranks: Ranks | None = None, stage: Stage | None = None): ...  # fmt: skip
 
     @staticmethod
     def memory(device: str) -> int:

@@ -44,6 +44,7 @@ class Evaluator:
                  compose: Compose = Packer.row):  # fmt: skip
         self.engine, self.config, self.vision, self.chat, self.run = engine, config, vision, chat, run
         self.settings = config.eval.model_dump(mode="json", exclude={"every", "batch"})
+        assert config.eval.source is not None
         store = Store(config.eval.source)
         self.answers = store.kind == REGIONS and bool(config.eval.tasks)
         if config.eval.tasks and not self.answers:
@@ -90,10 +91,12 @@ class Evaluator:
 
     def _losses(self) -> dict[str, float]:
         """Losses over all held-out rows: sums over sums, each divided by its own count. A loss that is not finite is left out."""
+        loader = self.loader
+        assert loader is not None
         counts = np.zeros(4, np.float32)  # tokens, boxes, questions, skipped
 
         def rows() -> Iterator[Batch]:
-            for micro_batches in self.loader.batches():
+            for micro_batches in loader.batches():
                 for batch in micro_batches:
                     counts[:] += batch.tokens, batch.boxes, batch.questions, len(batch.skipped)
                     yield batch
@@ -134,6 +137,7 @@ def _answer(
     Every rank gets the table; rank 0 gets all predictions, in the store's order. Each rank's own predictions pass through a file
     in RUN/eval, which all ranks must see.
     """
+    assert config.eval.source is not None
     own: list[tuple[int, dict[str, Any]]] = []
     batches = held_out(
         Store(config.eval.source), config.eval.tasks, chat, vision, config.eval.batch, config.eval.images,

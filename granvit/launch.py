@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from granvit import watcher
+from granvit.engine import TrainEngine
 
 Framework = Literal["mindspore", "torch"]
 FRAMEWORKS: dict[Framework, tuple[str, str]] = {"mindspore": ("ms_granvit", "MindSpore"), "torch": ("pt_granvit", "PyTorch")}
@@ -80,7 +81,7 @@ def check_launcher(launch: Launch, framework: Framework) -> None:
         raise ValueError("started by msrun but --framework is torch; start with torchrun, or leave --framework out")
 
 
-def load_engine_class(framework: Framework) -> type:
+def load_engine_class(framework: Framework) -> type[TrainEngine]:
     """The framework's `Engine`; `ValueError` with the command that installs a framework that is not there."""
     package, name = FRAMEWORKS[framework]
     module = "mindspore" if framework == "mindspore" else "torch"
@@ -105,6 +106,7 @@ def check_port(launch: Launch) -> None:
     agent_listens = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not (launch.scheduler or (launch.launcher == "torchrun" and launch.rank == 0 and not agent_listens)):
         return
+    assert launch.address is not None  # there is one wherever there is a launcher
     host, _, port = launch.address.rpartition(":")
     family, kind, protocol, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
     with socket.socket(family, kind, protocol) as probe:
@@ -190,6 +192,7 @@ class Guard:
     def leave(self) -> None:
         """Tells the watcher that this process ends in order."""
         if self._watcher is not None:
+            assert self._watcher.stdin is not None
             self._watcher.stdin.write(b"end")
             self._watcher.stdin.flush()
 

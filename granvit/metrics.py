@@ -116,6 +116,7 @@ def score(task: Task, answer: str, reference: str, box: Box | None) -> dict[str,
             "rouge_l_ascii": rouge_l_ascii(answer, reference),
             "exact_match": exact_match(answer, reference),
         }
+    assert box is not None
     parsed = parse_box(answer)
     overlap = 0.0 if parsed is None else iou(parsed, box)
     return {"acc_iou50": float(overlap >= IOU_THRESHOLD), "mean_iou": overlap, "unparsable": float(parsed is None)}

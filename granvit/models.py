@@ -172,7 +172,8 @@ def _linear(name: str, n_in: int, n_out: int, bias: bool) -> Shapes:
 
 
 def _norm(name: str, width: int, kind: str) -> Shapes:
-    return {f"{name}.weight": (width,)} | ({f"{name}.bias": (width,)} if kind == "layer" else {})
+    weight: Shapes = {f"{name}.weight": (width,)}
+    return weight | ({f"{name}.bias": (width,)} if kind == "layer" else {})
 
 
 def vision_shapes(c: VisionConfig, prefix: str = "vision") -> Shapes:

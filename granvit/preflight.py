@@ -48,7 +48,7 @@ def version_facts(framework: Framework) -> dict[str, Fact]:
 
 def configuration_facts(config: RunConfig, vision: VisionConfig, language: LanguageConfig, path: Path) -> dict[str, Fact]:
     """Every key of the resolved configuration and of the two models' files."""
-    facts = {}
+    facts: dict[str, Fact] = {}
     for prefix, tree, origin in (
         ("", config, str(path.resolve())),
         (f"model {vision.name} ", vision, ""),

@@ -19,7 +19,7 @@ from granvit.data.batch import Packer
 from granvit.data.chat import Chat, load_chat
 from granvit.data.loader import Compose, Loader
 from granvit.data.sampler import WINDOW
-from granvit.engine import Ranks
+from granvit.engine import Ranks, TrainEngine
 from granvit.evaluate import Evaluation, Evaluator, forget_evaluations
 from granvit.exit_status import exit_status
 from granvit.launch import Guard, Launch, RunLock, check_launcher, check_port, detect, load_engine_class
@@ -142,8 +142,8 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
                 f"the {WINDOW} steps around it are asked twice, some never"
             )
         _log_changes(together(ranks, lambda: check_same_run(checkpoint, config, vision, language, ranks.world, stated)))
-    begins_elsewhere = checkpoint is None and config.model.init_from is not None
-    source = agreed_checkpoint(ranks, Path(config.model.init_from)) if begins_elsewhere else checkpoint
+    before = config.model.init_from if checkpoint is None else None
+    source = checkpoint if before is None else agreed_checkpoint(ranks, Path(before))
     start = together(
         ranks,
         lambda: start_weights(config, vision, language, source) if checkpoint is None else checkpoint.tensors("model"),
@@ -193,6 +193,7 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
     def evaluate(step: int) -> Evaluation | None:
         smaller = [f"eval.batch={config.eval.batch // 2}"] if config.eval.batch > 1 else []
         with memory_errors(lambda: f"in the evaluation after step {step}", run, smaller, "eval.batch is 1 already"):
+            assert evaluator is not None
             return evaluator(step)
 
     trainer = Trainer(
@@ -208,7 +209,7 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
         lock.release()
 
 
-def _join(Engine: type, config: RunConfig, launch: Launch, guard: Guard) -> Ranks:
+def _join(Engine: type[TrainEngine], config: RunConfig, launch: Launch, guard: Guard) -> Ranks:
     """Joins the process group, which ends by itself or by the watchers where a rank does not come."""
     if launch.world > 1:
         log.info(f"waiting for {launch.world} ranks to meet at {launch.address}")

@@ -8,7 +8,7 @@ through `engine.all_sum`, so no rank waits for one that has left.
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -36,7 +36,7 @@ class Batches(Protocol):
 
     steps: int
 
-    def batches(self, start_step: int) -> Iterator[list[Batch]]:
+    def batches(self, start_step: int) -> Generator[list[Batch], None, None]:
         """This rank's micro-batches of every step after `start_step`."""
 
 
@@ -286,7 +286,7 @@ class Trainer:
         if self.step - (0 if checkpoint is None else checkpoint.step) == self.in_a_row:
             since, remedy = "the start weights", "check them and runtime.compute"
             if checkpoint is not None:
-                since, remedy = checkpoint.path, "go back to an earlier checkpoint by moving this one away"
+                since, remedy = str(checkpoint.path), "go back to an earlier checkpoint by moving this one away"
             raise TrainingStopped(
                 f"{what}; {limit}, and no step since {since} was finite. Nothing is saved: {remedy}, or raise "
                 f"train.skip_non_finite"

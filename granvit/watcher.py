@@ -136,11 +136,11 @@ def main(argv: list[str]) -> None:
                 write_marker(run, key, name, job["started"], reason)
                 say(f"{name}: {reason}")
             return
-        reason = other_failure(run, key, name, job["started"])
-        if reason is not None:
+        failure = other_failure(run, key, name, job["started"])
+        if failure is not None:
             time.sleep(GRACE_FAILURE)
             if os.getppid() == rank:
-                say(f"{name} ends because {reason}")
+                say(f"{name} ends because {failure}")
                 kill()
             return
         if deadline is None and launcher and parent_of(rank) != launcher:

@@ -106,6 +106,10 @@ def caption_store(tmp_path_factory):
     return Store(folder / "store")
 
 
+FIRST = ("tests/pt/", "tests/test_runs.py", "tests/parity/test_check.py")
+
+
 def pytest_collection_modifyitems(items):
-    """The tests of the stand-in device come first: autograd knows the devices that are registered at its first backward pass."""
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/pt/"))
+    """The stand-in device comes first: autograd knows the devices that are registered at its first backward pass. The longest
+    files follow, so that no worker of `make test` starts one at the end."""
+    items.sort(key=lambda item: next((i for i, path in enumerate(FIRST) if item.nodeid.startswith(path)), len(FIRST)))

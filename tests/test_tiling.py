@@ -11,7 +11,7 @@ import yaml
 
 from granvit.checkpoint.layouts.llava import LLAVA
 from granvit.checkpoint.pretrained import start_weights
-from granvit.config import Bucket, resolve_models
+from granvit.config import Bucket, RunConfig, resolve_models
 from granvit.data.batch import Batch, Packer, PromptBatch, Question, join, prompt_batch
 from granvit.data.chat import Chat, byte_tokenizer
 from granvit.data.images import decode, to_views
@@ -277,32 +277,44 @@ def run_script(name: str, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
+def run_tiled(framework: str, stage: str, folder: Path, scored: bool = False, init_from: Path | None = None) -> RunConfig:
+    """Two steps of a stage on a store in `folder`, two rows each whose images have unlike grids; one bucket, one graph."""
+    write_store(RECORDS, folder / "store")
+    config = run_config(
+        stage=stage,
+        output=str(folder / stage),
+        model={"init_from": None if init_from is None else str(init_from)},
+        data={"sources": [{"path": str(folder / "store")}], "buckets": [{"length": 640, "answers": 120}]},
+        train={"global_batch": 4, "micro_batch": 2, "steps": 2, "log_every": 1},
+        eval={"source": str(folder / "store") if scored else None, "images": 3, "batch": 2, "max_new_tokens": 4},
+        **TILES,
+    )
+    (folder / f"{stage}.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    said = run_script(f"{stage}.py", "--framework", framework, "--config", str(folder / f"{stage}.yaml"))
+    assert "is complete" in said and ("held-out caption2bbox" in said) == ("held-out loss" in said) == scored, said
+    assert framework == "torch" or "'micro_batch': 1," in said, said
+    return config
+
+
+@pytest.fixture(scope="module")
+def tiled_stage_1(tmp_path_factory):
+    pytest.importorskip("torch")
+    folder = tmp_path_factory.mktemp("tiled")
+    run_tiled("torch", "stage1", folder)
+    return folder / "stage1"
+
+
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_both_stages_train_evaluate_and_answer(framework, tmp_path):
-    """Two rows a step whose images have unlike grids; one bucket, one graph. Stage 2 starts from stage 1, is scored, and asked
-    about a picture that no run has seen."""
+def test_both_stages_train_evaluate_and_answer(framework, tmp_path, tiled_stage_1):
+    """Stage 2 starts from PyTorch's stage 1, is scored, and asked about a picture that no run has seen. MindSpore's generation is
+    compiled once, for the answer, so its run is not scored."""
     pytest.importorskip(framework)
-    write_store(RECORDS, tmp_path / "store")
-    for stage in ("stage1", "stage2"):
-        scored = stage == "stage2" and framework == "torch"  # MindSpore's generation is compiled once, for the answer below
-        config = run_config(
-            stage=stage,
-            output=str(tmp_path / stage),
-            model={"init_from": str(tmp_path / "stage1") if stage == "stage2" else None},
-            data={"sources": [{"path": str(tmp_path / "store")}], "buckets": [{"length": 640, "answers": 120}]},
-            train={"global_batch": 4, "micro_batch": 2, "steps": 2, "log_every": 1},
-            eval={"source": str(tmp_path / "store") if scored else None, "images": 3, "batch": 2, "max_new_tokens": 4},
-            **TILES,
-        )
-        (tmp_path / f"{stage}.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-        said = run_script(f"{stage}.py", "--framework", framework, "--config", str(tmp_path / f"{stage}.yaml"))
-        assert "is complete" in said and ("held-out caption2bbox" in said) == ("held-out loss" in said) == scored, said
-        assert framework == "torch" or "'micro_batch': 1," in said, said
+    config = run_tiled(framework, "stage2", tmp_path, scored=framework == "torch", init_from=tiled_stage_1)
     (tmp_path / "picture.png").write_bytes(encoded_image(77, 33))
     said = run_script("predict.py", "--framework", framework, "--run", str(tmp_path / "stage2"), "--text", "a cup",
                       str(tmp_path / "picture.png"))  # fmt: skip
     assert "Traceback" not in said
-    plain = run_config(model={"init_from": str(tmp_path / "stage1")})
+    plain = run_config(model={"init_from": str(tiled_stage_1)})
     with pytest.raises(ValueError, match=r"another architecture.*projector\.linear_1\.weight"):
         start_weights(plain, *resolve_models(plain))
     with pytest.raises(ValueError, match=r"trained with vision\.tiling"):

@@ -26,7 +26,7 @@ from granvit.models import (
     vision_shapes,
 )
 
-RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, which preprocessor_config.json holds
+RESAMPLE: dict[Any, str] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, which preprocessor_config.json holds
 EMBEDDING, HEAD = "language.model.embed_tokens.weight", "language.lm_head.weight"
 
 

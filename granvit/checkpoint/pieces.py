@@ -71,7 +71,9 @@ def _piece(name: str, entry: dict) -> dict:
         return entry | {"shape": shape[ones:]}
     if not shape or shape[0] % count:
         raise ValueError(f"{entry['path']}: tensor {whole(name)!r} is {list(shape)}, which has no {count} equal parts")
-    total, number = sum(length for _, length in entry["spans"]), int(_PART.search(name)[1])
+    part = _PART.search(name)
+    assert part is not None, name
+    total, number = sum(length for _, length in entry["spans"]), int(part[1])
     first, last = number * total // count, (number + 1) * total // count
     return entry | {"shape": (shape[0] // count, *shape[1:]), "spans": list(_between(entry["spans"], first, last))}
 

@@ -86,6 +86,7 @@ def _above(vision: VisionConfig) -> set[str]:
 
 
 def _from_run(config: RunConfig, vision: VisionConfig, language: LanguageConfig, origin: Checkpoint | None) -> Tensors:
+    assert config.model.init_from is not None
     run = Path(config.model.init_from)
     checkpoint = origin or newest_checkpoint(run)
     without = f"model.init_from=null starts without it, {_without(config)}"

@@ -13,13 +13,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
 from granvit.models import Shapes
 
-DTYPES = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -88,7 +89,7 @@ class TensorWriter:
         longest = {n: {"dtype": "BF16", "shape": s, "data_offsets": [10**19, 10**19]} for n, s in shapes.items()}
         self.header_bytes = -(-len(json.dumps(self.first_entry | longest)) // 8) * 8
         self.shards: list[dict[str, dict]] = []
-        self.file = None
+        self.file: BinaryIO | None = None
 
     def __enter__(self) -> "TensorWriter":
         return self
@@ -99,6 +100,7 @@ class TensorWriter:
         assert array.shape == self.shapes[name], (name, array.shape, self.shapes[name])
         if self.file is None or (self.offset and self.offset + array.nbytes > self.shard_bytes):
             self._next_shard()
+        assert self.file is not None
         raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         self.file.write(raw.data)
         self.shards[-1][name] = {
@@ -147,7 +149,7 @@ class TensorWriter:
 
     def _end_shard(self) -> None:
         header = json.dumps(self.first_entry | self.shards[-1]).encode()
-        assert len(header) <= self.header_bytes
+        assert self.file is not None and len(header) <= self.header_bytes
         self.file.seek(0)
         self.file.write(self.header_bytes.to_bytes(8, "little") + header.ljust(self.header_bytes))
         self.file.flush()
@@ -247,7 +249,7 @@ class StoredTensors:
         file.seek(offset)
         done = 0
         while done < len(raw):
-            if not (more := file.readinto(memoryview(raw)[done:])):
+            if not (more := file.readinto(raw.data[done:])):
                 raise ValueError(f"{file.name}: truncated inside tensor {name!r}")
             done += more
 

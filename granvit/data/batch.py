@@ -77,6 +77,7 @@ class Question:
     def turn(self, record: ImageRecord) -> tuple[str, str]:
         """The question's and the answer's text."""
         if self.region is None:
+            assert record.global_caption is not None, record.id
             return question_text("global"), record.global_caption
         region = record.regions[self.region]
         return question_text(self.task, region.box, region.caption), answer_text(self.task, region.box, region.caption)

@@ -67,7 +67,7 @@ def build_conversations(
     task = progress.add_task("conversations", total=None) if progress else None
 
     def done(chunk: list) -> None:
-        if progress:
+        if progress and task is not None:
             progress.advance(task, len(chunk))
 
     try:

@@ -58,17 +58,16 @@ def text_lengths(store: Store, chat: Chat, role: Role) -> np.ndarray:
     Computed once per store, tokenizer and template, and kept beside the store, or in `~/.cache/granvit` where the store is
     read-only. All processes that ask at once share the work (`make_in_shares`), each with as many threads as the tokenizer takes.
     """
-    columns = _COLUMNS[role]
+    columns, shares = _COLUMNS[role], _shares(store)
     texts = store.images + store.regions
     name = f"lengths-{store.fingerprint}-{chat.fingerprint}-{role}.u2"
     for folder in (store.path / "lengths", Path("~/.cache/granvit")):
         path = folder.expanduser() / name
         try:
             if not path.exists():
-                shares = _shares(store)
                 sizes = [int(store.region_starts[b] - store.region_starts[a]) + b - a for a, b in shares]
                 what = f"counting the tokens of {store.path} ({role}), once"
-                make_in_shares(path, sizes, lambda n, shares=shares: _encode(store, chat, role, shares[n]), what)
+                make_in_shares(path, sizes, lambda n: _encode(store, chat, role, shares[n]), what)
         except PermissionError:
             continue
         except OSError as error:
@@ -131,7 +130,7 @@ class TurnLengths:
         """SHA-256 of all lengths: they decide the order of the data, so that ranks must hold the same."""
         digest = hashlib.sha256()
         for lengths in self._counted:
-            digest.update(lengths)
+            digest.update(lengths.data)
         return digest.hexdigest()
 
     def of(self, task: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -146,6 +145,7 @@ class TurnLengths:
                 tokens[mine], answers[mine] = self._conversations[text[mine]].astype(np.int64).T
                 continue
             if name == "caption2bbox":
+                assert self._questions is not None
                 question, answers[mine] = self._questions[text[mine]].astype(np.int64), self._longest_box
             else:
                 question, answers[mine] = self._fixed[name], self._answers[text[mine]]

@@ -46,7 +46,8 @@ def replace_boxes(text: str, convert: Callable[[Box, float], Box]) -> str:
     """
 
     def replaced(found: re.Match) -> str:
-        box = tuple(float(group) for group in found.groups())
+        x1, y1, x2, y2 = map(float, found.groups())
+        box = x1, y1, x2, y2
         decimals = max(len(group.partition(".")[2]) for group in found.groups())
         if not decimals or not all(-0.1 <= value <= 1.1 for value in box):
             return found.group()
@@ -59,9 +60,15 @@ def question_text(task: Task, box: Box | None = None, caption: str | None = None
     """The question of `task`: bbox2caption asks about `box`, caption2bbox about `caption`."""
     if task == "global":
         return GLOBAL
-    return BBOX2CAPTION.format(box=format_box(box)) if task == "bbox2caption" else CAPTION2BBOX.format(caption=caption)
+    if task == "bbox2caption":
+        assert box is not None
+        return BBOX2CAPTION.format(box=format_box(box))
+    return CAPTION2BBOX.format(caption=caption)
 
 
 def answer_text(task: Task, box: Box | None, caption: str) -> str:
     """The answer to `question_text`: the box as text for caption2bbox, the caption otherwise."""
-    return format_box(box) if task == "caption2bbox" else caption
+    if task == "caption2bbox":
+        assert box is not None
+        return format_box(box)
+    return caption

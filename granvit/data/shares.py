@@ -49,7 +49,8 @@ def make_in_shares(path: Path, sizes: Sequence[int], make: Callable[[int], Itera
                 if error.errno not in _REMOVED or (not path.exists() and parts.exists()):
                     raise
             if not path.exists():
-                progress.show()
+                if progress is not None:  # it is where `parts` went before its first count
+                    progress.show()
                 time.sleep(_POLL)
     shutil.rmtree(parts, ignore_errors=True)
 

@@ -127,7 +127,8 @@ class Demo:
             print(f"{split}: {count} scenes into {out}", flush=True)
             write_store(scenes(split, count, self.seed), out)
         store, language = Store(self.root / "data" / "train"), resolve_models(self.config("stage1"))[1]
-        texts = [text for i in range(TOKENIZER_SCENES) for text in _texts(store.record(i))]
+        records = [record for record in map(store.record, range(TOKENIZER_SCENES)) if isinstance(record, ImageRecord)]
+        texts = [text for record in records for text in _texts(record)]
         train_tokenizer(texts, language.vocab, language.chat, PHRASES).save(str(self.root / "tokenizer.json"))
 
     def _train(self, part: str) -> None:
@@ -161,6 +162,7 @@ class Demo:
 
 def _texts(record: ImageRecord) -> list[str]:
     """Every text that the demo asks or answers about a scene, for the tokenizer."""
+    assert record.global_caption is not None, record.id
     found = [f"system\n{SYSTEM}", "user\n", "assistant\n", GROUND, place(0, 1, 2, 3), prompts.GLOBAL, record.global_caption]
     for region in record.regions:
         found.append(WHERE + region.caption)

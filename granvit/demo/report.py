@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from PIL import Image
 
 from granvit.config import load_config
 from granvit.data.images import decode
@@ -18,6 +19,7 @@ from granvit.data.records import ImageRecord
 from granvit.data.store import MAX_PIXELS, Store
 from granvit.evaluate import evaluation_file
 from granvit.metrics import SCORES, iou
+from granvit.stages import Task
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -38,7 +40,7 @@ class Evaluation:
     """One evaluation of one run: means of the scores by task (0..1), every prediction, held-out losses, and the settings."""
 
     step: int
-    table: dict[str, dict[str, float]]
+    table: dict[Task, dict[str, float]]
     predictions: list[dict[str, Any]]
     held_out: dict[str, float]
     settings: dict[str, Any]
@@ -89,10 +91,13 @@ def write_report(root: Path, framework: str, seconds: dict[str, float]) -> Path:
     runs = {name: evaluations(root / name) for name in COLUMNS}
     last = {name: found[-1] for name, found in runs.items()}
     _draw_curve(root, runs, root / "figure4a.png")
-    store = Store(load_config(root / "stage1" / "config.yaml").eval.source)
-    records = {record.id: record for record in map(store.record, range(store.images))}
+    source = load_config(root / "stage1" / "config.yaml").eval.source
+    assert source is not None
+    store = Store(source)
+    records = {record.id: record for record in map(store.record, range(store.images)) if isinstance(record, ImageRecord)}
     _draw_boxes(records, last, root / "caption2bbox.png")
     _draw_captions(records, last, root / "bbox2caption.png")
+    _draw_small(records, last, root / "answers_small.png")
     path = root / "report.md"
     path.write_text(_text(root, last, framework, seconds))
     return path
@@ -234,20 +239,25 @@ def _draw_boxes(records: dict[str, ImageRecord], last: dict[str, Evaluation], pa
     for number, sample in enumerate(chosen):
         for line, name in enumerate(("stage1_mixed", "stage2")):
             axes = grid[2 * (number // columns) + line, number % columns]
-            answer = _answers(last[name], "caption2bbox")[sample["record"], sample["question"]]["answer"]
-            scale = _show(axes, records[sample["record"]])
-            _rectangle(axes, sample["box"], scale, TRUE)
-            predicted = parse_box(answer)
-            if predicted is None:
-                outcome = "no box"
-            else:
-                _rectangle(axes, predicted, scale, PREDICTED)
-                outcome = f"IoU {iou(predicted, sample['box']):.2f}"
-            caption = _caption_of(records[sample["record"]], sample["box"])
-            axes.set_title(f"{caption}\n{TITLES[name]}: {outcome}", fontsize=11)
+            _draw_boxes_of_one(axes, records[sample["record"]], sample, last, name, fontsize=11)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
+
+
+def _draw_boxes_of_one(axes: plt.Axes, record: ImageRecord, sample: dict[str, Any], last: dict[str, Evaluation], name: str,
+                       fontsize: float) -> None:  # fmt: skip
+    """The image with the true box and the box that run `name` answered; the title has the caption asked for and the IoU."""
+    answer = _answers(last[name], "caption2bbox")[sample["record"], sample["question"]]["answer"]
+    scale = _show(axes, record)
+    _rectangle(axes, sample["box"], scale, TRUE)
+    predicted = parse_box(answer)
+    if predicted is None:
+        outcome = "no box"
+    else:
+        _rectangle(axes, predicted, scale, PREDICTED)
+        outcome = f"IoU {iou(predicted, sample['box']):.2f}"
+    axes.set_title(f"{_caption_of(record, sample['box'])}\n{TITLES[name]}: {outcome}", fontsize=fontsize)
 
 
 def _caption_of(record: ImageRecord, box: Sequence[float]) -> str:
@@ -256,20 +266,44 @@ def _caption_of(record: ImageRecord, box: Sequence[float]) -> str:
 
 def _draw_captions(records: dict[str, ImageRecord], last: dict[str, Evaluation], path: Path) -> None:
     """The box that was asked about, and what the guesser, stage 1 and stage 2 say it holds."""
-    columns, rows, names = 4, 3, ("guesser", "stage1", "stage2")
+    columns, rows = 4, 3
     chosen = _one_per_image(last["stage1"], "bbox2caption", columns * rows)
-    answers = {name: _answers(last[name], "bbox2caption") for name in names}
     figure, grid = plt.subplots(rows, columns, figsize=(3.3 * columns, 4.3 * rows), dpi=100)
     for sample, axes in zip(chosen, grid.flat, strict=True):
-        scale = _show(axes, records[sample["record"]])
-        _rectangle(axes, sample["box"], scale, TRUE)
-        axes.set_title(sample["reference"], fontsize=12, color=TRUE)
-        for line, name in enumerate(names):
-            prediction = answers[name][sample["record"], sample["question"]]
-            right = prediction["answer"].strip() == sample["reference"]
-            text = textwrap.shorten(f"{TITLES[name].partition(' (')[0]}: {prediction['answer']}", 48)
-            axes.annotate(text, (0.5, -0.05 - 0.08 * line), xycoords="axes fraction", ha="center", va="top", fontsize=9.5,
-                          color=PREDICTED if right else "black")  # fmt: skip
+        _draw_captions_of_one(axes, records[sample["record"]], sample, last, fontsize=9.5, width=48)
     figure.subplots_adjust(left=0.01, right=0.99, top=0.97, bottom=0.07, wspace=0.06, hspace=0.36)
     figure.savefig(path)
+    plt.close(figure)
+
+
+def _draw_captions_of_one(axes: plt.Axes, record: ImageRecord, sample: dict[str, Any], last: dict[str, Evaluation],
+                          fontsize: float, width: int) -> None:  # fmt: skip
+    """The image with the box asked about, its caption as title, three answers below (green: exact), cut at `width` letters."""
+    scale = _show(axes, record)
+    _rectangle(axes, sample["box"], scale, TRUE)
+    axes.set_title(sample["reference"], fontsize=fontsize + 2.5, color=TRUE)
+    for line, name in enumerate(("guesser", "stage1", "stage2")):
+        prediction = _answers(last[name], "bbox2caption")[sample["record"], sample["question"]]
+        right = prediction["answer"].strip() == sample["reference"]
+        text = textwrap.shorten(f"{TITLES[name].partition(' (')[0]}: {prediction['answer']}", width)
+        axes.annotate(text, (0.5, -0.05 - 0.08 * line), xycoords="axes fraction", ha="center", va="top", fontsize=fontsize,
+                      color=PREDICTED if right else "black")  # fmt: skip
+
+
+def _draw_small(records: dict[str, ImageRecord], last: dict[str, Evaluation], path: Path) -> None:
+    """The README's picture: Bbox2Caption about the first four images, Caption2Bbox after stage 2 about the next four.
+
+    A palette of 256 colours keeps the file under 200 KB.
+    """
+    columns = 4
+    captions = _one_per_image(last["stage1"], "bbox2caption", columns)
+    boxes = _one_per_image(last["stage2"], "caption2bbox", 2 * columns)[columns:]
+    figure, grid = plt.subplots(2, columns, figsize=(2.7 * columns, 6.9), dpi=80)
+    for sample, axes in zip(captions, grid[0], strict=True):
+        _draw_captions_of_one(axes, records[sample["record"]], sample, last, fontsize=8.5, width=44)
+    for sample, axes in zip(boxes, grid[1], strict=True):
+        _draw_boxes_of_one(axes, records[sample["record"]], sample, last, "stage2", fontsize=9)
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.96, bottom=0.01, wspace=0.06, hspace=0.4)
+    figure.canvas.draw()
+    Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]).quantize(256).save(path, optimize=True)
     plt.close(figure)

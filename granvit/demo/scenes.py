@@ -105,11 +105,13 @@ def _shape(rng: np.random.Generator) -> Stamp:
 def _word(rng: np.random.Generator) -> Stamp:
     word, colour = str(rng.choice(WORDS)), str(rng.choice(list(COLOURS)))
     font = _font(int(rng.integers(*WORD_HEIGHT, endpoint=True)) * SUPERSAMPLING)
-    x1, y1, x2, y2 = font.getbbox(word, stroke_width=WORD_RIM)
+    x1, y1, x2, y2 = map(int, font.getbbox(word, stroke_width=WORD_RIM))
     mask, inner = Image.new("L", (x2 - x1, y2 - y1)), Image.new("L", (x2 - x1, y2 - y1))
     ImageDraw.Draw(mask).text((-x1, -y1), word, font=font, fill=255, stroke_width=WORD_RIM)
     ImageDraw.Draw(inner).text((-x1, -y1), word, font=font, fill=255)
-    left, top, right, bottom = mask.getbbox()  # the ink alone: a font's own box has bearings around it
+    ink = mask.getbbox()  # a font's own box has bearings around it
+    assert ink is not None, word
+    left, top, right, bottom = ink
     across, down = (-(-side // SUPERSAMPLING) * SUPERSAMPLING for side in (right - left, bottom - top))
     mask, inner = (layer.crop((left, top, left + across, top + down)) for layer in (mask, inner))
     return Stamp(f'the word "{word}" in {colour}', colour, mask, inner,

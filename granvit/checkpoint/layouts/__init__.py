@@ -37,9 +37,8 @@ def pattern_matches(pattern: str, name: str) -> bool:
 
 
 def _fill(pattern: str, values: Iterable[str]) -> str:
-    for value in values:
-        pattern = re.sub(r"\{.\}", lambda _, value=value: value, pattern, count=1)
-    return pattern
+    left = iter(values)
+    return re.sub(r"\{.\}", lambda placeholder: next(left, placeholder.group()), pattern)
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Layout:
     model_types: tuple[str, ...]
     spellings: tuple[Spelling, ...]
     read_config: Callable[[dict[str, Any]], dict[str, dict[str, Any]]]
-    write_config: Callable[[VisionConfig | None, LanguageConfig | None], dict[str, Any]]
+    write_config: Callable[[Any, Any], dict[str, Any]]  # of the encoder and the decoder; None where the layout holds no such part
     pairs: Pairs = ()
     metadata: tuple[tuple[str, str], ...] = ()
     pixels: dict[str, Any] = field(default_factory=dict)

@@ -28,7 +28,7 @@ def _side(size: int | list[int], key: str) -> int:
 
 
 def _read(tree: dict[str, Any]) -> dict[str, Any]:
-    stated = DEFAULTS | tree
+    stated: dict[str, Any] = DEFAULTS | tree
     one_of({"gelu": ""}, stated["hidden_act"], "hidden_act")
     one_of({"layer_norm": ""}, stated.get("norm_type", "layer_norm"), "norm_type")
     sides = {key: _side(stated[key], key) for key in ("image_size", "patch_size")}

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -28,7 +28,7 @@ from granvit.models import Shapes
 
 MINDSPORE = replace(DEFAULT, name="mindspore")
 
-DTYPES = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "Float64": np.dtype(np.float64),
     "Float32": np.dtype(np.float32),
     "Float16": np.dtype(np.float16),
@@ -57,7 +57,8 @@ class CkptWriter:
     """Writes one `.ckpt` file: `add(name, array)` for all of `shapes`, then `finish()`. A failed write leaves part of a file."""
 
     def __init__(self, path: Path, shapes: Shapes):
-        self.shapes, self.digests = shapes, {}
+        self.shapes = shapes
+        self.digests: dict[str, str] = {}
         self.file = open(path, "wb")  # noqa: SIM115 (closed by finish or __exit__)
 
     def __enter__(self) -> "CkptWriter":
@@ -112,7 +113,7 @@ class CkptFile(StoredTensors):
         for name, entry in self.entries.items():
             self._check_size(name, entry)
 
-    def _damaged(self, what: str) -> None:
+    def _damaged(self, what: str) -> NoReturn:
         raise ValueError(f"{self.path}: not a MindSpore checkpoint, or truncated, damaged or encrypted ({what})")
 
     def _without_checksum(self, file: BinaryIO) -> int:
