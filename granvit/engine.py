@@ -106,7 +106,8 @@ class TrainEngine(Protocol):
     compilations: dict[str, int]  # graph -> how often it was compiled
 
     def __init__(self, config: RunConfig, vision: VisionConfig, language: LanguageConfig,
-                 start: Iterable[tuple[str, np.ndarray]], ranks: Ranks | None = None, stage: Stage | None = None): ...  # fmt: skip
+                 start: Iterable[tuple[str, np.ndarray]], ranks: Ranks | None = None,
+                 stage: Stage | None = None): ...  # fmt: skip
 
     @staticmethod
     def memory(device: str) -> int:
