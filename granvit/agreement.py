@@ -1,7 +1,8 @@
-"""What the ranks tell each other before the first step: short texts over the one sum that every framework has.
+"""What the ranks tell each other in words: short texts over the one sum that every framework has.
 
 Bytes travel as float32 numbers in vectors of one length, of which all ranks but the speaker's are zero: exact, and one graph in
-MindSpore. An error that one rank meets, or a fact in which one rank differs, becomes the same line on every rank, and all stop.
+MindSpore, whose `ops.Broadcast` does not exist on CPU. An error that one rank meets, or a fact in which one rank differs, becomes
+the same line on every rank, and all stop.
 """
 import json
 import logging

@@ -99,6 +99,7 @@ class TrainEngine(Protocol):
     `ml_dtypes.bfloat16`, in and out.
     """
 
+    ranks: Ranks
     rank: int
     world: int
     device: str

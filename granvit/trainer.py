@@ -5,16 +5,17 @@ metrics; checkpoint and evaluation where they are due. A step whose loss is not 
 and changes no weight. Everything that ranks must agree on (counts, the wish to stop, whether a checkpoint was written) passes
 through `engine.all_sum`, so no rank waits for one that has left.
 """
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from granvit.agreement import broadcast
 from granvit.checkpoint.run import Checkpoint
 from granvit.checkpoint.run_writer import CheckpointWriter
 from granvit.config import RunConfig
@@ -28,7 +29,6 @@ from granvit.schedule import alphas, learning_rates
 
 BAD_AFTER = 1000  # items after which data.max_bad_fraction is enforced
 NAMED = 10  # bad records that each rank's log names; the others are counted
-REASONS_BYTES = 2048  # of a rank's list of reasons, when the ranks sum them
 
 
 class Batches(Protocol):
@@ -298,16 +298,9 @@ class Trainer:
         """Logs how much could not be used since this start, by reason, summed over the ranks, which all call it together."""
         if not self._any_rank(self.skipped_here.total() > 0):
             return
-        lines = [f"{count} {reason}\n".encode() for reason, count in self.skipped_here.most_common()]
-        kept = [line for line, end in zip(lines, accumulate(map(len, lines)), strict=True) if end <= REASONS_BYTES]
-        texts = np.zeros((self.engine.world, REASONS_BYTES), np.float32)
-        texts[self.engine.rank] = np.frombuffer(b"".join(kept).ljust(REASONS_BYTES, b"\0"), np.uint8)
+        own = json.dumps(dict(self.skipped_here.most_common()))
         everywhere: Counter[str] = Counter()
-        for text in self.engine.all_sum(texts.ravel()).astype(np.uint8).reshape(texts.shape):
-            for line in text.tobytes().rstrip(b"\0").decode().splitlines():
-                count, reason = line.split(" ", 1)
-                everywhere[reason] += int(count)
+        for rank in range(self.engine.world):
+            everywhere.update(json.loads(broadcast(self.engine.ranks, own, rank)))
         for reason, count in everywhere.most_common():
             log.warning(f"skipped {count} on {self.engine.world} rank(s): {reason}")
-        if len(kept) < len(lines):
-            log.warning(f"skipped on rank {self.engine.rank} for {len(lines) - len(kept)} more, rarer reasons")

@@ -272,13 +272,13 @@ def test_bad_records_are_counted_named_and_bounded(tmp_path, monkeypatch):
 
 
 def test_reasons_are_summed_over_the_ranks(tmp_path, monkeypatch):
-    """Both ranks skip for one reason, each for one of its own, and the second for more reasons than it may list."""
-    monkeypatch.setattr(trainer_module, "REASONS_BYTES", 60)
+    """Both ranks skip for one reason, each for one of its own, and the second for a reason longer than one message."""
+    long = "a long reason, " * 400
     logged = Messages()
     monkeypatch.setattr(trainer_module.log, "handlers", [logged])
     own = (
         [("a", "truncated"), ("b", "truncated"), ("c", "box is inverted")],
-        [("d", "truncated"), ("e", "caption is empty"), ("f", "caption is empty"), ("g", "a reason too long for the list, " * 2)],
+        [("d", "truncated"), ("e", "caption is empty"), ("f", "caption is empty"), ("g", long)],
     )
     config = configuration(data={"max_bad_fraction": 1.0})
 
@@ -297,7 +297,7 @@ def test_reasons_are_summed_over_the_ranks(tmp_path, monkeypatch):
         "skipped 3 on 2 rank(s): truncated",
         "skipped 2 on 2 rank(s): caption is empty",
         "skipped 1 on 2 rank(s): box is inverted",
-        "skipped on rank 1 for 1 more, rarer reasons",
+        f"skipped 1 on 2 rank(s): {long}",
     }
 
 

@@ -3,56 +3,27 @@ import errno
 import json
 import resource
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
 
 from granvit.checkpoint import run_writer
 from granvit.checkpoint.pretrained import start_weights
-from granvit.checkpoint.resume import check_same_data, check_same_run
 from granvit.checkpoint.run import newest_checkpoint, open_checkpoint, state_digest
 from granvit.checkpoint.run_writer import CheckpointNotSaved, CheckpointWriter
-from granvit.checkpoint.tensors import TensorSet, TensorWriter, write_set
-from granvit.config import language_config, vision_config
-from granvit.engine import Scalars
+from granvit.checkpoint.tensors import TensorSet
 from granvit.models import VisionConfig, parameter_shapes, part_of
+from tests.checkpoint.conftest import LANGUAGE, VISION, as_bytes, engine_after
 from tests.helpers import run_config
-from tests.toy import ToyEngine, toy_batch
 
 GROUPS = ("model", "teacher", "first_moment", "second_moment")
-VISION, LANGUAGE = vision_config("tiny-vision"), language_config("tiny-language")
-
-
-def engine_after(config, steps: int) -> ToyEngine:
-    engine = ToyEngine(config, VISION, LANGUAGE, start_weights(config, VISION, LANGUAGE))
-    for step in range(1, steps + 1):
-        engine.step([toy_batch(step)], Scalars(step, 0.01, 0.9, 8, 2))
-    return engine
-
-
-@pytest.fixture
-def run(tmp_path):
-    """A run with checkpoints of steps 2 and 4: its directory, its configuration, its engine after step 4."""
-    config = run_config(train={"keep_checkpoints": 2})
-    writer = CheckpointWriter(tmp_path, config, VISION, LANGUAGE)
-    ToyEngine(config, VISION, LANGUAGE, writer.record_start(start_weights(config, VISION, LANGUAGE)))
-    writer.save(engine_after(config, 2), 2, {"questions": 20, "skipped": 1})
-    engine = engine_after(config, 4)
-    writer.save(engine, 4, {"questions": 40, "skipped": 1})
-    return tmp_path, config, engine
 
 
 def resumed_writer(directory: Path, config) -> CheckpointWriter:
     start = {name: part.start for name, part in newest_checkpoint(directory).parts.items()}
     return CheckpointWriter(directory, config, VISION, LANGUAGE, start)
-
-
-def as_bytes(tensors) -> dict[str, tuple]:
-    return {name: (array.dtype, array.shape, array.tobytes()) for name, array in tensors}
 
 
 def test_every_group_comes_back_bit_for_bit(run):
@@ -204,73 +175,6 @@ def test_a_checkpoint_of_a_later_format_is_refused(run):
         open_checkpoint(path.parent)
 
 
-@pytest.mark.parametrize(
-    "section, key, value",
-    [("train", "log_every", 3), ("train", "keep_checkpoints", 9), ("data", "workers", 2), ("eval", "every", 7),
-     ("runtime", "jit_level", "O1"), ("runtime", "device", "cpu"), ("train", "micro_batch", 1), ("runtime", "recompute", True)],
-)  # fmt: skip
-def test_what_enters_no_weight_may_change(run, section, key, value):
-    config = run_config(**{section: {key: value}})
-    changes = check_same_run(newest_checkpoint(run[0]), config, VISION, LANGUAGE, 1)
-    assert [c for c in changes if c.startswith(f"{section}.{key}: ") and c.endswith(f" -> {value}")]
-
-
-def test_the_number_of_ranks_may_change_and_is_not_known_of_an_old_checkpoint(run):
-    checkpoint = newest_checkpoint(run[0])
-    assert check_same_run(checkpoint, run[1], VISION, LANGUAGE, 4) == ["ranks: 1 -> 4"]
-    assert check_same_run(replace(checkpoint, ranks=None), run[1], VISION, LANGUAGE, 4) == []
-
-
-def test_what_divides_the_batch_is_fixed_where_each_device_has_its_own_mean(run):
-    """`train.loss_reduction: per_device`: micro-batches and ranks enter the result there."""
-    checkpoint = newest_checkpoint(run[0])
-    averaged = checkpoint.config.model_copy(
-        update={"train": checkpoint.config.train.model_copy(update={"loss_reduction": "per_device"})}
-    )
-    smaller = averaged.model_copy(update={"train": averaged.train.model_copy(update={"micro_batch": 1})})
-    checkpoint = replace(checkpoint, config=averaged)
-    assert check_same_run(checkpoint, averaged, VISION, LANGUAGE, 1) == []
-    with pytest.raises(ValueError, match=r"train\.micro_batch: \d+ -> 1"):
-        check_same_run(checkpoint, smaller, VISION, LANGUAGE, 1)
-    with pytest.raises(ValueError, match="ranks: 1 -> 2"):
-        check_same_run(checkpoint, averaged, VISION, LANGUAGE, 2)
-
-
-def test_another_precision_is_resumed_only_where_the_command_states_it(run):
-    checkpoint, config = newest_checkpoint(run[0]), run_config(train={"keep_checkpoints": 2}, runtime={"compute": "bfloat16"})
-    with pytest.raises(ValueError, match=r"runtime\.compute: float32 -> bfloat16.*state runtime\.compute=bfloat16"):
-        check_same_run(checkpoint, config, VISION, LANGUAGE, 1)
-    changes = check_same_run(checkpoint, config, VISION, LANGUAGE, 1, ["runtime.compute"])
-    assert changes == ["runtime.compute: float32 -> bfloat16"]
-
-
-def test_a_checkpoint_from_before_ranks_and_fingerprints_were_kept_is_read(run):
-    path = run[0] / "checkpoints/step_0000004/state.json"
-    state = json.loads(path.read_text())
-    for key in ("sha256", "ranks", "fingerprints"):
-        del state[key]
-    path.write_text(json.dumps({"sha256": state_digest(state)} | state))
-    checkpoint = open_checkpoint(path.parent)
-    assert (checkpoint.ranks, checkpoint.fingerprints) == (None, {})
-    check_same_data(checkpoint, {"store": "1"})
-
-
-@pytest.mark.parametrize(
-    "section, key, value",
-    [("optimizer", "lr", 0.5), ("train", "steps", 9), ("distill", "alpha", 0.5), ("data", "mix", {"global": 1.0})],
-)
-def test_what_enters_a_weight_may_not_change(run, section, key, value):
-    config = run_config(**{section: {key: value}})
-    with pytest.raises(ValueError, match=rf"{section}\.{key}.*--fresh"):
-        check_same_run(newest_checkpoint(run[0]), config, VISION, LANGUAGE, 1)
-
-
-def test_another_architecture_names_the_first_keys_that_differ(run):
-    wider = VisionConfig(**{**VISION.model_dump(), "mlp": 48})
-    with pytest.raises(ValueError, match=r"encoder\.layers\.0\.mlp\.fc1\.weight is \[32, 16\], expected \[48, 16\]"):
-        check_same_run(newest_checkpoint(run[0]), run[1], wider, LANGUAGE, 1)
-
-
 def test_a_run_starts_from_another_runs_newest_checkpoint(run):
     directory, _, engine = run
     config = run_config(stage="stage2", model={"init_from": str(directory)})
@@ -280,31 +184,3 @@ def test_a_run_starts_from_another_runs_newest_checkpoint(run):
         start_weights(config, wider, LANGUAGE)
     with pytest.raises(ValueError, match=r"nowhere: no checkpoint in .*scripts/stage1.py makes it.*model\.init_from=null"):
         start_weights(run_config(stage="stage2", model={"init_from": str(directory / "nowhere")}), VISION, LANGUAGE)
-
-
-def test_large_sets_are_sharded_and_every_dtype_survives(tmp_path):
-    rng = np.random.default_rng(0)
-    kinds = (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
-    arrays = {f"t{i}": rng.normal(size=(3, 5)).astype(kind) for i, kind in enumerate(kinds)}
-    arrays["scalar"] = np.float32(2.5).reshape(())
-    shapes = {name: array.shape for name, array in arrays.items()}
-    with TensorWriter(tmp_path, "model", shapes, shard_bytes=70) as writer:
-        for name in reversed(arrays):
-            writer.add(name, arrays[name])
-        writer.finish()
-    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 1
-    read = TensorSet(tmp_path, checked=True)
-    assert as_bytes((name, read.read(name)) for name in arrays) == as_bytes(arrays.items())
-    next(tmp_path.glob("model-00001-of-*.safetensors")).unlink()
-    with pytest.raises(ValueError, match="model-00001-of-"):
-        TensorSet(tmp_path)
-
-
-def test_an_index_cannot_point_outside_its_directory(tmp_path):
-    write_set(tmp_path, "secret", {"a": (1,)}, [("a", np.ones(1, np.float32))])
-    inside = tmp_path / "inside"
-    inside.mkdir()
-    (inside / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
-    with pytest.raises(ValueError, match="not in"):
-        TensorSet(inside)
-
