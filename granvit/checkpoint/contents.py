@@ -60,7 +60,9 @@ def read_contents(source: Source, layout: Layout, spelling: Spelling) -> Content
     for foreign in source.tensors.shapes:
         canonical = spelling.canonical(foreign)
         if canonical is None:
-            contents.left_out[foreign] = spelling.reason(foreign)
+            reason = spelling.reason(foreign)
+            assert reason is not None, foreign
+            contents.left_out[foreign] = reason
             continue
         assert canonical not in names, f"two rows of one spelling of {layout.name!r} map to {canonical!r}"
         source.tensors.check_readable(foreign)
@@ -79,6 +81,7 @@ def read_contents(source: Source, layout: Layout, spelling: Spelling) -> Content
 
 def _published(source: Source) -> dict[str, Any] | None:
     """What a default directory remembers of the publisher's, so that it can be written again as it was."""
+    assert source.tree is not None
     record = source.tree.get("published")
     if record is None:
         return None
@@ -141,6 +144,7 @@ def _stated(source: Source, layout: Layout, contents: Contents) -> tuple[VisionC
 
 def _pixels(source: Source, contents: Contents) -> dict[str, Any]:
     """The fields of `VisionConfig` that preprocessor_config.json states."""
+    assert source.config_path is not None  # it was read
     path = source.config_path.parent / "preprocessor_config.json"
     if not path.exists():
         contents.notes.append("no preprocessor_config.json: mean, std and resize are taken to be this family's")

@@ -50,6 +50,7 @@ from granvit.checkpoint.tensors import StoredTensors, set_digest, shape_differen
 from granvit.data.chat import SYSTEM, TEMPLATES, Chat, load_chat
 from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, GLOBAL
 from granvit.models import PARTS, Shapes, VisionConfig, parameter_shapes, part_of, vision_shapes
+from granvit.stages import Task
 
 EXAMPLES = """examples:
   python scripts/export_hf.py runs/stage1 granvit-encoder --as encoder --top start
@@ -60,7 +61,7 @@ EXAMPLES = """examples:
 IMAGE_TOKEN = "<image>"
 RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>")  # Llama 3: tokens whose rows nothing uses
 POOLING = re.compile(r"(?:vision_model\.)?(head\..*)")  # SigLIP's pooling head in a publisher's file
-QUESTIONS = {"global": GLOBAL, "bbox2caption": BBOX2CAPTION, "caption2bbox": CAPTION2BBOX}
+QUESTIONS: dict[Task, str] = {"global": GLOBAL, "bbox2caption": BBOX2CAPTION, "caption2bbox": CAPTION2BBOX}
 LOAD_ENCODER = """\
 # picture: a PIL image
 from transformers import AutoImageProcessor, AutoModel
@@ -140,6 +141,7 @@ class Work:
 
     @property
     def vision(self) -> VisionConfig:
+        assert self.source.vision is not None  # a run's source states its model
         return self.source.vision
 
     def add(self, members: Members, rows: dict[str, int]) -> None:
@@ -244,6 +246,7 @@ def _plan(work: Work, target: Layout, report: Report) -> Plan:
     contents = read_contents(work.source, *detect(work.source, None))
     plan = make_plan(work.source, contents, target, report)
     report.notes = work.notes  # the conversion's own speak of what is settled here
+    assert plan.config is not None  # a run's source states its model
     plan.config["granvit"] = plan.config.get("granvit", {}) | work.record
     return plan
 
@@ -278,6 +281,7 @@ def _encoder(
         taken = [tower.layout.spellings[0].foreign(name) for name in above]
         work.record["top"] |= {"weights": shown(start), "tensors": taken}
     plan = _plan(work, tower.layout, report)
+    assert plan.config is not None
     if work.pooling:
         work.add(work.pooling, {})
         plan.names |= {f"vision_model.{name}": [name] for name in work.pooling}
@@ -289,7 +293,7 @@ def _encoder(
     work.remarks += [
         f"The features are `{features}`, what projector and decoder were trained to read: {built.patches} patches row by "
         f"row{without_class}.",
-        *_about_top(work, tower, above, top, start),
+        *_about_top(work, tower, above, start),
         _about_pixels(built),
     ]
     about = (
@@ -355,13 +359,13 @@ def _take_top(work: Work, tower: Tower, path: Path, above: Shapes) -> None:
         work.pooling = {m[1]: (start.tensors, name) for name in contents.left_out if (m := POOLING.fullmatch(name))}
 
 
-def _about_top(work: Work, tower: Tower, above: Shapes, top: Top | None, start: Path | None) -> list[str]:
+def _about_top(work: Work, tower: Tower, above: Shapes, start: Path | None) -> list[str]:
     """The card's words on what is above the features."""
     blocks = work.vision.layers - work.checkpoint.vision.built_layers
     said = []
     if above:
         which = f"The last of {work.vision.layers} blocks and the closing norm" if blocks else "The closing norm's weights"
-        if top == "start":
+        if start is not None:
             how = f"those of the start weights, `{shown(start)}`, and were not trained with what is below them"
         else:
             how = "zeros and norms of one, which pass their input on: above the features there is nothing more to read"
@@ -406,6 +410,7 @@ def _llava(work: Work, tower: Tower, for_transformers_4: bool, report: Report) -
     `ValueError` for the level `final`, unless the LLaVA is stated to be for transformers 4.57.
     """
     vision, language, config = work.vision, work.source.language, work.checkpoint.config
+    assert language is not None  # a run's source states its model
     if vision.level == "final":
         if not for_transformers_4:
             raise ValueError(
@@ -422,6 +427,7 @@ def _llava(work: Work, tower: Tower, for_transformers_4: bool, report: Report) -
         work.add({}, dict.fromkeys(tables, image_id + 1))
     work.record["top"] = {"from": "blank" if _above(vision) else "trained"}
     plan = _plan(work, LLAVA, report)
+    assert plan.config is not None
     plan.config["image_token_index"] = image_id
     template = TEMPLATES[chat.family]
     texts = {

@@ -99,7 +99,7 @@ class Checkpoint:
 
     def check_architecture(self, vision: VisionConfig, language: LanguageConfig) -> None:
         """`ValueError` naming the first keys in which the checkpoint is of another architecture."""
-        expected = {"model": parameter_shapes(vision, language)}
+        expected: dict[Group, Shapes] = {"model": parameter_shapes(vision, language)}
         trained = {n: s for n, s in expected["model"].items() if self.parts[part_of(n)].trained}
         expected |= {"first_moment": trained, "second_moment": trained}
         if self.config.stage_spec.distill:
@@ -133,6 +133,7 @@ class Checkpoint:
 def open_part(run: Path, name: str, digest: str) -> TensorSet:
     """A part in RUN/parts, its checksums compared with the hash it is referred to by."""
     tensors = TensorSet(run / "parts" / f"{name}-{digest[:16]}", "model", checked=True)
+    assert tensors.digests is not None  # they are checked
     if set_digest(tensors.digests) != digest:
         raise ValueError(f"{tensors.directory}: its checksums do not add up to the hash it is referred to by; it is damaged")
     return tensors

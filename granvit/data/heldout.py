@@ -63,12 +63,14 @@ def held_out(
                 except ValueError as error:
                     raise ValueError(f"store {store.path}: held-out record {record_id}: {error}") from None
         pixels_B3RR = np.stack([pixels[image] for image, _ in rows])
-        shown, asked = [sizes[image] for image, _ in rows], [item[2] for _, item in rows]
-        yield prompt_batch(pixels_B3RR, asked, chat, vision, length, shown), [item for _, item in part]
+        row_sizes, questions = [sizes[image] for image, _ in rows], [item[2] for _, item in rows]
+        yield prompt_batch(pixels_B3RR, questions, chat, vision, length, row_sizes), [item for _, item in part]
 
 
 def _held_out_record(store: Store, image: int) -> ImageRecord:
     try:
-        return store.record(image)
+        record = store.record(image)
     except ValueError as error:
         raise ValueError(f"store {store.path}: held-out image {image}: {error}") from None
+    assert isinstance(record, ImageRecord)  # the store is one of regions
+    return record

@@ -146,7 +146,8 @@ def _canvas(width: int, height: int, vision: VisionConfig) -> tuple[tuple[int, i
 def box_to_canvas(box: Box, width: int, height: int, vision: VisionConfig) -> Box:
     """Image frame -> canvas frame: x' = (x * fitted width + pad_x) / canvas width."""
     side, fitted, pad = _canvas(width, height, vision)
-    return tuple((box[i] * fitted[i % 2] + pad[i % 2]) / side[i % 2] for i in range(4))
+    x1, y1, x2, y2 = ((box[i] * fitted[i % 2] + pad[i % 2]) / side[i % 2] for i in range(4))
+    return x1, y1, x2, y2
 
 
 def to_canvas(image_HW3: np.ndarray, vision: VisionConfig) -> np.ndarray:

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 
 import grain
@@ -122,7 +122,7 @@ class Loader:
             *(compose, rank, world, config.train.micro_batch, self.micro_batches),
         )
 
-    def batches(self, start_step: int = 0) -> Iterator[list[Batch]]:
+    def batches(self, start_step: int = 0) -> Generator[list[Batch], None, None]:
         """Micro-batches of steps `start_step`, `start_step` + 1, ... to the last, read and decoded ahead.
 
         Close the iterator (or let it run out) to end its reading processes; they also end when this process is gone.

@@ -192,34 +192,34 @@ class Plan:
     def _questions(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All questions of some rows, sorted by row: index into `rows`, task, region in the image (-1: none, always last)."""
         sources, images, chunks = self._images(epoch, rows)
-        found = []
+        questions = []
         for source in np.unique(sources):
             store, members = self.stores[source], np.flatnonzero(sources == source)
             image, chunk = images[members], chunks[members]
             starts = store.region_starts[image].astype(np.int64)
             counts = store.region_starts[image + 1].astype(np.int64) - starts
-            at = np.repeat(np.arange(len(members)), counts)  # row of each region
-            region = np.arange(len(at)) - np.repeat(np.cumsum(counts) - counts, counts)
-            counters = self._region_starts[source] + starts[at] + region
+            member = np.repeat(np.arange(len(members)), counts)  # of each region: index into `members`
+            region = np.arange(len(member)) - np.repeat(np.cumsum(counts) - counts, counts)
+            counters = self._region_starts[source] + starts[member] + region
             candidates = []
-            for task, name in self._tasks:
+            for index, name in self._tasks:
                 if name not in WHOLE:
-                    asked = self._asked(epoch, task, counters, self.rates[source])
-                    order = splitmix64(counters[asked], self.seed, epoch, task, _ORDER)
-                    candidates.append((at[asked], np.full(asked.sum(), task), region[asked], order))
-            asked = np.zeros(len(members), np.int64)  # region questions of each row's image
+                    asked = self._asked(epoch, index, counters, self.rates[source])
+                    order = splitmix64(counters[asked], self.seed, epoch, index, _ORDER)
+                    candidates.append((member[asked], np.full(asked.sum(), index), region[asked], order))
+            asked_regions = np.zeros(len(members), np.int64)  # region questions of each row's image
             if candidates:
-                at, task, region, order = map(np.concatenate, zip(*candidates, strict=True))
-                sort = np.lexsort((order, at))
-                at, task, region = at[sort], task[sort], region[sort]
-                asked = np.bincount(at, minlength=len(members))
-                place = np.arange(len(at)) - np.repeat(np.cumsum(asked) - asked, asked)
-                mine = place // self.K == chunk[at]
-                found.append((members[at[mine]], task[mine], region[mine]))
-            whole = self._asked_whole(epoch, source, image) & (chunk == (asked if self.K == 1 else 0))
-            task = TASKS.index(self._whole_task(source))
-            found.append((members[whole], np.full(whole.sum(), task), np.full(whole.sum(), -1)))
-        row, task, region = map(np.concatenate, zip(*found, strict=True))
+                member, task, region, order = map(np.concatenate, zip(*candidates, strict=True))
+                sort = np.lexsort((order, member))
+                member, task, region = member[sort], task[sort], region[sort]
+                asked_regions = np.bincount(member, minlength=len(members))
+                place = np.arange(len(member)) - np.repeat(np.cumsum(asked_regions) - asked_regions, asked_regions)
+                in_chunk = place // self.K == chunk[member]
+                questions.append((members[member[in_chunk]], task[in_chunk], region[in_chunk]))
+            whole = self._asked_whole(epoch, source, image) & (chunk == (asked_regions if self.K == 1 else 0))
+            whole_task = TASKS.index(self._whole_task(source))
+            questions.append((members[whole], np.full(whole.sum(), whole_task), np.full(whole.sum(), -1)))
+        row, task, region = map(np.concatenate, zip(*questions, strict=True))
         sort = np.argsort(row, kind="stable")
         return row[sort], task[sort], region[sort]
 

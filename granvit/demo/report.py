@@ -23,6 +23,7 @@ from granvit.stages import Task
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import Rectangle
 
 PREDICTED, TRUE = "#14c414", "#f02020"
@@ -304,6 +305,8 @@ def _draw_small(records: dict[str, ImageRecord], last: dict[str, Evaluation], pa
     for sample, axes in zip(boxes, grid[1], strict=True):
         _draw_boxes_of_one(axes, records[sample["record"]], sample, last, "stage2", fontsize=9)
     figure.subplots_adjust(left=0.01, right=0.99, top=0.96, bottom=0.01, wspace=0.06, hspace=0.4)
-    figure.canvas.draw()
-    Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]).quantize(256).save(path, optimize=True)
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    canvas.draw()
+    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).quantize(256).save(path, optimize=True)
     plt.close(figure)
