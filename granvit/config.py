@@ -212,7 +212,7 @@ class RunConfig(Strict):
 
     def crop_size(self, vision: VisionConfig) -> int:
         """Side of the teacher's crops in pixels: what its patches cover, so that its grid lies over the whole box."""
-        return self.distill.crop_size or vision.seen
+        return self.distill.crop_size or vision.covered_pixels
 
     @model_validator(mode="after")
     def _fits(self) -> "RunConfig":
@@ -289,7 +289,10 @@ def _unknown_keys(model: type[BaseModel], tree: Any, path: str = "") -> list[str
     if not isinstance(tree, Mapping):
         return []
     messages = []
+    former = model.FORMER_KEYS if issubclass(model, Strict) else {}
     for key, value in tree.items():
+        if key in former:
+            continue
         if key not in model.model_fields:
             near = difflib.get_close_matches(str(key), model.model_fields, n=1, cutoff=0.5)
             hint = f"did you mean {path + near[0]!r}?" if near else f"valid: {', '.join(path + k for k in model.model_fields)}"
@@ -459,13 +462,13 @@ def resolve_models(config: RunConfig) -> tuple[VisionConfig, LanguageConfig]:
         cells = crop // vision.patch_size
         raise ValueError(f"distill.grid {grid} does not divide the teacher's grid of {cells} x {cells} (crops of {crop} pixels)")
     if config.stage_spec.distill and config.distill.features == "final":
-        vision = VisionConfig(**{**vision.model_dump(), "top": "final"})
+        vision = VisionConfig(**{**vision.model_dump(), "built_level": "final"})
     if config.vision.tiling:
         if vision.grid % 2:
             own = f"{vision.name!r}'s grid of {vision.grid} x {vision.grid}"
             raise ValueError(f"vision.tiling joins 2 x 2 patches to one image token, which {own} does not allow")
-        if vision.seen < vision.image_size:
-            beyond = f"{vision.name!r}'s patches leave {vision.image_size - vision.seen} pixels out"
+        if vision.covered_pixels < vision.image_size:
+            beyond = f"{vision.name!r}'s patches leave {vision.image_size - vision.covered_pixels} pixels out"
             raise ValueError(f"vision.tiling puts tiles edge to edge, and {beyond} of each")
         vision = vision.model_copy(update={"tiles": config.vision.tiling})
     return vision, language_config(config.model.language)

@@ -90,7 +90,7 @@ class Fixture:
         """Whether transformers' SigLIP has this encoder's structure."""
         c = self.vision
         sizes = ("name", "image_size", "patch_size", "width", "layers", "heads", "mlp")
-        free = ("norm_eps", "level", "top", "mean", "std", "resize")
+        free = ("norm_eps", "level", "built_level", "mean", "std", "resize")
         return c == VisionConfig(**{field: getattr(c, field) for field in (*sizes, *free)})
 
     @property

@@ -30,8 +30,8 @@ class PatchEmbedding(Module):
 
     def forward(self, pixels_B3RR: Tensor) -> Tensor:
         B, grid, p = pixels_B3RR.shape[0], pixels_B3RR.shape[2] // self.patch, self.patch
-        seen = pixels_B3RR[:, :, : grid * p, : grid * p]
-        patches = seen.reshape(B, 3, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5).reshape(B, grid * grid, 3 * p * p)
+        covered = pixels_B3RR[:, :, : grid * p, : grid * p]
+        patches = covered.reshape(B, 3, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5).reshape(B, grid * grid, 3 * p * p)
         weight = self.weight.reshape(self.weight.shape[0], -1).to(patches.dtype)
         bias = None if self.bias is None else self.bias.to(patches.dtype)
         return self.emit(torch.nn.functional.linear(patches, weight, bias))
@@ -129,20 +129,20 @@ class VisionBlocks(nn.Module):
 class VisionEncoder(Module):
     """Patch features of images of one size.
 
-    `image_size` other than the configuration's resamples the position embeddings (bicubic). Blocks above `c.highest`
+    `image_size` other than the configuration's resamples the position embeddings (bicubic). Blocks above `c.built_level`
     do not exist (see `VisionConfig`).
     """
 
     def __init__(self, c: VisionConfig, dtype: torch.dtype, image_size: int | None = None, attention: str = "sdpa",
                  recompute: bool = False):  # fmt: skip
         super().__init__()
-        self.config, self.dtype, self.recompute, self.built = c, dtype, recompute, ", ".join(c.built_levels)
+        self.config, self.dtype, self.recompute, self.built = c, dtype, recompute, ", ".join(c.available_levels)
         self.side = c.side(image_size)
         self.takes = f"this encoder takes [B, 3, {self.side}, {self.side}]; load_encoder(..., resolution=SIDE) makes another"
         self.embeddings = VisionEmbeddings(c, self.side)
         self.pre_layernorm = norm(c.norm, c.width, c.norm_eps) if c.pre_norm else None
         self.encoder = VisionBlocks(c, attention)
-        self.post_layernorm = norm(c.norm, c.width, c.norm_eps) if c.highest == "final" else None
+        self.post_layernorm = norm(c.norm, c.width, c.norm_eps) if c.built_level == "final" else None
         self.register_buffer("mean", torch.tensor(c.mean).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(c.std).reshape(1, 3, 1, 1), persistent=False)
 
@@ -182,7 +182,7 @@ class VisionEncoder(Module):
             x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
             if i == self.config.layers - 2:
                 levels["penultimate"] = x
-        if self.config.highest != "penultimate":
+        if self.config.built_level != "penultimate":
             levels["last"] = x
         if self.post_layernorm is not None:
             levels["final"] = self.post_layernorm(x)
@@ -190,9 +190,9 @@ class VisionEncoder(Module):
         return {level: features[:, skip:] for level, features in levels.items()}
 
     def encode(self, pixels_B3RR: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 pixels -> patch features `[B, N, C]` at `config.level` and at `config.highest`."""
+        """uint8 pixels -> patch features `[B, N, C]` at `config.level` and at `config.built_level`."""
         levels = self.levels(self.normalise(pixels_B3RR))
-        return levels[self.config.level], levels[self.config.highest]
+        return levels[self.config.level], levels[self.config.built_level]
 
     def forward(self, pixels_B3RR: Tensor, level: Level = "penultimate") -> Tensor:
         """Normalised pixels (`(x / 255 - mean) / std`) -> patch features `[B, N, C]`; `ValueError` for images of another size

@@ -77,7 +77,7 @@ PAIRS = (
     "layer_norm1 layer_norm2", "input_layernorm post_attention_layernorm", "layer_scale1 layer_scale2", "q_proj k_proj",
     "k_proj v_proj", "gate_proj fc1", "gate_proj up_proj", "fc1 fc2", "linear_1 linear_2", "heads kv_heads", "keys values", "k v",
     "q k", "cos sin", "first_moment second_moment", "beta1 beta2", "teacher student", "low_BK high_BK", "low high",
-    "rows columns", "H W", "mean std", "level highest", "maximum minimum", "logical_and logical_or", "floor_divide floor_mod",
+    "rows columns", "H W", "mean std", "level built_level", "maximum minimum", "logical_and logical_or", "floor_divide floor_mod",
     "sum mean",
     "nt nn", "tn nn", "alpha one_minus_alpha", "rows_BT columns_BT", "tokens boxes", "caption distill", "distill variance",
     "ones zeros",

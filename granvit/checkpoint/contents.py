@@ -156,14 +156,14 @@ def _pixels(source: Source, contents: Contents) -> dict[str, Any]:
 
 def _vision(fields: dict[str, Any], contents: Contents) -> VisionConfig:
     """An encoder that reaches as high as its tensors do: LLaVA's towers may come without the last block."""
-    if "top" in fields:
+    if {"top", "built_level"} & fields.keys():
         return VisionConfig(**fields)
     names = contents.names
     last = any(name.startswith(f"vision.encoder.layers.{fields['layers'] - 1}.") for name in names)
     for name in [name for name in names if name.startswith("vision.post_layernorm.") and not last]:
         contents.left_out[names.pop(name)] = "the closing norm of a last block that is not there"
-    top = "final" if "vision.post_layernorm.weight" in names else "last" if last else "penultimate"
-    return VisionConfig(**(fields | {"top": top}))
+    built_level = "final" if "vision.post_layernorm.weight" in names else "last" if last else "penultimate"
+    return VisionConfig(**(fields | {"built_level": built_level}))
 
 
 def _settle_head(source: Source, contents: Contents, tied: bool | None) -> None:

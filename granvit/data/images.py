@@ -178,7 +178,7 @@ def box_to_features(box: Box, width: int, height: int, vision: VisionConfig) -> 
     tiling the canvas. A box may end beyond the last patch (at 1.016 for SigLIP's 27 of 14 pixels in 384): ROIAlign clamps."""
     if vision.tiles:
         return box_to_canvas(box, width, height, vision)
-    beyond = vision.image_size / vision.seen
+    beyond = vision.image_size / vision.covered_pixels
     x1, y1, x2, y2 = box_to_square(box, width, height)
     return x1 * beyond, y1 * beyond, x2 * beyond, y2 * beyond
 
