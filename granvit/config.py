@@ -71,9 +71,9 @@ class DataSection(Strict):
 
 
 class TrainSection(Strict):
-    """`global_batch` counts questions over all ranks, a conversation as the `data.regions_per_row` that its row could hold;
-    `micro_batch` counts rows of one forward pass on one rank. `freeze` names parts that the stage would train and this run does
-    not (the encoder in sft: paper, Table 10).
+    """`global_batch` counts the rows of one step over all ranks, `micro_batch` the rows of one forward pass on one rank. A row
+    asks up to `data.regions_per_row` region questions; a conversation is one row. `freeze` names parts that the stage would train
+    and this run does not (the encoder in sft: paper, Table 10).
 
     `loss_reduction` says how losses are averaged. `global`, the default: the sum over all supervised tokens (boxes) of the global
     batch, divided by their number. Every token weighs the same, and neither the number of devices nor `micro_batch` enters the
@@ -216,11 +216,6 @@ class RunConfig(Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> "RunConfig":
-        if self.train.global_batch % self.data.regions_per_row:
-            raise ValueError(
-                f"train.global_batch {self.train.global_batch} counts questions and must be a multiple of "
-                f"data.regions_per_row {self.data.regions_per_row}"
-            )
         lengths = [b.length for b in self.data.buckets]
         if lengths != sorted(set(lengths)):
             raise ValueError(f"data.buckets must rise strictly in length, not {lengths}")
@@ -262,7 +257,7 @@ class RunConfig(Strict):
 
     def local_micro_batches(self, world: int) -> int:
         """Micro-batches per rank and step; `ValueError` where the global batch does not divide."""
-        rows = self.train.global_batch // self.data.regions_per_row
+        rows = self.train.global_batch
         per_round = world * self.train.micro_batch
         if rows % per_round:
             fitting = largest_divisor(rows // world, self.train.micro_batch) if rows % world == 0 else None
@@ -273,8 +268,8 @@ class RunConfig(Strict):
                 else f"take a number of ranks that divides {rows}, or another train.global_batch"
             )
             raise ValueError(
-                f"train.global_batch {self.train.global_batch} is {rows} rows of {self.data.regions_per_row} region question(s); "
-                f"{world} rank(s) x train.micro_batch {self.train.micro_batch} = {per_round} rows does not divide it: {remedy}"
+                f"train.global_batch is {rows} rows; {world} rank(s) x train.micro_batch {self.train.micro_batch} = {per_round} "
+                f"rows does not divide it: {remedy}"
             )
         return rows // per_round
 

@@ -124,8 +124,7 @@ def _held_out_rows(config: RunConfig, mix: dict, vision: VisionConfig, chat: Cha
     data = config.data.model_copy(update={"sources": sources, "mix": mix, "workers": 0})
     train = config.train.model_copy(update={"epochs": 1, "steps": None})
     loader = Loader(config.model_copy(update={"data": data, "train": train, "seed": 0}), vision, chat, rank, world, compose)
-    rows_per_step = config.train.global_batch // config.data.regions_per_row
-    loader.steps = min(-(-config.eval.rows // rows_per_step), loader.steps)
+    loader.steps = min(-(-config.eval.rows // config.train.global_batch), loader.steps)
     return loader
 
 

@@ -211,7 +211,7 @@ class Trainer:
             record["loss_distill"], record["grad_norm"] = result.loss_distill, result.grad_norm
         record |= {
             "lr": rate,
-            "regions": int(counts.questions),  # questions answered, the global ones included
+            "questions": int(counts.questions),  # answered, the global ones included
             "skipped": int(counts.skipped),
             "seconds": seconds,
             "tokens": int(counts.tokens),

@@ -104,7 +104,7 @@ def config_for(size: Size, regions: int, crops: bool) -> RunConfig:
             "stage": "stage1",
             "output": "unused",
             "data": {"sources": [{"path": "unused"}], "regions_per_row": regions, "buckets": [{"length": 1, "answers": 1}]},
-            "train": {"global_batch": regions, "micro_batch": 1},
+            "train": {"global_batch": 1, "micro_batch": 1},
             "distill": {"weight": 1.0 if crops else 0.0, "crop_size": size.crop},
         },
         "bench",

@@ -115,7 +115,7 @@ def simulated(config: RunConfig) -> Plan:
     stores = [SimulatedStore(*source, rng) for source in SOURCES]
     return Plan(
         stores, [SimulatedTurns(store, rng) for store in stores], [source.rate for source in config.data.sources],
-        config.stage_spec.mix, config.data.regions_per_row, config.train.global_batch // config.data.regions_per_row,
+        config.stage_spec.mix, config.data.regions_per_row, config.train.global_batch,
         config.data.buckets, [SimulatedPrefixes() for _ in stores], config.seed,
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ def run_config(**sections) -> RunConfig:
         "output": "unused",
         "model": {"vision": "tiny-vision", "language": "tiny-language", "init": "random"},
         "data": {"sources": [{"path": "unused"}], "regions_per_row": 2, "buckets": [{"length": 64, "answers": 16}]},
-        "train": {"global_batch": 4, "micro_batch": 2},
+        "train": {"global_batch": 2, "micro_batch": 2},
         "optimizer": {"lr": 1e-2},
     }
     for key, value in sections.items():

@@ -174,7 +174,7 @@ def test_the_former_key_top_is_still_read(tmp_path):
 def test_a_global_batch_that_does_not_divide_says_so():
     with pytest.raises(ValueError, match=r"3 rank\(s\) x train.micro_batch 2"):
         run_config().local_micro_batches(3)
-    assert run_config(train={"global_batch": 32}).local_micro_batches(2) == 4
+    assert run_config(train={"global_batch": 16}).local_micro_batches(2) == 4
 
 
 def test_crops_and_grids_that_do_not_fit_the_encoder_say_so():

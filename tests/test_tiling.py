@@ -285,7 +285,7 @@ def run_tiled(framework: str, stage: str, folder: Path, scored: bool = False, in
         output=str(folder / stage),
         model={"init_from": None if init_from is None else str(init_from)},
         data={"sources": [{"path": str(folder / "store")}], "buckets": [{"length": 640, "answers": 120}]},
-        train={"global_batch": 4, "micro_batch": 2, "steps": 2, "log_every": 1},
+        train={"global_batch": 2, "micro_batch": 2, "steps": 2, "log_every": 1},
         eval={"source": str(folder / "store") if scored else None, "images": 3, "batch": 2, "max_new_tokens": 4},
         **TILES,
     )

@@ -63,7 +63,7 @@ def test_a_run_writes_every_step_and_keeps_the_newest_checkpoints(uninterrupted)
     lines = metrics(uninterrupted)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert not [name for name in lines[0] if name.startswith("lr_")]
-    assert list(lines[0])[:8] == ["step", "loss", "loss_caption", "loss_distill", "grad_norm", "lr", "regions", "skipped"]
+    assert list(lines[0])[:8] == ["step", "loss", "loss_caption", "loss_distill", "grad_norm", "lr", "questions", "skipped"]
     assert sorted(p.name for p in (uninterrupted / "checkpoints").iterdir()) == ["step_0000006", "step_0000009"]
     assert list((uninterrupted / "tensorboard").iterdir())
 

@@ -25,7 +25,7 @@ def make_engine(framework: str, **sections):
         from pt_granvit.engine import Engine
     else:
         from ms_granvit.engine import Engine
-    sections = {"data": {"regions_per_row": REGIONS}, "train": {"global_batch": 12}, **sections}
+    sections = {"data": {"regions_per_row": REGIONS}, "train": {"global_batch": ROWS}, **sections}
     config = run_config(**sections)
     vision, language = resolve_models(config)
     return Engine(config, vision, language, start_values(vision, language, seed=0).items())

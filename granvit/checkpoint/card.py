@@ -110,8 +110,8 @@ def _stage(number: int, run: PastRun) -> str:
     lines = [
         f"### {number}. {stage.name} (`{shown(run.directory)}`)",
         "",
-        f"- {checkpoint.step:,} steps of {config.train.global_batch} questions, {data.regions_per_row} region question(s) a row; "
-        f"trained: {trains}",
+        f"- {checkpoint.step:,} steps of {config.train.global_batch} rows, up to {data.regions_per_row} region question(s) a row"
+        f"; trained: {trains}",
         f"- data: {sources}; questions asked (share of those there are): {mix}",
         f"- AdamW, learning rate {rates} ({rate.schedule}, warm-up {rate.warmup:g} of the steps){decay}; "
         f"{config.runtime.compute}, seed {config.seed}",

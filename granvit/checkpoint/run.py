@@ -32,7 +32,7 @@ from granvit.config import RunConfig, validate
 from granvit.engine import Group
 from granvit.models import PARTS, LanguageConfig, Shapes, Strict, VisionConfig, parameter_shapes, part_of, vision_shapes
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def newest_checkpoint(run: str | Path) -> Checkpoint | None:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint's state; `ValueError` where it is damaged or of a later format."""
+    """Reads a checkpoint's state, of this format or of format 1; `ValueError` where it is damaged or of a later format."""
     if path.parent.name != "checkpoints":
         path = path.resolve()  # its run's directory is two above, also where the path is `.`
     file = path / "state.json"
@@ -174,8 +174,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise ValueError(f"{file}: cannot be read ({error}); the checkpoint is damaged") from None
     if state_digest(tree) != stated:
         raise ValueError(f"{file}: its contents are not those that were written (checksum)")
-    if tree.get("format") != FORMAT:
-        raise ValueError(f"{file}: checkpoint format {tree.get('format')!r}; this version of granvit reads format {FORMAT}")
+    if tree.get("format") == 1:
+        _count_rows(tree)
+    elif tree.get("format") != FORMAT:
+        raise ValueError(f"{file}: checkpoint format {tree.get('format')!r}; this version of granvit reads formats 1 to {FORMAT}")
     state = validate(State, tree, str(file))
     return Checkpoint(
         path=path,
@@ -190,6 +192,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
         ranks=state.ranks,
         fingerprints=state.fingerprints,
     )
+
+
+def _count_rows(state: dict) -> None:
+    """In format 1 `train.global_batch` counted questions, `data.regions_per_row` for every row; it counts rows since."""
+    config = state["config"]
+    config["train"]["global_batch"] //= config["data"]["regions_per_row"]
 
 
 def state_digest(state: dict) -> str:

@@ -106,7 +106,7 @@ class Loader:
             [source.rate for source in config.data.sources],
             stage.mix,
             config.data.regions_per_row,
-            config.train.global_batch // config.data.regions_per_row,
+            config.train.global_batch,
             config.data.buckets,
             [PrefixLengths(store, chat, vision) for store in stores],
             config.seed,

@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
+from granvit.checkpoint.run import newest_checkpoint
 from granvit.config import load_config
 from granvit.data.images import decode
 from granvit.data.prompts import parse_box
@@ -105,7 +106,9 @@ def write_report(root: Path, framework: str, seconds: dict[str, float]) -> Path:
 
 
 def _text(root: Path, last: dict[str, Evaluation], framework: str, seconds: dict[str, float]) -> str:
-    configs = {name: load_config(root / name / "config.yaml") for name in ("pretrain_text", "pretrain_image", *COLUMNS)}
+    parts = ("pretrain_text", "pretrain_image", *COLUMNS)
+    checkpoints = {name: newest_checkpoint(root / name) for name in parts}
+    configs = {name: checkpoint.config for name, checkpoint in checkpoints.items() if checkpoint is not None}
     images = {split: Store(root / "data" / split) for split in ("train", "heldout")}
     row = lambda name, values, unit="": f"| {name} | " + " | ".join(f"{v:.1f}{unit}" for v in values) + " |"  # noqa: E731
     stage1, mixed, stage2, guesser = (last[name] for name in ("stage1", "stage1_mixed", "stage2", "guesser"))
@@ -147,7 +150,7 @@ def _text(root: Path, last: dict[str, Evaluation], framework: str, seconds: dict
         f"Data: {images['train'].images} training and {images['heldout'].images} held-out scenes of four "
         "objects (granvit/demo/scenes.py).",
         "",
-        "| Part | Trained | Questions | Steps | Questions a step |",
+        "| Part | Trained | Questions | Steps | Rows a step |",
         "|---|---|---|---|---|",
     ]
     content = {

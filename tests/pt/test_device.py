@@ -92,7 +92,7 @@ def test_a_training_step_runs_and_the_host_waits_as_often_as_stated(device, sect
 
 
 def test_a_tiled_step_runs(device, chat):
-    config = on_device(vision={"tiling": 4}, data={"regions_per_row": 3}, train={"global_batch": 6})
+    config = on_device(vision={"tiling": 4}, data={"regions_per_row": 3}, train={"global_batch": 2})
     vision, _ = resolve_models(config)
     packer = Packer(vision, chat, 3, vision.image_size, 1.0, 10**6)
     asked = [Question("bbox2caption", 1), Question("bbox2caption", 0), Question("global")]
