@@ -20,7 +20,7 @@ from granvit.checkpoint.run import Checkpoint
 from granvit.checkpoint.run_writer import CheckpointWriter
 from granvit.config import RunConfig
 from granvit.data.batch import Batch
-from granvit.engine import NonFiniteLoss, Scalars, StepResult, TrainEngine
+from granvit.engine import NonFiniteLoss, StepInputs, StepResult, TrainEngine
 from granvit.evaluate import Evaluation
 from granvit.logs import MetricsFile, TensorBoard, log
 from granvit.models import PARTS
@@ -124,19 +124,19 @@ class Trainer:
                 waiting = time.perf_counter() - began
                 counts = self._count(micro_batches)
                 self._check_data(step, counts)
-                means = engine.world * len(micro_batches) if config.train.loss_reduction == "per_device" else 0
+                averaged = engine.world * len(micro_batches) if config.train.loss_reduction == "per_device" else 0
                 update = step - self.non_finite
-                scalars = Scalars(update, rates[step - 1], ema_rates[update - 1], counts.tokens, counts.boxes, means)
+                step_inputs = StepInputs(update, rates[step - 1], ema_rates[update - 1], counts.tokens, counts.boxes, averaged)
                 result, left_out = None, ""
                 try:
-                    result = engine.step(micro_batches, scalars)
+                    result = engine.step(micro_batches, step_inputs)
                     self.in_a_row = 0
                 except NonFiniteLoss as error:
                     left_out = self._leave_out(step, micro_batches, error)
                 self.step = step
                 self.questions += int(counts.questions)
                 self.skipped += int(counts.skipped)
-                self._record(result, scalars, counts, time.perf_counter() - began, waiting)
+                self._record(result, step_inputs, counts, time.perf_counter() - began, waiting)
                 if self.in_a_row > config.train.skip_non_finite:
                     self._stop_non_finite(left_out, checkpoint)
                 stop = counts.stop > 0 and step < steps
@@ -198,11 +198,11 @@ class Trainer:
                 f"and chat template do not match the model, or data.buckets are too short for every question"
             )
 
-    def _record(self, result: StepResult | None, scalars: Scalars, counts: Counts, seconds: float, waiting: float) -> None:
+    def _record(self, result: StepResult | None, step_inputs: StepInputs, counts: Counts, seconds: float, waiting: float) -> None:
         """One line of metrics. That of a step that was left out (`result` None) has no losses and names itself `non_finite`."""
         if self.output is None:
             return
-        rate, rates = float(scalars.learning_rate), self.config.optimizer
+        rate, rates = float(step_inputs.learning_rate), self.config.optimizer
         record: dict[str, float] = {"step": self.step}
         if result is None:
             record["non_finite"] = 1

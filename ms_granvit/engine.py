@@ -12,7 +12,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
-from granvit.engine import UNDIVIDED, Group, NonFiniteLoss, Ranks, Scalars, StepResult
+from granvit.engine import UNDIVIDED, Group, NonFiniteLoss, Ranks, StepInputs, StepResult
 from granvit.models import PARTS, LanguageConfig, VisionConfig, part_of
 from granvit.stages import Stage
 from ms_granvit import distributed
@@ -38,8 +38,8 @@ class Losses(nn.Cell):
     def construct(self, pixels_B3RR, image_weights_B, token_ids_BS, positions_BS, segments_BS, image_positions_BN,
                   answer_positions_BA, answer_targets_BA, answer_weights_BA, tokens, boxes=None, boxes_BK4=None,
                   box_weights_BK=None, crops_BK3rr=None, grids_B2=None):  # fmt: skip
-        """Loss, caption loss, distillation loss: the batch's sums divided by `tokens` and `boxes` (`Scalars.divisors`). Then the
-        summed variance of the teacher's features, undivided."""
+        """Loss, caption loss, distillation loss: the batch's sums divided by `tokens` and `boxes` (`StepInputs.divisors`). Then
+        the summed variance of the teacher's features, undivided."""
         logits, top = self.model(
             pixels_B3RR, image_weights_B, token_ids_BS, positions_BS, segments_BS, image_positions_BN, answer_positions_BA
         )
@@ -134,14 +134,14 @@ class Engine:
     memory = staticmethod(distributed.memory)
     join = staticmethod(distributed.join)
 
-    def step(self, micro_batches: Sequence[Batch], scalars: Scalars) -> StepResult:
+    def step(self, micro_batches: Sequence[Batch], step_inputs: StepInputs) -> StepResult:
         """Forward and backward over the micro-batches, sum over ranks, clip, AdamW, EMA.
 
         The device is read once, before the update; where the loss is not finite, its micro-batches' losses are read as well.
         """
         terms, own_losses = Tensor(np.zeros(3, np.float32)), []
         for batch in micro_batches:
-            terms, own = self.micro_batch(terms, *self.inputs(batch, scalars))
+            terms, own = self.micro_batch(terms, *self.inputs(batch, step_inputs))
             own_losses.append(own)
         read, grad_norm = self.reduce(terms)
         caption, distill, variance, norm = read.asnumpy().tolist()
@@ -150,17 +150,17 @@ class Engine:
             self.clear(scalar(0.0))
             culprits = [i for i, own in enumerate(own_losses) if not np.isfinite(own.asnumpy())]
             raise NonFiniteLoss(f"loss {loss}, gradient norm {norm}", culprits)
-        c, t = self.config.optimizer, scalars.step
+        c, t = self.config.optimizer, step_inputs.step
         own_rates, decays = np.array([c.of_part(part) for part in PARTS]).T
-        rates = scalars.learning_rate * (own_rates / c.lr)
+        rates = step_inputs.learning_rate * (own_rates / c.lr)
         per_part = (1 - rates * decays, rates / (1 - c.betas[0] ** t))
         self.update(*(Tensor(values.astype(np.float32)) for values in per_part), scalar(1 - c.betas[1] ** t), grad_norm)
         if self.ema is not None:
-            self.ema(scalar(scalars.alpha), scalar(1 - scalars.alpha))
-        return StepResult(loss, caption, distill, norm, (variance / max(scalars.boxes, 1)) ** 0.5)
+            self.ema(scalar(step_inputs.alpha), scalar(1 - step_inputs.alpha))
+        return StepResult(loss, caption, distill, norm, (variance / max(step_inputs.boxes, 1)) ** 0.5)
 
-    def inputs(self, batch: Batch, scalars: Scalars) -> list[Tensor]:
-        tokens, boxes = map(np.float32, scalars.divisors(batch))
+    def inputs(self, batch: Batch, step_inputs: StepInputs) -> list[Tensor]:
+        tokens, boxes = map(np.float32, step_inputs.divisors(batch))
         arrays = [
             batch.pixels_B3RR, batch.image_weights_B, batch.token_ids_BS, batch.positions_BS, batch.segments_BS,
             batch.image_positions_BN, batch.answer_positions_BA, batch.answer_targets_BA, batch.answer_weights_BA,

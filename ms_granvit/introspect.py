@@ -9,7 +9,7 @@ from mindspore import ParameterTuple, Tensor, nn, ops
 
 from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
-from granvit.engine import LOSSES, Scalars
+from granvit.engine import LOSSES, StepInputs
 from granvit.introspection import INPUTS, Capture, Feed
 from granvit.models import LanguageConfig, Shapes, VisionConfig
 from ms_granvit import language, layers, projector
@@ -180,7 +180,7 @@ class Introspector:
         """Forward and backward over one batch, with what is fed in place of activations."""
         for name, tap in self.taps.items():
             tap.feed((feed or {}).get(name))
-        inputs = self.engine.inputs(batch, Scalars(1, 0.0, 0.0, batch.tokens, batch.boxes))
+        inputs = self.engine.inputs(batch, StepInputs(1, 0.0, 0.0, batch.tokens, batch.boxes))
         ms.set_context(mode=self.mode)
         try:
             losses, gradients = self.differentiated(*inputs) if backward else (self.engine.micro_batch.losses(*inputs), ())

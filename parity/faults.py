@@ -262,8 +262,8 @@ def _(f):
 
 @fault("lambda left out", "torch", "model", "loss/loss", at="pt_granvit.engine.Engine.losses")
 def _(f):
-    def wrong(self, batch, scalars):
-        _, caption, distill, variance = f(self, batch, scalars)
+    def wrong(self, batch, step_inputs):
+        _, caption, distill, variance = f(self, batch, step_inputs)
         return caption + distill, caption, distill, variance
 
     return wrong
@@ -282,9 +282,9 @@ def _(f):
 @fault("the last micro-batch's gradient alone", "torch", "stage1", "loss/grad_norm", "clipped gradient/",
        at="pt_granvit.engine.Engine.losses")  # fmt: skip
 def _(f):
-    def wrong(self, batch, scalars):
+    def wrong(self, batch, step_inputs):
         self.trained.gradients.zero_()
-        return f(self, batch, scalars)
+        return f(self, batch, step_inputs)
 
     return wrong
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from granvit.config import DistillSection, RunConfig, parse_config, resolve_models
 from granvit.data.batch import Batch, PromptBatch
-from granvit.engine import Scalars
+from granvit.engine import StepInputs
 from granvit.init import initial_values
 from granvit.introspection import INPUTS, Feed, activation_shapes
 from granvit.models import LanguageConfig, Shapes, VisionConfig, parameter_shapes, part_of
@@ -59,12 +59,12 @@ class Fixture:
         unseen = ("vision", "projector") if config.stage_spec.blind else ()
         return {name: shape for name, shape in found.items() if part_of(name) not in unseen}
 
-    def scalars(self, step: int, batches: list[Batch]) -> Scalars:
-        """A step's scalars: the learning rate changes from step to step."""
+    def step_inputs(self, step: int, batches: list[Batch]) -> StepInputs:
+        """What enters step `step` (counted from 1) beside its batches; each step has a learning rate of its own."""
         rate, alpha = 1e-2 / (1 + 0.1 * step), float(alphas(DistillSection(**self.sections.get("distill", {})), step)[-1])
         tokens, boxes = (sum(counts) / self.share for counts in zip(*((b.tokens, b.boxes) for b in batches), strict=True))
-        means = len(batches) if self.sections.get("train", {}).get("loss_reduction") == "per_device" else 0
-        return Scalars(step, rate, alpha, tokens, boxes, means)
+        averaged = len(batches) if self.sections.get("train", {}).get("loss_reduction") == "per_device" else 0
+        return StepInputs(step, rate, alpha, tokens, boxes, averaged)
 
     def step_batches(self, step: int) -> list[Batch]:
         """The micro-batches of optimizer step `step`, counted from 1, over all ranks."""

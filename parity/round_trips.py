@@ -63,7 +63,7 @@ def _resume(fixture: Fixture, source: str, target: str, run: Path) -> Iterator[R
     writer = CheckpointWriter(run, config, fixture.vision, fixture.language)
     start = writer.record_start(fixture.weights.items())
     engine = load_engine_class(source)(config, fixture.vision, fixture.language, start)
-    engine.step(batches, fixture.scalars(1, batches))
+    engine.step(batches, fixture.step_inputs(1, batches))
     writer.save(engine, 1, {"questions": 0, "skipped": 0})
     checkpoint = newest_checkpoint(run)
     other = load_engine_class(target)(config, fixture.vision, fixture.language, checkpoint.tensors("model"))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
-from granvit.engine import LOSSES, Scalars
+from granvit.engine import LOSSES, StepInputs
 from granvit.introspection import INPUTS, Capture, Feed
 from granvit.models import LanguageConfig, Shapes, VisionConfig
 from pt_granvit import language, layers, projector
@@ -94,7 +94,7 @@ class Introspector:
             module.tap = Tap((feed or {}).get(name))
         taps = {name: module.tap for name, module in self.modules.items()}
         try:
-            losses = self.engine.losses(batch, Scalars(1, 0.0, 0.0, batch.tokens, batch.boxes))
+            losses = self.engine.losses(batch, StepInputs(1, 0.0, 0.0, batch.tokens, batch.boxes))
         finally:
             for module in self.modules.values():
                 module.tap = None

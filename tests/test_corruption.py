@@ -68,8 +68,8 @@ def make_store(path: Path) -> Callable[[], object]:
 
     def read() -> object:
         store = Store(path)
-        assert len(store.texts(0, store.images + store.regions)) == store.images + store.regions
-        return [store.record(i) for i in range(store.images)]
+        assert len(store.texts(0, store.records + store.regions)) == store.records + store.regions
+        return [store.record(i) for i in range(store.records)]
 
     return read
 

@@ -136,15 +136,15 @@ def test_a_step_that_is_not_finite_is_left_out_and_counts_as_no_update(tmp_path)
     config = configuration(distill={"alpha": 0.8, "alpha_warmup": 6})
     trainer, _ = trainer_in(tmp_path / "run", config, poisoned(2, 5))
     seen, step = [], trainer.engine.step
-    trainer.engine.step = lambda batches, scalars: seen.append(scalars) or step(batches, scalars)
+    trainer.engine.step = lambda batches, step_inputs: seen.append(step_inputs) or step(batches, step_inputs)
     assert trainer.run(None)
     assert [s.step for s in seen] == [1, 2, 2, 3, 4, 4, 5, 6, 7]
     expected = ToyEngine(config, VISION, LANGUAGE, start_weights(config, VISION, LANGUAGE))
     rates, ema_rates = learning_rates(config.optimizer, STEPS), alphas(config.distill, STEPS)
     for update, number in enumerate((1, 3, 4, 6, 7, 8, 9), 1):
         (batches,) = list(ToyLoader(number).batches(number - 1))
-        scalars = replace(seen[0], step=update, learning_rate=rates[number - 1], alpha=ema_rates[update - 1])
-        expected.step(batches, scalars)
+        step_inputs = replace(seen[0], step=update, learning_rate=rates[number - 1], alpha=ema_rates[update - 1])
+        expected.step(batches, step_inputs)
     for group in ("model", "teacher", "first_moment", "second_moment"):
         for (name, found), (_, value) in zip(trainer.engine.tensors(group), expected.tensors(group), strict=True):
             np.testing.assert_array_equal(found, value, err_msg=name)
@@ -225,16 +225,16 @@ def test_one_ranks_loss_leaves_the_step_out_on_all_and_both_reductions_are_told_
         writer = CheckpointWriter(folder / "run", config, VISION, LANGUAGE) if rank == 0 else None
         start = start if writer is None else writer.record_start(start)
         engine = ToyEngine(config, VISION, LANGUAGE, start, ToyRanks(rank, 2, folder))
-        means, step = set(), engine.step
-        engine.step = lambda batches, scalars: means.add(scalars.means) or step(batches, scalars)
+        averaged, step = set(), engine.step
+        engine.step = lambda batches, step_inputs: averaged.add(step_inputs.averaged_micro_batches) or step(batches, step_inputs)
         assert Trainer(config, engine, ToyLoader(STEPS, change), folder / "run", writer, lambda: False).run(None)
-        return means, {name: array.copy() for name, array in engine.tensors("model")}
+        return averaged, {name: array.copy() for name, array in engine.tensors("model")}
 
     for reduction, expected in (("global", {0}), ("per_device", {2})):  # two ranks of one micro-batch
         with ThreadPoolExecutor(2) as pool:
             ran = [pool.submit(run, rank, reduction, poisoned(5) if rank else lambda step, batch: batch) for rank in range(2)]
-            (means, weights), (_, others) = (one.result() for one in ran)
-        assert means == expected
+            (averaged, weights), (_, others) = (one.result() for one in ran)
+        assert averaged == expected
         for name, array in weights.items():
             np.testing.assert_array_equal(array, others[name])
     assert sum(line.startswith("left out: step 5: loss nan; from rank(s) 1") for line in logged.kept) == 4

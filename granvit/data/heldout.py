@@ -33,7 +33,7 @@ def held_out(
     """
     if store.kind != REGIONS:
         raise ValueError(f"eval.source {store.path} is a {store.kind.format} store; held-out questions are about regions")
-    chosen = np.unique(np.linspace(0, store.images - 1, min(images, store.images)).round().astype(int)).tolist()
+    chosen = np.unique(np.linspace(0, store.records - 1, min(images, store.records)).round().astype(int)).tolist()
     items: list[tuple[int, HeldOut]] = []
     sizes: dict[int, tuple[int, int]] = {}
     for image in chosen:

@@ -96,7 +96,7 @@ def write_report(root: Path, framework: str, seconds: dict[str, float]) -> Path:
     source = load_config(root / "stage1" / "config.yaml").eval.source
     assert source is not None
     store = Store(source)
-    records = {record.id: record for record in map(store.record, range(store.images)) if isinstance(record, ImageRecord)}
+    records = {record.id: record for record in map(store.record, range(store.records)) if isinstance(record, ImageRecord)}
     _draw_boxes(records, last, root / "caption2bbox.png")
     _draw_captions(records, last, root / "bbox2caption.png")
     _draw_small(records, last, root / "answers_small.png")
@@ -109,7 +109,7 @@ def _text(root: Path, last: dict[str, Evaluation], framework: str, seconds: dict
     parts = ("pretrain_text", "pretrain_image", *COLUMNS)
     checkpoints = {name: newest_checkpoint(root / name) for name in parts}
     configs = {name: checkpoint.config for name, checkpoint in checkpoints.items() if checkpoint is not None}
-    images = {split: Store(root / "data" / split) for split in ("train", "heldout")}
+    stores = {split: Store(root / "data" / split) for split in ("train", "heldout")}
     row = lambda name, values, unit="": f"| {name} | " + " | ".join(f"{v:.1f}{unit}" for v in values) + " |"  # noqa: E731
     stage1, mixed, stage2, guesser = (last[name] for name in ("stage1", "stage1_mixed", "stage2", "guesser"))
     samples = int(stage1.table["bbox2caption"]["samples"])
@@ -147,7 +147,7 @@ def _text(root: Path, last: dict[str, Evaluation], framework: str, seconds: dict
         "![captions](bbox2caption.png)",
         "",
         "## What was trained on what",
-        f"Data: {images['train'].images} training and {images['heldout'].images} held-out scenes of four "
+        f"Data: {stores['train'].records} training and {stores['heldout'].records} held-out scenes of four "
         "objects (granvit/demo/scenes.py).",
         "",
         "| Part | Trained | Questions | Steps | Rows a step |",

@@ -77,9 +77,9 @@ def test_the_batches_reach_the_corners():
     batch = made["resampled"].batches[0]
     assert batch.image_weights_B.tolist() == [1, 0] and batch.box_weights_BK.tolist() == [[1, 1, 1], [0, 0, 0]]
     assert made["resampled"].vision.covered_pixels == 32 < batch.pixels_B3RR.shape[-1]
-    for name, alpha, means in (("pooled", 0, 0), ("resampled", 0.8, 0), ("tuned", 0.9, 2)):
-        scalars = made[name].scalars(1, made[name].step_batches(1))
-        assert (scalars.alpha, scalars.means) == (pytest.approx(alpha), means)
+    for name, alpha, averaged in (("pooled", 0, 0), ("resampled", 0.8, 0), ("tuned", 0.9, 2)):
+        step_inputs = made[name].step_inputs(1, made[name].step_batches(1))
+        assert (step_inputs.alpha, step_inputs.averaged_micro_batches) == (pytest.approx(alpha), averaged)
 
 
 def test_the_table_says_which_configuration_has_a_value(capsys):
