@@ -84,7 +84,7 @@ class VisionConfig(Strict):
         return self
 
     @property
-    def whole(self) -> "VisionConfig":
+    def with_all_blocks(self) -> "VisionConfig":
         """The same encoder with all of its blocks built, and the closing norm where it has one."""
         return self.model_copy(update={"built_level": "final" if self.closing_norm else "last"})
 

@@ -98,7 +98,7 @@ class Engine:
         self.implementations = {"attention": attention, "roi_align": "separable"}
 
         with stored_as(dtype):
-            self.model = GranViT(vision, language, dtype, attention, runtime.recompute, stage.blind)
+            self.model = GranViT(vision, language, dtype, attention, runtime.recompute, stage.zero_image_tokens)
         for parameter in self.model.get_parameters():
             parameter.requires_grad = part_of(parameter.name) in stage.trains
             parameter.set_dtype(ms.float32 if parameter.requires_grad else dtype)

@@ -36,13 +36,13 @@ def take(hidden_BSC: Tensor, positions_BA: Tensor) -> Tensor:
 class GranViT(Module):
     """An image and questions about it -> logits of the answers.
 
-    `blind` zeroes the image tokens: the guesser who reads the question alone.
+    `zero_image_tokens`: the decoder reads the question alone, with zeros in the place of the image (stage `guesser`).
     """
 
     def __init__(self, vision: VisionConfig, language: LanguageConfig, dtype: ms.Type, attention: str = "composed",
-                 recompute: bool = False, blind: bool = False):  # fmt: skip
+                 recompute: bool = False, zero_image_tokens: bool = False):  # fmt: skip
         super().__init__()
-        self.blind = blind
+        self.zero_image_tokens = zero_image_tokens
         self.vision = VisionEncoder(vision, dtype, attention=attention, recompute=recompute)
         self.projector = Projector(vision, language)
         self.language = CausalDecoder(language, dtype, attention, recompute)
@@ -76,7 +76,7 @@ class GranViT(Module):
         present = ops.cast(image_positions_BN >= 0, image_weights_B.dtype)
         shown = ops.cast(image_weights_B.reshape(B, 1) * present, self.language.dtype)
         kept = 1 - ops.scatter_nd(at, shown.reshape(-1), (B * S,)).reshape(B, S, 1)
-        if self.blind:
+        if self.zero_image_tokens:
             return self.emit(embeddings * kept), None
         R = pixels_B3RR.shape[-1]
         features, top = self.vision.encode(pixels_B3RR.reshape(-1, 3, R, R))

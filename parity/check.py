@@ -25,12 +25,12 @@ from parity import peers, preconditions, round_trips  # noqa: E402
 from parity.capture import Record, Request, compute, load_record, open_framework  # noqa: E402
 from parity.capture import environment as _versions  # noqa: E402
 from parity.compare import ROUNDOFF, Row, compare_records, compare_suite  # noqa: E402
+from parity.fault_trials import Trial, false_alarms  # noqa: E402
 from parity.faults import FAULTS  # noqa: E402
 from parity.fixture import Fixture, make_fixture  # noqa: E402
 from parity.options import OPTIONS, coverage, option_fixture  # noqa: E402
 from parity.preconditions import CouldNotTell  # noqa: E402
 from parity.report import COULD_NOT_TELL, Report, print_report, write_report  # noqa: E402
-from parity.trials import Trial, false_alarms  # noqa: E402
 
 FREE = ("ops", "vision", "language", "model", "stage1", "stage2", "trajectory", "trajectory2", "generate", "options",
         "checkpoint", "peers")  # fmt: skip

@@ -56,8 +56,8 @@ class Fixture:
         answers = self.batches[0].answer_targets_BA.shape[1]
         boxes = config.boxes_per_row
         found = activation_shapes(self.vision, self.language, rows, length, answers, boxes, config.crop_size(self.vision))
-        unseen = ("vision", "projector") if config.stage_spec.blind else ()
-        return {name: shape for name, shape in found.items() if part_of(name) not in unseen}
+        unused = ("vision", "projector") if config.stage_spec.zero_image_tokens else ()
+        return {name: shape for name, shape in found.items() if part_of(name) not in unused}
 
     def step_inputs(self, step: int, batches: list[Batch]) -> StepInputs:
         """What enters step `step` (counted from 1) beside its batches; each step has a learning rate of its own."""

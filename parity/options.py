@@ -85,7 +85,7 @@ OPTIONS: dict[str, Option] = {
         micro_batches=1, share=1e-5,
     ),
     # Questions without their image.
-    "blind": Option("guesser", {"activation": "silu"}, {"qkv_bias": False}, {"optimizer": {"clip_norm": 1e9}}),
+    "guesser": Option("guesser", {"activation": "silu"}, {"qkv_bias": False}, {"optimizer": {"clip_norm": 1e9}}),
 }  # fmt: skip
 
 
@@ -167,7 +167,7 @@ NUMBERS: dict[str, tuple[tuple[str, ...], Read]] = {
     "tiles": (("none", "some"), lambda r, v, c, o: "some" if v.tiles else "none"),
     "built level": (("penultimate", "last", "final"), lambda r, v, c, o: v.built_level),
     "distillation": (("False", "True"), lambda r, v, c, o: str(r.stage_spec.distill)),
-    "blind": (("False", "True"), lambda r, v, c, o: str(r.stage_spec.blind)),
+    "zero image tokens": (("False", "True"), lambda r, v, c, o: str(r.stage_spec.zero_image_tokens)),
     **{part: (("frozen", "trained"), lambda r, v, c, o, part=part: "trained" if part in r.stage_spec.trains else "frozen")
        for part in PARTS},
     "key heads": (("as many as query heads", "fewer"),
@@ -214,8 +214,9 @@ def factors(option: Option, run: RunConfig, vision: VisionConfig, language: Lang
         value: Any = {"vision": vision, "language": language, "run": run}[root]
         for name in fields:
             value = getattr(value, name)
-        unseen = (root == "vision" and run.stage_spec.blind) or (fields[0] == "distill" and not run.stage_spec.distill)
-        if value is not None and not unseen:
+        spec = run.stage_spec
+        unused = (root == "vision" and spec.zero_image_tokens) or (fields[0] == "distill" and not spec.distill)
+        if value is not None and not unused:
             found[path] = str(value)
     return found
 

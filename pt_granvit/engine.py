@@ -36,7 +36,7 @@ class Engine:
         self.compilations: dict[str, int] = {}  # eager
         masters = torch.float64 if self.dtype == torch.float64 else torch.float32
         with torch.device(self.device):
-            self.model = GranViT(vision, language, self.dtype, attention, runtime.recompute, stage.blind)
+            self.model = GranViT(vision, language, self.dtype, attention, runtime.recompute, stage.zero_image_tokens)
         for name, parameter in self.model.named_parameters():
             trained = part_of(name) in stage.trains
             parameter.requires_grad_(trained)

@@ -21,13 +21,13 @@ from pt_granvit.vision import VisionEncoder
 class GranViT(Module):
     """An image and questions about it -> logits of the answers.
 
-    `blind` zeroes the image tokens: the guesser who reads the question alone.
+    `zero_image_tokens`: the decoder reads the question alone, with zeros in the place of the image (stage `guesser`).
     """
 
     def __init__(self, vision: VisionConfig, language: LanguageConfig, dtype: torch.dtype, attention: str = "sdpa",
-                 recompute: bool = False, blind: bool = False):  # fmt: skip
+                 recompute: bool = False, zero_image_tokens: bool = False):  # fmt: skip
         super().__init__()
-        self.blind = blind
+        self.zero_image_tokens = zero_image_tokens
         self.vision = VisionEncoder(vision, dtype, attention=attention, recompute=recompute)
         self.projector = Projector(vision, language)
         self.language = CausalDecoder(language, dtype, attention, recompute)
@@ -60,7 +60,7 @@ class GranViT(Module):
         at = image_positions_BN.clamp(min=0)
         shown = (image_weights_B[:, None] * (image_positions_BN >= 0)).to(embeddings.dtype)
         kept = 1 - shown.new_zeros(B, S).scatter_add(1, at, shown)[..., None]
-        if self.blind:
+        if self.zero_image_tokens:
             return self.emit(embeddings * kept), None
         features, top = self.vision.encode(pixels_B3RR.flatten(0, -4))
         tokens = self.projector(features).reshape(B, -1, C) * shown[..., None]

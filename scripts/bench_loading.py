@@ -108,7 +108,7 @@ def encoders(console: Console) -> None:
     for row in ROWS:
         with tempfile.TemporaryDirectory() as temporary:
             theirs = _alone(_publish, row, Path(temporary))
-            size = 4 * sum(int(np.prod(shape)) for shape in vision_shapes(vision_config(row).whole).values())
+            size = 4 * sum(int(np.prod(shape)) for shape in vision_shapes(vision_config(row).with_all_blocks).values())
             for framework in PACKAGES:
                 loading, peak, seconds, errors = _alone(_compare, framework, Path(temporary))
                 shown = [f"{errors[level]:.1e}" if level in errors else "" for level in ("penultimate", "last", "final")]
@@ -157,7 +157,7 @@ def load(console: Console) -> None:
         table.add_column(column, justify="left" if column in ("framework", "into") else "right")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        _write(folder / "vision", SIGLIP, vision, vision_shapes(vision.whole))
+        _write(folder / "vision", SIGLIP, vision, vision_shapes(vision.with_all_blocks))
         _write(folder / "language", QWEN2, language, language_shapes(language))
         for framework, dtype in ((f, d) for f in PACKAGES for d in ("bfloat16", "float32")):
             seconds, peak, size = _alone(_load, framework, dtype, folder)

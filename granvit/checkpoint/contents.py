@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from granvit.checkpoint.combined_tensors import SeparatedTensors, name_in_file, shape_in_file
 from granvit.checkpoint.detect import LAYOUTS, OURS, detect
 from granvit.checkpoint.layouts import Layout, Spelling
-from granvit.checkpoint.pieces import Pieces, whole, whole_shape
 from granvit.checkpoint.source import Source, open_source, read_json
 from granvit.checkpoint.tensors import shape_differences
 from granvit.models import (
@@ -49,7 +49,7 @@ def open_contents(path: Path, named: str | None = None) -> tuple[Source, Layout,
     """Opens what is at `path`, its tensors under the names of its layout's table (`named`, or found out); nothing is read."""
     source = open_source(path)
     layout, spelling = detect(source, named)
-    source = replace(source, tensors=Pieces(source.tensors, layout))
+    source = replace(source, tensors=SeparatedTensors(source.tensors, layout))
     return source, layout, read_contents(source, layout, spelling)
 
 
@@ -100,7 +100,7 @@ def _leave_out_fillers(source: Source, contents: Contents) -> None:
     listed = ours.get("filled") if isinstance(ours, dict) else None
     if not isinstance(listed, list):
         return
-    fillers = {canonical: foreign for canonical, foreign in contents.names.items() if whole(foreign) in listed}
+    fillers = {canonical: foreign for canonical, foreign in contents.names.items() if name_in_file(foreign) in listed}
     if not all(np.all(source.tensors.read(foreign) == filler_value(canonical)) for canonical, foreign in fillers.items()):
         return  # trained since
     for canonical, foreign in fillers.items():
@@ -248,7 +248,7 @@ def _derived_language(shapes: Shapes) -> LanguageConfig:
 
 
 def _in_file(name: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    return whole(name), whole_shape(name, shape)
+    return name_in_file(name), shape_in_file(name, shape)
 
 
 def _check_shapes(source: Source, layout: Layout, spelling: Spelling, contents: Contents) -> None:
@@ -269,7 +269,7 @@ def _check_shapes(source: Source, layout: Layout, spelling: Spelling, contents: 
     wrong = shape_differences(found, foreign)
     if wrong:
         odd = next((name for name, shape in found.items() if foreign.get(name) != shape), None)
-        at = next(e["path"] for n, e in source.tensors.entries.items() if whole(n) == odd) if odd else source.path
+        at = next(e["path"] for n, e in source.tensors.entries.items() if name_in_file(n) == odd) if odd else source.path
         against = source.config_path if source.tree is not None and source.config_path else "the other tensors' shapes"
         raise ValueError(f"{at}: does not fit {against}: {'; '.join(wrong)}")
 

@@ -40,13 +40,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from granvit.checkpoint.combined_tensors import combine, name_in_file, shape_in_file
 from granvit.checkpoint.contents import Contents, common_name, filler_value, left_out_lines, open_contents
 from granvit.checkpoint.detect import LAYOUTS, OURS, layout_named
 from granvit.checkpoint.layouts import Layout, Spelling
 from granvit.checkpoint.layouts.default import DEFAULT
 from granvit.checkpoint.layouts.llava import FINAL_DIFFERS, LLAVA
 from granvit.checkpoint.layouts.mindspore import MINDSPORE, CkptFile, CkptWriter
-from granvit.checkpoint.pieces import assemble, whole, whole_shape
 from granvit.checkpoint.source import Source
 from granvit.checkpoint.tensors import (
     SHARD_BYTES,
@@ -122,8 +122,8 @@ def make_plan(source: Source, contents: Contents, target: Layout, report: Report
         name = spelling.foreign(canonical)
         if name is None:
             raise ValueError(f"{source.path}: tensor {foreign!r} has no name in the {target.name!r} layout")
-        parts.setdefault(whole(name), {})[name] = foreign
-        plan.shapes[whole(name)] = whole_shape(name, source.tensors.shapes[foreign])
+        parts.setdefault(name_in_file(name), {})[name] = foreign
+        plan.shapes[name_in_file(name)] = shape_in_file(name, source.tensors.shapes[foreign])
     plan.names = {name: [found[part] for part in sorted(found)] for name, found in parts.items()}
     if vision is not None and target.name not in OURS and contents.stated and not came_from:
         _complete_tower(source, contents, vision, spelling, plan, report)
@@ -137,11 +137,12 @@ def _complete_tower(
 ) -> None:
     """Adds the blocks above `vision.level` that are not in the source: transformers builds them, though nothing reads them."""
     dtype = source.tensors.dtypes[source.tensors.entries[contents.names["vision.embeddings.patch_embedding.weight"]]["tag"]]
-    for canonical, shape in vision_shapes(vision.whole).items():
+    for canonical, shape in vision_shapes(vision.with_all_blocks).items():
         if canonical not in contents.names:
             name = spelling.foreign(canonical)
             assert name is not None, canonical
-            plan.fillers[whole(name)], plan.shapes[whole(name)] = (filler_value(canonical), dtype), whole_shape(name, shape)
+            plan.fillers[name_in_file(name)] = filler_value(canonical), dtype
+            plan.shapes[name_in_file(name)] = shape_in_file(name, shape)
     report.filled += plan.fillers
 
 
@@ -186,7 +187,7 @@ def _bytes(source: Source, plan: Plan) -> dict[str, int]:
 def _arrays(source: Source, plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor that is written, one in memory at a time."""
     for name, parts in plan.names.items():
-        yield name, assemble(plan.shapes[name], [source.tensors.read(part) for part in parts])
+        yield name, combine(plan.shapes[name], [source.tensors.read(part) for part in parts])
     for name, (value, dtype) in plan.fillers.items():
         yield name, np.full(plan.shapes[name], value, dtype)
 

@@ -1,6 +1,7 @@
 """Which layout a source has: by its config.json and its names."""
 from collections.abc import Sequence
 
+from granvit.checkpoint.combined_tensors import name_in_file, part_names
 from granvit.checkpoint.layouts import Layout, Spelling
 from granvit.checkpoint.layouts.aimv2 import AIMV2, AIMV2_APPLE
 from granvit.checkpoint.layouts.clip import CLIP
@@ -12,7 +13,6 @@ from granvit.checkpoint.layouts.mindformers import MINDFORMERS
 from granvit.checkpoint.layouts.mindspore import MINDSPORE
 from granvit.checkpoint.layouts.qwen2 import QWEN2
 from granvit.checkpoint.layouts.siglip import SIGLIP
-from granvit.checkpoint.pieces import piece_names, whole
 from granvit.checkpoint.source import Source
 
 LAYOUTS = {
@@ -73,7 +73,7 @@ def layout_named(name: str) -> Layout:
 
 
 def _explains(layout: Layout, spelling: Spelling, names: Sequence[str]) -> bool:
-    mapped = [(name, spelling.canonical(name)) for name in piece_names(names, layout)]
+    mapped = [(name, spelling.canonical(name)) for name in part_names(names, layout)]
     if not any(canonical for _, canonical in mapped):
         return False
     if any(canonical is None and spelling.reason(name) is None for name, canonical in mapped):
@@ -92,18 +92,18 @@ def _unpaired(layout: Layout, canonicals: Sequence[str]) -> bool:
 
 
 def _mapped(layout: Layout, names: Sequence[str]) -> int:
-    names = piece_names(names, layout)
+    names = part_names(names, layout)
     return max(sum(spelling.canonical(name) is not None for name in names) for spelling in layout.spellings)
 
 
 def _best_spelling(source: Source, layout: Layout, names: Sequence[str]) -> Spelling:
     """The spelling that maps most; `ValueError` naming the first tensor that it does not know."""
-    names = piece_names(names, layout)
+    names = part_names(names, layout)
     spelling = max(layout.spellings, key=lambda s: sum(s.canonical(name) is not None for name in names))
     for name in names:
         if spelling.canonical(name) is not None or spelling.reason(name) is not None:
             continue
-        at = source.tensors.entries[whole(name)]["path"]
+        at = source.tensors.entries[name_in_file(name)]["path"]
         canonical = next((c for other in layout.spellings if (c := other.canonical(name)) is not None), None)
         if canonical is None:
             raise ValueError(f"{at}: tensor {name!r} is in no row of the {layout.name!r} layout")

@@ -227,7 +227,7 @@ def _open(run: Path) -> Work:
         raise ValueError(f"{run}: not a run's directory, nor one of its checkpoints (parity/convert.py converts other files)")
     checkpoint = open_checkpoint(source.path)
     stage = checkpoint.config.stage_spec
-    if stage.blind:
+    if stage.zero_image_tokens:
         raise ValueError(f"{source.path}: stage {stage.name!r} trains a decoder that never sees the image: no GranViT to export")
     runs, gone = history(checkpoint)
     work = Work(checkpoint, runs, gone, source)
@@ -309,7 +309,7 @@ def _encoder(
 def _above(vision: VisionConfig) -> Shapes:
     """What the whole tower has above the blocks that a run built."""
     built = vision_shapes(vision)
-    return {name: shape for name, shape in vision_shapes(vision.whole).items() if name not in built}
+    return {name: shape for name, shape in vision_shapes(vision.with_all_blocks).items() if name not in built}
 
 
 def _find_start(work: Work, given: Path | None) -> Path:
@@ -340,7 +340,7 @@ def _take_top(work: Work, tower: Tower, path: Path, above: Shapes) -> None:
     """
     start, _, contents = open_contents(path)
     found = {name: start.tensors.shapes[foreign] for name, foreign in contents.names.items() if part_of(name) == "vision"}
-    wrong = shape_differences(found, vision_shapes(work.vision.whole))
+    wrong = shape_differences(found, vision_shapes(work.vision.with_all_blocks))
     if wrong:
         raise ValueError(f"{path} does not hold a whole {work.vision.name}: " + "; ".join(wrong))
     if work.gone is None:
@@ -354,7 +354,7 @@ def _take_top(work: Work, tower: Tower, path: Path, above: Shapes) -> None:
     else:
         work.notes.append(f"whether the first run started from {path} could not be checked: {work.gone} is not there")
     work.add({name: (start.tensors, contents.names[name]) for name in above}, {})
-    work.source.vision = work.vision.whole
+    work.source.vision = work.vision.with_all_blocks
     if tower.layout is SIGLIP:
         work.pooling = {m[1]: (start.tensors, name) for name in contents.left_out if (m := POOLING.fullmatch(name))}
 

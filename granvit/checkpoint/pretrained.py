@@ -82,7 +82,7 @@ def _seeded(shapes: Shapes, seed: int) -> Tensors:
 
 def _above(vision: VisionConfig) -> set[str]:
     """Names of the encoder's blocks above the highest level that this configuration builds: stated, known, not used."""
-    return vision_shapes(vision.whole).keys() - vision_shapes(vision).keys()
+    return vision_shapes(vision.with_all_blocks).keys() - vision_shapes(vision).keys()
 
 
 def _from_run(config: RunConfig, vision: VisionConfig, language: LanguageConfig, origin: Checkpoint | None) -> Tensors:

@@ -1,8 +1,8 @@
 """Foreign checkpoint layouts: one small table each, read in both directions.
 
 A table's row pairs a foreign name with the canonical one; `{i}` stands for a block's number, `{p}` for `weight` or `bias`, `{*}`
-for anything, and what follows an `@` for a part of the tensor (see `granvit.checkpoint.pieces`). A name that no row meets is an
-error that names it: nothing is skipped in silence.
+for anything, and what follows an `@` for a part of the tensor (see `granvit.checkpoint.combined_tensors`). A name that no row
+meets is an error that names it: nothing is skipped in silence.
 """
 import re
 from collections.abc import Callable, Collection, Iterable
