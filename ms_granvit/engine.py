@@ -33,21 +33,21 @@ class Losses(nn.Cell):
     def __init__(self, model: GranViT, teacher: VisionEncoder | None, config: RunConfig, own_grid: int):
         super().__init__(auto_prefix=False)
         self.model, self.teacher = model, teacher
-        self.weight, self.kind, self.grid = config.distill.weight, config.distill.loss, config.distill.grid or own_grid
+        self.weight, self.loss, self.grid = config.distill.weight, config.distill.loss, config.distill.grid or own_grid
 
     def construct(self, pixels_B3RR, image_weights_B, token_ids_BS, positions_BS, segments_BS, image_positions_BN,
                   answer_positions_BA, answer_targets_BA, answer_weights_BA, tokens, boxes=None, boxes_BK4=None,
                   box_weights_BK=None, crops_BK3rr=None, grids_B2=None):  # fmt: skip
         """Loss, caption loss, distillation loss: the batch's sums divided by `tokens` and `boxes` (`StepInputs.divisors`). Then
         the summed variance of the teacher's features, undivided."""
-        logits, top = self.model(
+        logits, built_features = self.model(
             pixels_B3RR, image_weights_B, token_ids_BS, positions_BS, segments_BS, image_positions_BN, answer_positions_BA
         )
         caption = caption_sum(logits, answer_targets_BA, answer_weights_BA) / tokens
         if self.teacher is None:
             return caption, caption, ops.zeros_like(caption), ops.zeros_like(caption)
         target = teacher_features(self.teacher, crops_BK3rr, self.grid)
-        distill, variance = distill_sums(top, target, boxes_BK4, box_weights_BK, self.kind, grids_B2)
+        distill, variance = distill_sums(built_features, target, boxes_BK4, box_weights_BK, self.loss, grids_B2)
         distill = distill / boxes
         return caption + self.weight * distill, caption, distill, variance
 
@@ -143,8 +143,8 @@ class Engine:
         for batch in micro_batches:
             terms, own = self.micro_batch(terms, *self.inputs(batch, step_inputs))
             own_losses.append(own)
-        read, grad_norm = self.reduce(terms)
-        caption, distill, variance, norm = read.asnumpy().tolist()
+        terms_and_norm, grad_norm = self.reduce(terms)
+        caption, distill, variance, norm = terms_and_norm.asnumpy().tolist()
         loss = caption + self.config.distill.weight * distill
         if not np.isfinite([loss, norm]).all():
             self.clear(scalar(0.0))

@@ -187,13 +187,13 @@ class Introspector:
         finally:
             ms.set_context(mode=ms.GRAPH_MODE)
         names = [p.name for p in self.weights] if backward else []
-        of_weights = {name: to_numpy(g) for name, g in zip(names, gradients, strict=False)}
+        weight_gradients = {name: to_numpy(g) for name, g in zip(names, gradients, strict=False)}
         probed = [name for name in self.taps if not name.startswith("teacher.")] if backward else []
         return Capture(
             losses={name: float(term.asnumpy()) for name, term in zip(LOSSES, losses, strict=False)},
             activations={name: to_numpy(tap.value) for name, tap in self.taps.items()},
             activation_gradients={name: to_numpy(g) for name, g in zip(probed, gradients[len(names) :], strict=True)},
-            parameter_gradients=of_weights,
+            parameter_gradients=weight_gradients,
         )
 
     def operate(self, operator: str, arrays: Sequence[np.ndarray], cotangent: np.ndarray, differentiate: int,
@@ -205,8 +205,8 @@ class Introspector:
         try:
             if not differentiate:
                 return to_numpy(cell(*inputs)), []
-            of = tuple(range(1, differentiate + 1))
-            (_, out), gradients = ms.value_and_grad(Weighted(cell), of, None, has_aux=True)(
+            positions = tuple(range(1, differentiate + 1))
+            (_, out), gradients = ms.value_and_grad(Weighted(cell), positions, None, has_aux=True)(
                 to_tensor(cotangent, ms.float32), *inputs
             )
         finally:

@@ -11,8 +11,8 @@ from mindspore import Tensor, nn, ops
 from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
 from granvit.interpolate import position_matrix
 from granvit.models import Level, VisionConfig, vision_shapes
-from ms_granvit.arrays import dtype_here, fill, to_numpy
-from ms_granvit.distributed import choose_device
+from ms_granvit.arrays import dtype_on_device, fill, to_numpy
+from ms_granvit.distributed import use_device
 from ms_granvit.layers import Embedding, Linear, activate, linear, norm, parameter, stored_as
 from ms_granvit.ops import attention as attention_ops
 from ms_granvit.taps import Module
@@ -157,19 +157,21 @@ class VisionEncoder(Module):
                 block.recompute()
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, resolution: int | None = None, dtype: ms.Type | None = None) -> Self:
+    def from_pretrained(cls, directory: str | Path, resolution: int | None = None, dtype: ms.Type | None = None,
+                        device: str = "auto") -> Self:  # fmt: skip
         """The encoder in a publisher's directory (any layout that `parity/convert.py` knows), in a run or in one of
         `save_pretrained`, all blocks that are there built, for evaluation.
 
         `resolution` is the images' side in pixels (default: the published one), `dtype` that of weights and activations (default:
-        the stored one; float32 on CPU). What the directory holds besides is named in a warning. `ValueError` names file and
-        tensor, or the key of config.json, that is at fault.
+        the stored one; float32 on CPU). `device` is where the encoder lies: cpu or npu, for the whole process; auto, the
+        default, is the accelerator where there is one. What the directory holds besides is named in a warning. `ValueError`
+        names file and tensor, or the key of config.json, that is at fault.
         """
         opened = open_pretrained(directory, "vision")
-        dtype = dtype or dtype_here(opened.dtype)
-        attention = attention_ops.choose("auto", choose_device("auto"), dtype)
+        device = use_device(device)
+        dtype = dtype or dtype_on_device(opened.dtype)
         with stored_as(dtype):
-            encoder = cls(opened.vision, dtype, resolution, attention)
+            encoder = cls(opened.vision, dtype, resolution, attention_ops.choose("auto", device, dtype))
         fill(encoder, opened.tensors, "vision.")
         return encoder
 

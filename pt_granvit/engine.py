@@ -11,7 +11,7 @@ from granvit.engine import UNDIVIDED, Group, NonFiniteLoss, Ranks, StepInputs, S
 from granvit.models import LanguageConfig, VisionConfig, part_of
 from granvit.stages import Stage
 from pt_granvit import distributed
-from pt_granvit.arrays import DTYPES, fill, to_numpy, to_torch
+from pt_granvit.arrays import DTYPES, fill, to_numpy, to_tensor
 from pt_granvit.distill import distill_sums, ema_, teacher_features
 from pt_granvit.generate import greedy
 from pt_granvit.model import GranViT
@@ -83,7 +83,7 @@ class Engine:
     def losses(self, batch: Batch, step_inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Loss, caption loss, distillation loss: the batch's sums divided by `StepInputs.divisors`. Then the summed variance of
         the teacher's features, undivided."""
-        logits, top = self.model(
+        logits, built_features = self.model(
             self._put(batch.pixels_B3RR), self._put(batch.image_weights_B), self._ids(batch.token_ids_BS),
             self._ids(batch.positions_BS), self._ids(batch.segments_BS), self._ids(batch.image_positions_BN),
             self._ids(batch.answer_positions_BA),
@@ -96,7 +96,7 @@ class Engine:
         target = teacher_features(self.teacher, self._put(batch.crops_BK3rr), self.config.distill.grid or own_grid)
         boxes_BK4, weights_BK = self._put(batch.boxes_BK4), self._put(batch.box_weights_BK)
         grids = () if batch.grids_B2 is None else (self._ids(batch.grids_B2),)
-        distill, variance = distill_sums(top, target, boxes_BK4, weights_BK, self.config.distill.loss, *grids)
+        distill, variance = distill_sums(built_features, target, boxes_BK4, weights_BK, self.config.distill.loss, *grids)
         distill = distill / boxes
         return caption + self.config.distill.weight * distill, caption, distill, variance
 
@@ -123,7 +123,7 @@ class Engine:
         into = self._group(group)
         with torch.no_grad():
             for name, array in tensors:
-                into[name].copy_(to_torch(array).to(into[name].dtype))
+                into[name].copy_(to_tensor(array, into[name].dtype))
 
     def generate(self, prompts: PromptBatch, max_new_tokens: int, stop_token: int) -> np.ndarray:
         """Greedy continuation, int32 `[B, max_new_tokens]`."""

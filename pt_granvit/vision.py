@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
 from granvit.interpolate import position_matrix
 from granvit.models import Level, VisionConfig, vision_shapes
-from pt_granvit.arrays import DTYPES, fill, store_as, to_numpy
-from pt_granvit.layers import Embedding, Linear, activate, norm
+from pt_granvit.arrays import DTYPES, fill, to_numpy
+from pt_granvit.distributed import choose_device
+from pt_granvit.layers import Embedding, Linear, activate, norm, parameter, stored_as
 from pt_granvit.ops import attention as attention_ops
 from pt_granvit.taps import Module
 
@@ -25,8 +26,8 @@ class PatchEmbedding(Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
         self.patch = c.patch_size
-        self.weight = nn.Parameter(torch.empty(c.width, 3, c.patch_size, c.patch_size))
-        self.bias = nn.Parameter(torch.empty(c.width)) if c.patch_bias else None
+        self.weight = parameter(c.width, 3, c.patch_size, c.patch_size)
+        self.bias = parameter(c.width) if c.patch_bias else None
 
     def forward(self, pixels_B3RR: Tensor) -> Tensor:
         B, grid, p = pixels_B3RR.shape[0], pixels_B3RR.shape[2] // self.patch, self.patch
@@ -44,7 +45,7 @@ class VisionEmbeddings(Module):
         super().__init__()
         self.patch_embedding = PatchEmbedding(c)
         self.patch_norm = norm(c.norm, c.width, c.norm_eps) if c.patch_norm else None
-        self.class_embedding = nn.Parameter(torch.empty(c.width)) if c.class_token else None
+        self.class_embedding = parameter(c.width) if c.class_token else None
         self.position_embedding = Embedding(c.patches + c.class_token, c.width)
         grid = image_size // c.patch_size
         resample = None if grid == c.grid else torch.tensor(position_matrix(c.grid, grid))  # on torch.device
@@ -108,8 +109,8 @@ class VisionBlock(Module):
         self.self_attn = VisionAttention(c, implementation)
         self.layer_norm2 = norm(c.norm, c.width, c.norm_eps)
         self.mlp = VisionMLP(c)
-        self.layer_scale1 = nn.Parameter(torch.empty(c.width)) if c.layer_scale else None
-        self.layer_scale2 = nn.Parameter(torch.empty(c.width)) if c.layer_scale else None
+        self.layer_scale1 = parameter(c.width) if c.layer_scale else None
+        self.layer_scale2 = parameter(c.width) if c.layer_scale else None
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.self_attn(self.layer_norm1(x))
@@ -147,18 +148,21 @@ class VisionEncoder(Module):
         self.register_buffer("std", torch.tensor(c.std).reshape(1, 3, 1, 1), persistent=False)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, resolution: int | None = None, dtype: torch.dtype | None = None) -> Self:
+    def from_pretrained(cls, directory: str | Path, resolution: int | None = None, dtype: torch.dtype | None = None,
+                        device: str = "auto") -> Self:  # fmt: skip
         """The encoder in a publisher's directory (any layout that `parity/convert.py` knows), in a run or in one of
         `save_pretrained`, all blocks that are there built, for evaluation.
 
         `resolution` is the images' side in pixels (default: the published one), `dtype` that of weights and activations (default:
-        the stored one). What the directory holds besides is named in a warning. `ValueError` names file and tensor, or the key
-        of config.json, that is at fault.
+        the stored one). `device` is where the encoder lies and takes its pixels: cpu, cuda or npu; auto, the default, is the
+        accelerator where there is one. What the directory holds besides is named in a warning. `ValueError` names file and
+        tensor, or the key of config.json, that is at fault.
         """
         opened = open_pretrained(directory, "vision")
         dtype = dtype or DTYPES[opened.dtype]
-        encoder = cls(opened.vision, dtype, resolution)
-        store_as(encoder.parameters(), dtype)
+        device = choose_device(device)
+        with torch.device(device), stored_as(dtype):
+            encoder = cls(opened.vision, dtype, resolution, attention_ops.choose("auto", device, dtype))
         fill(encoder, opened.tensors, "vision.")
         return encoder.eval()
 

@@ -73,7 +73,7 @@ def _compare(framework: str, folder: Path) -> tuple[float, int, float, dict[str,
     package = importlib.import_module(PACKAGES[framework])
     start = time.perf_counter()
     with Peak() as peak:
-        encoder = package.load_encoder(folder)
+        encoder = package.load_encoder(folder, device="cpu")
     loading = time.perf_counter() - start
     stored = np.load(folder / "features.npz")
     errors, seconds = {}, 0.0
@@ -136,8 +136,8 @@ def _load(framework: str, dtype: str, folder: Path) -> tuple[float, int, int]:
     package, arrays = (importlib.import_module(f"{PACKAGES[framework]}{name}") for name in ("", ".arrays"))
     start = time.perf_counter()
     with Peak() as peak:
-        encoder = package.load_encoder(folder / "vision", dtype=arrays.DTYPES[dtype])
-        decoder = package.load_decoder(folder / "language", dtype=arrays.DTYPES[dtype])
+        encoder = package.load_encoder(folder / "vision", dtype=arrays.DTYPES[dtype], device="cpu")
+        decoder = package.load_decoder(folder / "language", dtype=arrays.DTYPES[dtype], device="cpu")
         if framework == "mindspore":
             _parameters(framework, decoder)[-1].asnumpy()  # waits for all that is still on its way
     seconds = time.perf_counter() - start

@@ -65,8 +65,8 @@ FILES = {
 UNIT_TESTS = {"distributed.py": ("tests/ms/test_distributed.py",)}  # what parity's small tensors cannot reach
 # Not mathematics, or not to be run without an Ascend device: what loads, saves, chooses, reports and ends.
 LEFT_OUT = {
-    "from_pretrained", "save_pretrained", "memory", "choose", "choose_device", "join", "leave", "_more_than_one_core",
-    "close", "compilations", "flash", "tensors", "load", "_group",
+    "from_pretrained", "save_pretrained", "memory", "choose", "choose_device", "use_device", "join", "leave",
+    "_more_than_one_core", "close", "compilations", "flash", "tensors", "load", "_group",
 }  # fmt: skip
 
 BINARY = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Pow: ast.Mult,

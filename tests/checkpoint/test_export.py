@@ -382,14 +382,15 @@ def test_a_model_is_the_same_from_a_run_from_its_own_directory_and_from_an_expor
     run = write_run(tmp_path / "run", CLIP_TINY, LLAMA)
     expected = dict(newest_checkpoint(run).tensors("model"))
     export(run, tmp_path / "exported", "llava")
-    pt_granvit.GranViT.from_pretrained(run).save_pretrained(tmp_path / "saved")
+    pt_granvit.GranViT.from_pretrained(run, device="cpu").save_pretrained(tmp_path / "saved")
     for name in ("run", "saved", "exported"):
-        found = {n: p.detach().numpy() for n, p in pt_granvit.GranViT.from_pretrained(tmp_path / name).named_parameters()}
+        loaded = pt_granvit.GranViT.from_pretrained(tmp_path / name, device="cpu")
+        found = {n: p.detach().numpy() for n, p in loaded.named_parameters()}
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             np.testing.assert_array_equal(found[key], value, err_msg=key)
     ms_granvit = pytest.importorskip("ms_granvit")
-    model = ms_granvit.GranViT.from_pretrained(tmp_path / "saved")
+    model = ms_granvit.GranViT.from_pretrained(tmp_path / "saved", device="cpu")
     for parameter in model.get_parameters():
         np.testing.assert_array_equal(parameter.asnumpy(), expected.pop(parameter.name), err_msg=parameter.name)
     assert not expected
@@ -399,7 +400,7 @@ def test_a_model_is_the_same_from_a_run_from_its_own_directory_and_from_an_expor
 def test_a_model_and_each_of_its_parts_are_saved_and_nothing_else_in_the_directory_is_touched(package, tmp_path):
     run = write_run(tmp_path / "run", CLIP_TINY, LLAMA)
     expected = dict(newest_checkpoint(run).tensors("model"))
-    model = pytest.importorskip(package).GranViT.from_pretrained(run)
+    model = pytest.importorskip(package).GranViT.from_pretrained(run, device="cpu")
     saved = tmp_path / "saved"
     saved.mkdir()
     stale = [saved / "model-00001-of-00002.safetensors", saved / "model.safetensors.index.json"]
