@@ -322,7 +322,7 @@ def _merge(below: dict, above: Mapping) -> dict:
     return merged
 
 
-def shipped(path: str | Path) -> Path:
+def find_config(path: str | Path) -> Path:
     """The file at `path`, or, where there is none, the one of granvit's own that is so called: `configs/stage1.yaml` from any
     directory. `ValueError` names both places where neither is there."""
     own = CONFIGS.joinpath(*Path(path).parts[1:]) if Path(path).parts[:1] == ("configs",) else None

@@ -184,11 +184,11 @@ class Trainer:
     def _check_data(self, step: int, counts: Counts) -> None:
         """`ValueError`, on all ranks alike, where the data cannot be trained on."""
         skipped = self.skipped + int(counts.skipped)
-        seen, allowed = self.questions + int(counts.questions) + skipped, self.config.data.max_bad_fraction
-        if seen >= BAD_AFTER and skipped > allowed * seen:
+        items, allowed = self.questions + int(counts.questions) + skipped, self.config.data.max_bad_fraction
+        if items >= BAD_AFTER and skipped > allowed * items:
             self._log_skipped()
             raise ValueError(
-                f"step {step}: {skipped} of {seen} records or questions could not be used, more than data.max_bad_fraction "
+                f"step {step}: {skipped} of {items} records or questions could not be used, more than data.max_bad_fraction "
                 f"{allowed}. {self.run_directory}/log names the first of each rank; mend the data or raise the limit"
             )
         if counts.tokens == 0:

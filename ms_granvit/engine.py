@@ -141,14 +141,14 @@ class Engine:
         """
         terms, own_losses = Tensor(np.zeros(3, np.float32)), []
         for batch in micro_batches:
-            terms, own = self.micro_batch(terms, *self.inputs(batch, step_inputs))
-            own_losses.append(own)
+            terms, loss_of_batch = self.micro_batch(terms, *self.inputs(batch, step_inputs))
+            own_losses.append(loss_of_batch)
         terms_and_norm, grad_norm = self.reduce(terms)
         caption, distill, variance, norm = terms_and_norm.asnumpy().tolist()
         loss = caption + self.config.distill.weight * distill
         if not np.isfinite([loss, norm]).all():
             self.clear(scalar(0.0))
-            culprits = [i for i, own in enumerate(own_losses) if not np.isfinite(own.asnumpy())]
+            culprits = [i for i, loss_of_batch in enumerate(own_losses) if not np.isfinite(loss_of_batch.asnumpy())]
             raise NonFiniteLoss(f"loss {loss}, gradient norm {norm}", culprits)
         c, t = self.config.optimizer, step_inputs.step
         own_rates, decays = np.array([c.of_part(part) for part in PARTS]).T
@@ -189,9 +189,9 @@ class Engine:
 
     def load(self, group: Group, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
         """Replaces one group's tensors."""
-        into = self._group(group)
+        parameters = self._group(group)
         for name, array in tensors:
-            into[name].set_data(to_tensor(array, into[name].dtype))
+            parameters[name].set_data(to_tensor(array, parameters[name].dtype))
 
     def generate(self, prompts: PromptBatch, max_new_tokens: int, stop_token: int) -> np.ndarray:
         """Greedy continuation, int32 `[B, max_new_tokens]`."""

@@ -110,9 +110,9 @@ def option_fixture(seed: int, name: str) -> Fixture:
 
 def _shown(weights: np.ndarray, option: Option) -> np.ndarray:
     """Weights by row, 0 in the last `text_rows`."""
-    shown = weights.copy()
-    shown[len(shown) - option.text_rows :] = 0
-    return shown
+    shown_weights = weights.copy()
+    shown_weights[len(shown_weights) - option.text_rows :] = 0
+    return shown_weights
 
 
 # --- which values there are, and which a configuration has ------------------------------------------------------------

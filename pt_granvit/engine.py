@@ -120,10 +120,10 @@ class Engine:
 
     def load(self, group: Group, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
         """Replaces one group's tensors."""
-        into = self._group(group)
+        parameters = self._group(group)
         with torch.no_grad():
             for name, array in tensors:
-                into[name].copy_(to_tensor(array, into[name].dtype))
+                parameters[name].copy_(to_tensor(array, parameters[name].dtype))
 
     def generate(self, prompts: PromptBatch, max_new_tokens: int, stop_token: int) -> np.ndarray:
         """Greedy continuation, int32 `[B, max_new_tokens]`."""

@@ -145,7 +145,7 @@ def main() -> int:
     from granvit import launch, train
     from granvit.checkpoint import run, run_writer
 
-    job = launch.detect()
+    job = launch.detect_launch()
     exchange = Path(os.environ.get("TOY_EXCHANGE", "."))
 
     def planted(name: str) -> list[str]:

@@ -74,8 +74,8 @@ def read_contents(source: Source, layout: Layout, spelling: Spelling) -> Content
     contents.vision, contents.language = stated or _derived(source, names)
     _check_shapes(source, layout, spelling, contents)
     if stated and source.tree is not None:
-        here = {"layout": layout.name, "spelling": layout.spellings.index(spelling), "config": source.tree}
-        contents.published = _published(source) if layout.name in OURS else here
+        published = {"layout": layout.name, "spelling": layout.spellings.index(spelling), "config": source.tree}
+        contents.published = _published(source) if layout.name in OURS else published
     return contents
 
 
@@ -179,8 +179,8 @@ def _settle_head(source: Source, contents: Contents, tied: bool | None) -> None:
         contents.left_out[head] = f"the same bytes as {embedding!r}: the head is tied to the embedding"
         del names[HEAD]
     elif tied:
-        at = source.tensors.entries[head]["path"]
-        raise ValueError(f"{at}: tensor {head!r} differs from {embedding!r}, but tie_word_embeddings says that they are one")
+        file = source.tensors.entries[head]["path"]
+        raise ValueError(f"{file}: tensor {head!r} differs from {embedding!r}, but tie_word_embeddings says that they are one")
 
 
 def _derived(source: Source, names: dict[str, str]) -> tuple[VisionConfig | None, LanguageConfig | None]:
@@ -268,10 +268,10 @@ def _check_shapes(source: Source, layout: Layout, spelling: Spelling, contents: 
     found = dict(_in_file(name, source.tensors.shapes[name]) for name in names.values())
     wrong = shape_differences(found, foreign)
     if wrong:
-        odd = next((name for name, shape in found.items() if foreign.get(name) != shape), None)
-        at = next(e["path"] for n, e in source.tensors.entries.items() if name_in_file(n) == odd) if odd else source.path
+        misfit = next((name for name, shape in found.items() if foreign.get(name) != shape), None)
+        file = next(e["path"] for n, e in source.tensors.entries.items() if name_in_file(n) == misfit) if misfit else source.path
         against = source.config_path if source.tree is not None and source.config_path else "the other tensors' shapes"
-        raise ValueError(f"{at}: does not fit {against}: {'; '.join(wrong)}")
+        raise ValueError(f"{file}: does not fit {against}: {'; '.join(wrong)}")
 
 
 def common_name(names: Sequence[str]) -> str:

@@ -44,9 +44,9 @@ def detect(source: Source, named: str | None) -> tuple[Layout, Spelling]:
     # Where none fits, the nearest one names the tensor that is in the way.
     layout = fitting[0] if fitting else max(stated or DETECTED, key=lambda layout: _mapped(layout, names))
     if not fitting and not _mapped(layout, names):
-        at = source.tensors.entries[names[0]]["path"] if names else source.path
+        file = source.tensors.entries[names[0]]["path"] if names else source.path
         what = f"tensor {names[0]!r} is in no known layout" if names else "no tensor is there"
-        raise ValueError(f"{at}: {what} ({', '.join(layout.name for layout in stated or DETECTED)})")
+        raise ValueError(f"{file}: {what} ({', '.join(layout.name for layout in stated or DETECTED)})")
     return layout, _best_spelling(source, layout, names)
 
 
@@ -83,10 +83,10 @@ def _explains(layout: Layout, spelling: Spelling, names: Sequence[str]) -> bool:
 
 def _unpaired(layout: Layout, canonicals: Sequence[str]) -> bool:
     """Whether a first name of the layout's pairs is there without its second."""
-    there = set(canonicals)
+    present = set(canonicals)
     for first, second in layout.pairs:
         pairing = Spelling(((second, first),))
-        if any((partner := pairing.foreign(name)) is not None and partner not in there for name in there):
+        if any((partner := pairing.foreign(name)) is not None and partner not in present for name in present):
             return True
     return False
 
@@ -103,12 +103,12 @@ def _best_spelling(source: Source, layout: Layout, names: Sequence[str]) -> Spel
     for name in names:
         if spelling.canonical(name) is not None or spelling.reason(name) is not None:
             continue
-        at = source.tensors.entries[name_in_file(name)]["path"]
+        file = source.tensors.entries[name_in_file(name)]["path"]
         canonical = next((c for other in layout.spellings if (c := other.canonical(name)) is not None), None)
         if canonical is None:
-            raise ValueError(f"{at}: tensor {name!r} is in no row of the {layout.name!r} layout")
+            raise ValueError(f"{file}: tensor {name!r} is in no row of the {layout.name!r} layout")
         twin = spelling.foreign(canonical)
         if twin in source.tensors.entries:
-            raise ValueError(f"{at}: tensors {twin!r} and {name!r} are both {canonical!r}")
-        raise ValueError(f"{at}: tensor {name!r} is spelled otherwise than the rest, where it would be {twin!r}")
+            raise ValueError(f"{file}: tensors {twin!r} and {name!r} are both {canonical!r}")
+        raise ValueError(f"{file}: tensor {name!r} is spelled otherwise than the rest, where it would be {twin!r}")
     return spelling

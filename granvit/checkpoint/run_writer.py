@@ -167,6 +167,6 @@ class CheckpointWriter:
     def _thin(self) -> None:
         for step in saved_steps(self.run)[: -self.config.train.keep_checkpoints]:
             old = step_directory(self.run, step)
-            going = old.with_name(f".tmp-old-{old.name}")
-            os.rename(old, going)  # a reader sees all of it or nothing
-            shutil.rmtree(going)
+            leaving = old.with_name(f".tmp-old-{old.name}")
+            os.rename(old, leaving)  # a reader sees all of it or nothing
+            shutil.rmtree(leaving)

@@ -130,10 +130,10 @@ def _check_manifest(manifest: Manifest, kind: Kind) -> None:
             raise ValueError(f"manifest.json names {name!r}, which is not the name of a file in the store")
     if len(set(shards)) < len(shards):
         raise ValueError("manifest.json names a shard twice")
-    if lacking := [name for name in (*shards, *_TEXT_SIDE) if name not in manifest.bytes]:
-        raise ValueError(f"manifest.json states no size of {lacking[0]!r} under 'bytes'")
-    if odd := [name for name in manifest.bytes if name not in (*shards, *_TEXT_SIDE, "sizes.u4")]:
-        raise ValueError(f"manifest.json states the size of {odd[0]!r}, which is no file of a store")
+    if sizeless := [name for name in (*shards, *_TEXT_SIDE) if name not in manifest.bytes]:
+        raise ValueError(f"manifest.json states no size of {sizeless[0]!r} under 'bytes'")
+    if unknown := [name for name in manifest.bytes if name not in (*shards, *_TEXT_SIDE, "sizes.u4")]:
+        raise ValueError(f"manifest.json states the size of {unknown[0]!r}, which is no file of a store")
     count = kind.counts[0]
     records, stated = sum(shard.images for shard in manifest.shards), getattr(manifest, count)
     if records != stated:

@@ -37,8 +37,8 @@ def pattern_matches(pattern: str, name: str) -> bool:
 
 
 def _fill(pattern: str, values: Iterable[str]) -> str:
-    left = iter(values)
-    return re.sub(r"\{.\}", lambda placeholder: next(left, placeholder.group()), pattern)
+    remaining = iter(values)
+    return re.sub(r"\{.\}", lambda placeholder: next(remaining, placeholder.group()), pattern)
 
 
 @dataclass(frozen=True)
