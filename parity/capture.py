@@ -161,33 +161,33 @@ def _storable(array: np.ndarray) -> np.ndarray:
 
 
 def _suites(fixture: Fixture, framework: str, request: Request, Introspector: type) -> Iterable[tuple[str, Tensors]]:
-    asked = request.suites
+    suites = request.suites
     config = fixture.config("stage1", request.compute, request.device)
-    if {"ops", "generate"} & set(asked):
+    if {"ops", "generate"} & set(suites):
         closed = Introspector(config, fixture.vision, fixture.language, fixture.weights.items(), {}, request.graph)
-        if "ops" in asked:
+        if "ops" in suites:
             yield "ops", _operators(closed, fixture)
-        if "generate" in asked:
+        if "generate" in suites:
             yield "generate", _generation(closed, fixture)
-    if set(OPENED) & set(asked):
+    if set(OPENED) & set(suites):
         shapes = fixture.shapes(config)
         opened = Introspector(config, fixture.vision, fixture.language, fixture.weights.items(), shapes, request.graph)
-        for suite in (s for s in OPENED if s in asked):
+        for suite in (s for s in OPENED if s in suites):
             found = opened_suite(opened, fixture, suite, request.golden)
             check_deterministic(framework, found, opened_suite(opened, fixture, suite, request.golden))
             yield suite, found
     for stage in ("stage1", "stage2"):
-        if stage not in asked and not (stage == "stage1" and "trajectory" in asked):
+        if stage not in suites and not (stage == "stage1" and "trajectory" in suites):
             continue
         engine = make_engine(framework, fixture, stage, request)
-        if stage in asked:
+        if stage in suites:
             yield stage, training_step(engine, fixture)
-        if stage == "stage1" and "trajectory" in asked:
+        if stage == "stage1" and "trajectory" in suites:
             reset(engine, fixture)
             yield "trajectory", _trajectory(engine, fixture, request.steps)
-    if "trajectory2" in asked:
+    if "trajectory2" in suites:
         yield "trajectory2", _two_ranks(fixture, framework, request)
-    if "options" in asked:
+    if "options" in suites:
         for name in request.options:
             yield from _option(fixture.seed, framework, request, name)
 

@@ -177,7 +177,7 @@ def random_batch(vision: VisionConfig, language: LanguageConfig, rows: int, regi
     tokens = rng.integers(1, language.vocab, (rows, length)).astype(np.int32)
     positions = np.zeros((rows, length), np.int32)
     segments = np.full((rows, length), -1, np.int32)
-    at, targets = np.zeros((rows, answers), np.int32), np.zeros((rows, answers), np.int32)
+    answer_positions, targets = np.zeros((rows, answers), np.int32), np.zeros((rows, answers), np.int32)
     weights = np.zeros((rows, answers), np.float32)
     for row in range(rows):
         positions[row, :prefix], segments[row, :prefix] = np.arange(prefix), 0
@@ -188,7 +188,7 @@ def random_batch(vision: VisionConfig, language: LanguageConfig, rows: int, regi
             assert start + size <= length and used + answer <= answers, "length or answers too small for the rows"
             positions[row, start : start + size] = prefix + np.arange(size)
             segments[row, start : start + size] = region + 1
-            at[row, used : used + answer] = start + question - 1 + np.arange(answer)
+            answer_positions[row, used : used + answer] = start + question - 1 + np.arange(answer)
             targets[row, used : used + answer] = tokens[row, start + question : start + size]
             weights[row, used : used + answer] = 1
             start, used = start + size, used + answer
@@ -205,7 +205,7 @@ def random_batch(vision: VisionConfig, language: LanguageConfig, rows: int, regi
         positions_BS=positions,
         segments_BS=segments,
         image_positions_BN=places,
-        answer_positions_BA=at,
+        answer_positions_BA=answer_positions,
         answer_targets_BA=targets,
         answer_weights_BA=weights,
         boxes_BK4=corners.reshape(rows, regions, 4).astype(np.float32),

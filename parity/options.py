@@ -186,8 +186,8 @@ NUMBERS: dict[str, tuple[tuple[str, ...], Read]] = {
 def _grid(run: RunConfig, vision: VisionConfig) -> str:
     if not run.stage_spec.distill:
         return "none"
-    own = run.crop_size(vision) // vision.patch_size
-    return "below" if (run.distill.grid or own) < own else "the teacher's"
+    teacher_grid = run.crop_size(vision) // vision.patch_size
+    return "below" if (run.distill.grid or teacher_grid) < teacher_grid else "the teacher's"
 
 
 def _crops(run: RunConfig, vision: VisionConfig) -> str:

@@ -74,9 +74,9 @@ class Loader:
         self, config: RunConfig, vision: VisionConfig, chat: Chat, rank: int, world: int, compose: Compose = Packer.row
     ):
         stage = config.stage_spec
-        wrong = {task: share for task, share in stage.mix.items() if not 0 <= share <= 1}
-        if wrong:
-            raise ValueError(f"data.mix states shares between 0 and 1, not {wrong}")
+        out_of_range = {task: share for task, share in stage.mix.items() if not 0 <= share <= 1}
+        if out_of_range:
+            raise ValueError(f"data.mix states shares between 0 and 1, not {out_of_range}")
         for which, bucket, tokens in (("shortest", 0, int(image_tokens(1, 1, vision))), ("longest", -1, vision.image_tokens)):
             length, prefix = config.data.buckets[bucket].length, chat.prefix_length(tokens)
             if length <= prefix:
@@ -93,12 +93,12 @@ class Loader:
             if asked and not asked.intersection(store.kind.tasks):
                 kind = store.kind.format
                 raise ValueError(f"data.sources: {store.path} is a {kind} store and holds none of the tasks mixed: {stage.mix}")
-        held = {task for store in stores for task in store.kind.tasks}
-        if never := [task for task in TASKS if task in asked - held]:
+        tasks_held = {task for store in stores for task in store.kind.tasks}
+        if never_asked := [task for task in TASKS if task in asked - tasks_held]:
             paths = ", ".join(str(store.path) for store in stores)
             raise ValueError(
-                f"data.mix asks {', '.join(never)}, which no store of data.sources ({paths}) holds; name a store that does, or "
-                f"set the share to 0"
+                f"data.mix asks {', '.join(never_asked)}, which no store of data.sources ({paths}) holds; name a store that "
+                f"does, or set the share to 0"
             )
         self.plan = Plan(
             stores,

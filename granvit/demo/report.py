@@ -71,9 +71,9 @@ def evaluations(run: Path) -> list[Evaluation]:
         raise ValueError(f"{run}: no evaluation in {run / 'eval'}; `python scripts/demo.py` makes it")
     for evaluation in found:
         for task, scores in evaluation.table.items():
-            if lacking := set(SCORES[task]) - scores.keys():
+            if missing := set(SCORES[task]) - scores.keys():
                 file = evaluation_file(run, evaluation.step)
-                raise ValueError(f"{file}: no {min(lacking)} of {task}: an earlier version wrote it; name another --out")
+                raise ValueError(f"{file}: no {min(missing)} of {task}: an earlier version wrote it; name another --out")
     return found
 
 
