@@ -12,7 +12,7 @@ from typing import Any
 
 from granvit.models import LanguageConfig, VisionConfig, part_of
 
-CHOSEN = ("name", "level", "built_level", "tiles", "mean", "std", "resize", "chat")
+CHOSEN = ("name", "level", "built_level", "top", "tiles", "mean", "std", "resize", "chat")  # `top`: `built_level` before
 PLACEHOLDERS = {"{i}": r"(\d+)", "{p}": r"(weight|bias)", "{*}": r"(.*)"}
 Pairs = tuple[tuple[str, str], ...]
 
