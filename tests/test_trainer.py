@@ -11,6 +11,7 @@ import pytest
 
 from granvit import trainer as trainer_module
 from granvit.checkpoint.pretrained import start_weights
+from granvit.checkpoint.resume import check_same_run
 from granvit.checkpoint.run import newest_checkpoint
 from granvit.checkpoint.run_writer import CheckpointNotSaved, CheckpointWriter
 from granvit.config import DistillSection, OptimizerSection, language_config, vision_config
@@ -18,7 +19,7 @@ from granvit.evaluate import Evaluation
 from granvit.logs import MetricsFile
 from granvit.schedule import alphas, learning_rates
 from granvit.trainer import Trainer, TrainingStopped
-from tests.helpers import run_config
+from tests.helpers import rewrite_as_format_1, run_config
 from tests.toy import ToyEngine, ToyLoader, ToyRanks
 
 VISION, LANGUAGE = vision_config("tiny-vision"), language_config("tiny-language")
@@ -106,6 +107,18 @@ def test_resume_after_a_crash_is_exact(tmp_path, uninterrupted, dies_in_step):
     assert trainer.run(checkpoint)
     assert metrics(directory) == metrics(uninterrupted)
     assert final_bytes(directory) == final_bytes(uninterrupted)
+
+
+def test_a_run_begun_with_checkpoints_of_format_1_ends_the_same(tmp_path, uninterrupted):
+    asked = iter([False] * 4 + [True] * 99)
+    trainer, _ = trainer_in(tmp_path / "former", configuration(), should_stop=lambda: next(asked))
+    trainer.run(None)
+    rewrite_as_format_1(newest_checkpoint(tmp_path / "former").path)
+    trainer, checkpoint = trainer_in(tmp_path / "former", configuration())
+    assert check_same_run(checkpoint, configuration(), VISION, LANGUAGE, 1) == []
+    assert trainer.run(checkpoint) is True
+    assert metrics(tmp_path / "former") == metrics(uninterrupted)
+    assert final_bytes(tmp_path / "former") == final_bytes(uninterrupted)
 
 
 def test_asked_to_stop_saves_after_the_step_and_resumes(tmp_path, uninterrupted):

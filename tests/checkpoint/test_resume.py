@@ -8,7 +8,7 @@ from granvit.checkpoint.resume import check_same_data, check_same_run
 from granvit.checkpoint.run import newest_checkpoint, open_checkpoint, state_digest
 from granvit.models import VisionConfig
 from tests.checkpoint.conftest import LANGUAGE, VISION, as_bytes
-from tests.helpers import run_config
+from tests.helpers import rewrite_as_format_1, run_config
 
 
 @pytest.mark.parametrize(
@@ -63,15 +63,8 @@ def test_a_checkpoint_from_before_ranks_and_fingerprints_were_kept_is_read(run):
 
 
 def test_a_run_of_checkpoint_format_1_goes_on(run):
-    """`global_batch` counted questions there, and `built_level` was called `top`."""
     today = newest_checkpoint(run[0])
-    path = today.path / "state.json"
-    state = json.loads(path.read_text())
-    del state["sha256"]
-    state["format"] = 1
-    state["config"]["train"]["global_batch"] *= state["config"]["data"]["regions_per_row"]
-    state["vision"]["top"] = None if state["vision"].pop("built_level") == state["vision"]["level"] else "final"
-    path.write_text(json.dumps({"sha256": state_digest(state)} | state))
+    rewrite_as_format_1(today.path)
     former = newest_checkpoint(run[0])
     assert (former.config, former.vision, former.step) == (today.config, today.vision, today.step)
     assert check_same_run(former, run[1], VISION, LANGUAGE, 1) == []
