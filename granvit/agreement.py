@@ -43,11 +43,11 @@ def ranks_where(ranks: Ranks, flag: bool) -> list[int]:
 
 def broadcast(ranks: Ranks, text: str, speaker: int) -> str:
     """The speaker's text, on every rank; what the others pass is not looked at. All ranks must call it."""
-    own = text.encode() if ranks.rank == speaker else b""
-    sent = len(own).to_bytes(8, "little") + own
-    first = _sum_bytes(ranks, sent[:CHUNK])
+    data = text.encode() if ranks.rank == speaker else b""
+    message = len(data).to_bytes(8, "little") + data
+    first = _sum_bytes(ranks, message[:CHUNK])
     total = 8 + int.from_bytes(first[:8], "little")
-    chunks = [first] + [_sum_bytes(ranks, sent[start : start + CHUNK]) for start in range(CHUNK, total, CHUNK)]
+    chunks = [first] + [_sum_bytes(ranks, message[start : start + CHUNK]) for start in range(CHUNK, total, CHUNK)]
     return b"".join(chunks)[8:total].decode()
 
 
@@ -84,16 +84,17 @@ def agree(ranks: Ranks, facts: Mapping[str, Fact]) -> None:
     if ranks.world == 1:
         return
     stated = json.loads(broadcast(ranks, json.dumps(facts), 0))
-    first = {what: Fact(*fact) for what, fact in stated.items()}
+    facts_of_rank_0 = {what: Fact(*fact) for what, fact in stated.items()}
     nothing = Fact("nothing")
-    pairs = [(what, facts.get(what, nothing), first.get(what, nothing)) for what in {**first, **facts}]
-    mine = [f"{what} {own} on rank {ranks.rank}, {other} on rank 0" for what, own, other in pairs if own.value != other.value]
-    differing = ranks_where(ranks, bool(mine))
+    pairs = [(what, facts.get(what, nothing), facts_of_rank_0.get(what, nothing)) for what in {**facts_of_rank_0, **facts}]
+    unequal = ((what, own, other) for what, own, other in pairs if own.value != other.value)
+    differences = [f"{what} {own} on rank {ranks.rank}, {other} on rank 0" for what, own, other in unequal]
+    differing = ranks_where(ranks, bool(differences))
     if not differing:
         return
-    more = f"; and {len(mine) - NAMED} more" if len(mine) > NAMED else ""
+    more = f"; and {len(differences) - NAMED} more" if len(differences) > NAMED else ""
     others = f" ({len(differing) - 1} more do: {', '.join(map(str, differing[1:NAMED]))})" if len(differing) > 1 else ""
-    line = f"{_here(ranks)} differs from rank 0{others}: {'; '.join(mine[:NAMED])}{more}"
+    line = f"{_here(ranks)} differs from rank 0{others}: {'; '.join(differences[:NAMED])}{more}"
     _refuse(ranks, broadcast(ranks, line, differing[0]), None)
 
 

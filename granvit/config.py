@@ -71,9 +71,9 @@ class DataSection(Strict):
 
 
 class TrainSection(Strict):
-    """`global_batch` counts questions over all ranks, a conversation as the `data.regions_per_row` that its row could hold;
-    `micro_batch` counts rows of one forward pass on one rank. `freeze` names parts that the stage would train and this run does
-    not (the encoder in sft: paper, Table 10).
+    """`global_batch` counts the rows of one step over all ranks, `micro_batch` the rows of one forward pass on one rank. A row
+    asks up to `data.regions_per_row` region questions; a conversation is one row. `freeze` names parts that the stage would train
+    and this run does not (the encoder in sft: paper, Table 10).
 
     `loss_reduction` says how losses are averaged. `global`, the default: the sum over all supervised tokens (boxes) of the global
     batch, divided by their number. Every token weighs the same, and neither the number of devices nor `micro_batch` enters the
@@ -212,15 +212,10 @@ class RunConfig(Strict):
 
     def crop_size(self, vision: VisionConfig) -> int:
         """Side of the teacher's crops in pixels: what its patches cover, so that its grid lies over the whole box."""
-        return self.distill.crop_size or vision.seen
+        return self.distill.crop_size or vision.covered_pixels
 
     @model_validator(mode="after")
     def _fits(self) -> "RunConfig":
-        if self.train.global_batch % self.data.regions_per_row:
-            raise ValueError(
-                f"train.global_batch {self.train.global_batch} counts questions and must be a multiple of "
-                f"data.regions_per_row {self.data.regions_per_row}"
-            )
         lengths = [b.length for b in self.data.buckets]
         if lengths != sorted(set(lengths)):
             raise ValueError(f"data.buckets must rise strictly in length, not {lengths}")
@@ -262,7 +257,7 @@ class RunConfig(Strict):
 
     def local_micro_batches(self, world: int) -> int:
         """Micro-batches per rank and step; `ValueError` where the global batch does not divide."""
-        rows = self.train.global_batch // self.data.regions_per_row
+        rows = self.train.global_batch
         per_round = world * self.train.micro_batch
         if rows % per_round:
             fitting = largest_divisor(rows // world, self.train.micro_batch) if rows % world == 0 else None
@@ -273,8 +268,8 @@ class RunConfig(Strict):
                 else f"take a number of ranks that divides {rows}, or another train.global_batch"
             )
             raise ValueError(
-                f"train.global_batch {self.train.global_batch} is {rows} rows of {self.data.regions_per_row} region question(s); "
-                f"{world} rank(s) x train.micro_batch {self.train.micro_batch} = {per_round} rows does not divide it: {remedy}"
+                f"train.global_batch is {rows} rows; {world} rank(s) x train.micro_batch {self.train.micro_batch} = {per_round} "
+                f"rows does not divide it: {remedy}"
             )
         return rows // per_round
 
@@ -289,7 +284,10 @@ def _unknown_keys(model: type[BaseModel], tree: Any, path: str = "") -> list[str
     if not isinstance(tree, Mapping):
         return []
     messages = []
+    former = model.FORMER_KEYS if issubclass(model, Strict) else {}
     for key, value in tree.items():
+        if key in former:
+            continue
         if key not in model.model_fields:
             near = difflib.get_close_matches(str(key), model.model_fields, n=1, cutoff=0.5)
             hint = f"did you mean {path + near[0]!r}?" if near else f"valid: {', '.join(path + k for k in model.model_fields)}"
@@ -324,7 +322,7 @@ def _merge(below: dict, above: Mapping) -> dict:
     return merged
 
 
-def shipped(path: str | Path) -> Path:
+def find_config(path: str | Path) -> Path:
     """The file at `path`, or, where there is none, the one of granvit's own that is so called: `configs/stage1.yaml` from any
     directory. `ValueError` names both places where neither is there."""
     own = CONFIGS.joinpath(*Path(path).parts[1:]) if Path(path).parts[:1] == ("configs",) else None
@@ -459,13 +457,13 @@ def resolve_models(config: RunConfig) -> tuple[VisionConfig, LanguageConfig]:
         cells = crop // vision.patch_size
         raise ValueError(f"distill.grid {grid} does not divide the teacher's grid of {cells} x {cells} (crops of {crop} pixels)")
     if config.stage_spec.distill and config.distill.features == "final":
-        vision = VisionConfig(**{**vision.model_dump(), "top": "final"})
+        vision = VisionConfig(**{**vision.model_dump(), "built_level": "final"})
     if config.vision.tiling:
         if vision.grid % 2:
             own = f"{vision.name!r}'s grid of {vision.grid} x {vision.grid}"
             raise ValueError(f"vision.tiling joins 2 x 2 patches to one image token, which {own} does not allow")
-        if vision.seen < vision.image_size:
-            beyond = f"{vision.name!r}'s patches leave {vision.image_size - vision.seen} pixels out"
+        if vision.covered_pixels < vision.image_size:
+            beyond = f"{vision.name!r}'s patches leave {vision.image_size - vision.covered_pixels} pixels out"
             raise ValueError(f"vision.tiling puts tiles edge to edge, and {beyond} of each")
         vision = vision.model_copy(update={"tiles": config.vision.tiling})
     return vision, language_config(config.model.language)

@@ -64,19 +64,19 @@ def activation_bytes(
     heads = 8 * h if torch else 8 * h * (-(-D // 16) * 16) // D + 64 * vision.heads  # padded to 16; two statistics of 8 float32
     mlp = (8 * m if vision.gated_mlp else 4 * m) if torch or vision.activation != "gelu_tanh" else 14 * m
     tokens = rows * vision.views * (vision.patches + vision.class_token)
-    whole = trained["vision"] * (tokens * (12 * h + heads + mlp) + copies["vision"] // vision.built_layers)
-    kept = vision.built_layers * (2 * tokens * h * trained["vision"] if recompute else whole)
+    vision_block = trained["vision"] * (tokens * (12 * h + heads + mlp) + copies["vision"] // vision.built_layers)
+    kept_bytes = vision.built_layers * (2 * tokens * h * trained["vision"] if recompute else vision_block)
 
     c, m, t = language.width, language.mlp, trained["language"]
     q, kv = language.heads * language.head_dim, language.kv_heads * language.head_dim
     heads = 8 * q if torch else 4 * q + 4 * kv + 64 * language.heads
     tokens = rows * length
     mask = 2 * rows * length**2 if torch else 0  # of every block: PyTorch turns a boolean mask into numbers
-    below = sum(size for name, size in sizes["language"].items() if ".layers." in name) * 2 * t
-    block = tokens * (8 * c + heads + 6 * m + t * (12 * c + 2 * m)) + mask + below // language.layers
-    kept += language.layers * (2 * tokens * c if recompute else block)
-    kept += copies["language"] - below  # of embeddings and head
-    kept += copies["projector"] + rows * vision.image_tokens * (4 * c + 2 * vision.token_width)
+    block_copies = sum(size for name, size in sizes["language"].items() if ".layers." in name) * 2 * t
+    language_block = tokens * (8 * c + heads + 6 * m + t * (12 * c + 2 * m)) + mask + block_copies // language.layers
+    kept_bytes += language.layers * (2 * tokens * c if recompute else language_block)
+    kept_bytes += copies["language"] - block_copies  # of embeddings and head
+    kept_bytes += copies["projector"] + rows * vision.image_tokens * (4 * c + 2 * vision.token_width)
     logits = rows * answers * language.vocab
-    kept += 6 * logits + rows * length**2  # in bfloat16 and float32; the mask
-    return kept, max(12 * logits, block if recompute else 0, whole if recompute else 0)
+    kept_bytes += 6 * logits + rows * length**2  # in bfloat16 and float32; the mask
+    return kept_bytes, max(12 * logits, language_block if recompute else 0, vision_block if recompute else 0)

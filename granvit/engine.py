@@ -15,13 +15,13 @@ Group = Literal["model", "teacher", "first_moment", "second_moment"]
 
 
 @dataclass(frozen=True)
-class Scalars:
+class StepInputs:
     """What changes from step to step without changing the graph.
 
     `step` counts the updates made so far, this one included, for AdamW's bias correction: a step that was left out
     (`NonFiniteLoss`) is none. `learning_rate` is that of `optimizer.lr`; parts with their own scale it. `tokens` and `boxes` are
-    the supervised tokens and valid boxes of the GLOBAL batch (all ranks, all micro-batches). `means` is 0 under
-    `train.loss_reduction: global`, else the number of the global batch's micro-batches.
+    the supervised tokens and valid boxes of the GLOBAL batch (all ranks, all micro-batches). `averaged_micro_batches` is 0
+    under `train.loss_reduction: global`, else the number of the global batch's micro-batches, whose losses are averaged.
     """
 
     step: int
@@ -29,7 +29,7 @@ class Scalars:
     alpha: float
     tokens: float
     boxes: float
-    means: int = 0
+    averaged_micro_batches: int = 0
 
     def divisors(self, batch: Batch) -> tuple[float, float]:
         """What the sums over one micro-batch's tokens and boxes are divided by, so that the micro-batches' shares add up to the
@@ -39,12 +39,12 @@ class Scalars:
         does that averages gradients over devices and accumulation steps, each the gradient of a mean. A micro-batch without a
         token or without a box adds 0 to that mean and counts as one of its members.
         """
-        if self.means:
-            return max(batch.tokens, 1) * self.means, max(batch.boxes, 1) * self.means
+        if self.averaged_micro_batches:
+            return max(batch.tokens, 1) * self.averaged_micro_batches, max(batch.boxes, 1) * self.averaged_micro_batches
         return max(self.tokens, 1), max(self.boxes, 1)
 
 
-UNDIVIDED = Scalars(step=1, learning_rate=0.0, alpha=0.0, tokens=1, boxes=1)  # losses stay sums
+UNDIVIDED = StepInputs(step=1, learning_rate=0.0, alpha=0.0, tokens=1, boxes=1)  # losses stay sums
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class TrainEngine(Protocol):
     def join(device: str) -> Ranks:
         """Chooses the device that `runtime.device` names and joins the launcher's process group, where there is one."""
 
-    def step(self, micro_batches: Sequence[Batch], scalars: Scalars) -> StepResult:
+    def step(self, micro_batches: Sequence[Batch], step_inputs: StepInputs) -> StepResult:
         """Forward and backward over this rank's micro-batches, all-reduce (sum), clip, AdamW, EMA.
 
         Raises `NonFiniteLoss` on every rank, before any weight changes, where the global loss or gradient norm is not finite.

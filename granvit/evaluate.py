@@ -124,8 +124,7 @@ def _held_out_rows(config: RunConfig, mix: dict, vision: VisionConfig, chat: Cha
     data = config.data.model_copy(update={"sources": sources, "mix": mix, "workers": 0})
     train = config.train.model_copy(update={"epochs": 1, "steps": None})
     loader = Loader(config.model_copy(update={"data": data, "train": train, "seed": 0}), vision, chat, rank, world, compose)
-    rows_per_step = config.train.global_batch // config.data.regions_per_row
-    loader.steps = min(-(-config.eval.rows // rows_per_step), loader.steps)
+    loader.steps = min(-(-config.eval.rows // config.train.global_batch), loader.steps)
     return loader
 
 
@@ -138,26 +137,26 @@ def _answer(
     in RUN/eval, which all ranks must see.
     """
     assert config.eval.source is not None
-    own: list[tuple[int, dict[str, Any]]] = []
+    own_predictions: list[tuple[int, dict[str, Any]]] = []
     batches = held_out(
         Store(config.eval.source), config.eval.tasks, chat, vision, config.eval.batch, config.eval.images,
         engine.rank, engine.world, config.data.max_pixels,
     )  # fmt: skip
-    for k, (prompts, asked) in enumerate(batches):
+    for batch_number, (prompts, questions) in enumerate(batches):
         ids_BT = engine.generate(prompts, config.eval.max_new_tokens, chat.stop_token)
-        first = (k * engine.world + engine.rank) * config.eval.batch
-        for b, (record_id, task, question, reference, box) in enumerate(asked):
+        first = (batch_number * engine.world + engine.rank) * config.eval.batch
+        for b, (record_id, task, question, reference, box) in enumerate(questions):
             answer = chat.decode(ids_BT[b])
             scores = score(task, answer, reference, box)
-            own.append((first + b, {"record": record_id, "task": task, "question": question, "reference": reference,
+            own_predictions.append((first + b, {"record": record_id, "task": task, "question": question, "reference": reference,
                                     "box": box, "answer": answer, "scores": scores}))  # fmt: skip
-    table = _sum_over_ranks(engine, config, [prediction for _, prediction in own])
+    table = _sum_over_ranks(engine, config, [prediction for _, prediction in own_predictions])
     folder = run / "eval"
     folder.mkdir(parents=True, exist_ok=True)
-    _rank_file(folder, step, engine.rank).write_text(json.dumps(own))
+    _rank_file(folder, step, engine.rank).write_text(json.dumps(own_predictions))
     engine.all_sum(np.zeros(1, np.float32))  # every rank's file is written
     if engine.rank:
-        return table, [prediction for _, prediction in own]
+        return table, [prediction for _, prediction in own_predictions]
     files = [_rank_file(folder, step, rank) for rank in range(engine.world)]
     merged = sorted((item for file in files for item in json.loads(file.read_text())), key=lambda item: item[0])
     predictions = [prediction for _, prediction in merged]
@@ -182,10 +181,10 @@ def evaluation_file(run: Path, step: int) -> Path:
 def read_evaluation(path: Path) -> Evaluation:
     """What an evaluation's file keeps, less the predictions; `ValueError` where it is none."""
     try:
-        kept = json.loads(path.read_text())
-        held_out = kept.get("held_out", {})  # earlier versions kept no held-out losses
-        table = {task: {name: float(value) for name, value in scores.items()} for task, scores in kept["table"].items()}
-        return Evaluation({name: float(value) for name, value in held_out.items()}, table, kept.get("settings", {}))
+        tree = json.loads(path.read_text())
+        held_out = tree.get("held_out", {})  # earlier versions kept no held-out losses
+        table = {task: {name: float(value) for name, value in scores.items()} for task, scores in tree["table"].items()}
+        return Evaluation({name: float(value) for name, value in held_out.items()}, table, tree.get("settings", {}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not an evaluation ({error}); move it away to do without it") from None
 

@@ -10,6 +10,8 @@ from granvit.trainer import TrainingStopped
 
 def exit_status(body: Callable[[], None], guard: list[Guard]) -> int:
     """Runs a command; turns what it raises into a line, a log entry, a word to the other ranks and an exit status."""
+    raised: BaseException
+    message: str | None
     try:
         body()
         return 0

@@ -40,7 +40,7 @@ def vision_activations(c: VisionConfig, images: int, image_size: int, prefix: st
         if c.gated_mlp:
             found[f"{block}.mlp.gate_proj"] = hidden
         found |= {f"{block}.mlp.fc1": hidden, f"{block}.mlp": hidden, f"{block}.mlp.fc2": tokens, block: tokens}
-    if c.highest == "final":
+    if c.built_level == "final":
         found[f"{prefix}post_layernorm"] = tokens
     return found
 

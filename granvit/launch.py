@@ -46,7 +46,7 @@ class Launch:
         return (self.address or f"pid_{os.getpid()}").replace(":", "_").replace("/", "_")
 
 
-def detect(environ: Mapping[str, str] = os.environ) -> Launch:
+def detect_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     """Reads the launcher's environment; `ValueError` where it is incomplete."""
     if "MS_ROLE" in environ:
         address = f"{environ.get('MS_SCHED_HOST')}:{environ.get('MS_SCHED_PORT')}"

@@ -50,7 +50,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, after_step: int):
         """Opens for appending behind `after_step`; later lines (of steps that a resumed run repeats) are cut off."""
-        kept = []
+        kept_lines = []
         self.last: dict[str, Any] = {}
         if path.exists():
             for line in path.read_text(errors="replace").splitlines():
@@ -60,11 +60,11 @@ class MetricsFile:
                         break
                 except (ValueError, KeyError, TypeError):
                     break  # the line that a killed run was writing
-                kept.append(line + "\n")
+                kept_lines.append(line + "\n")
                 self.last = record
         temporary = path.with_name(f".{path.name}.tmp")
         with open(temporary, "w") as file:
-            file.writelines(kept)
+            file.writelines(kept_lines)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -11,7 +11,9 @@ from granvit.cost import state_bytes
 from granvit.models import LanguageConfig, VisionConfig
 from granvit.trainer import TrainingStopped
 
-WORDS = re.compile(r"out of memory|memory isn't enough|memory not enough|(can't|cannot) allocate memory|alloc.{0,40}failed", re.I)
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|memory isn't enough|memory not enough|(can't|cannot) allocate memory|alloc.{0,40}failed", re.IGNORECASE
+)
 
 
 def check_memory(config: RunConfig, vision: VisionConfig, language: LanguageConfig, memory: int) -> None:
@@ -29,7 +31,7 @@ def check_memory(config: RunConfig, vision: VisionConfig, language: LanguageConf
 def is_out_of_memory(error: Exception) -> bool:
     """Whether Python or a framework ran out of memory. They have no type in common: PyTorch raises one by device, MindSpore a
     RuntimeError. The words are theirs."""
-    return isinstance(error, MemoryError) or bool(WORDS.search(str(error)))
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
 
 
 NOTHING_SMALLER = (
@@ -42,18 +44,18 @@ def smaller_steps(config: RunConfig, ranks: int) -> list[str]:
     """The overrides with which a step takes less memory and gives the same results to rounding: not `train.micro_batch` where
     losses are averaged by micro-batch (`train.loss_reduction: per_device`)."""
     rows = config.train.micro_batch * config.local_micro_batches(ranks)
-    cures = []
+    overrides = []
     if config.train.micro_batch > 1 and config.train.loss_reduction == "global":
-        cures.append(f"train.micro_batch={largest_divisor(rows, config.train.micro_batch // 2)}")
+        overrides.append(f"train.micro_batch={largest_divisor(rows, config.train.micro_batch // 2)}")
     if not config.runtime.recompute:
-        cures.append("runtime.recompute=true")
-    return cures
+        overrides.append("runtime.recompute=true")
+    return overrides
 
 
 @contextmanager
-def memory_errors(where: Callable[[], str], run: Path, cures: list[str], nothing_left: str) -> Iterator[None]:
+def memory_errors(where: Callable[[], str], run: Path, overrides: list[str], nothing_smaller: str) -> Iterator[None]:
     """Turns what says that memory ran out into `TrainingStopped` with one line: where, which override cures it, and the step that
-    the run then goes on from; without cures, `nothing_left`."""
+    the run then goes on from; without `overrides`, `nothing_smaller`."""
     try:
         yield
     except TrainingStopped:  # of an inner `memory_errors`: it has named the place already
@@ -61,8 +63,8 @@ def memory_errors(where: Callable[[], str], run: Path, cures: list[str], nothing
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        said = (str(error).strip() or "MemoryError").splitlines()[0]
+        message = (str(error).strip() or "MemoryError").splitlines()[0]
         saved = newest_step(run)
-        since = "the start" if saved is None else f"step {saved}"
-        cure = f"the same command with {' or '.join(cures)} goes on from {since}, with the same results to rounding"
-        raise TrainingStopped(f"out of memory {where()} ({said}): {cure if cures else nothing_left}") from error
+        resumes_from = "the start" if saved is None else f"step {saved}"
+        remedy = f"the same command with {' or '.join(overrides)} goes on from {resumes_from}, with the same results to rounding"
+        raise TrainingStopped(f"out of memory {where()} ({message}): {remedy if overrides else nothing_smaller}") from error

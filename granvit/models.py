@@ -3,7 +3,7 @@
 A row of the paper's tables is one `VisionConfig` or `LanguageConfig`; both packages build the same module tree from it,
 with the parameter names and shapes that `parameter_shapes` lists. The names are SigLIP's and Qwen2's words.
 """
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -12,8 +12,9 @@ LEVELS: tuple[Level, ...] = ("penultimate", "last", "final")
 
 
 class Strict(BaseModel):
-    """A record that refuses keys it does not know."""
+    """A record that refuses keys it does not know. `FORMER_KEYS` maps the keys in files of earlier versions to today's."""
 
+    FORMER_KEYS: ClassVar[dict[str, str]] = {}
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -22,13 +23,15 @@ class VisionConfig(Strict):
 
     `level` is the tensor fed to the projector: `penultimate` is the last block but one without the closing norm (LLaVA's
     `hidden_states[-2]`, the paper's choice: its Table 9 counts 26 of SigLIP2's 27 blocks), `last` the last block, `final`
-    the last block after the closing norm. `top` is the highest level computed (default: `level`), the one that distillation
-    may compare instead. Blocks above `top` are not built: they would never be used. Where patches do not fill the image
+    the last block after the closing norm. `built_level` is the highest level that is computed (default: `level`); distillation
+    may compare it instead. Blocks above it are not built: they would never be used. Where patches do not fill the image
     (SigLIP's 27 of 14 pixels in 384), what is left over at its right and lower edge is not looked at.
 
     `tiles` above 0 is the paper's high resolution (A.5): a row's image is shown as one global view and up to so many tiles, each
     of `image_size`, and 2 x 2 neighbouring patches are one image token. A run states it (`vision.tiling`), not a model's file.
     """
+
+    FORMER_KEYS: ClassVar[dict[str, str]] = {"top": "built_level"}
 
     name: str
     image_size: int
@@ -49,11 +52,24 @@ class VisionConfig(Strict):
     layer_scale: bool = False
     closing_norm: bool = True
     level: Level = "penultimate"
-    top: Level | None = None
+    built_level: Level = "penultimate"  # filled in from `level` where it is not stated
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     resize: Literal["bilinear", "bicubic"] = "bilinear"
     tiles: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_built_level(cls, fields: Any) -> Any:
+        """Reads the former key `top`, and takes `level` where no `built_level` is stated."""
+        if not isinstance(fields, dict):
+            return fields
+        stated = dict(fields)
+        if "top" in stated and "built_level" not in stated:
+            stated["built_level"] = stated.pop("top")
+        if stated.get("built_level") is None:
+            stated["built_level"] = stated.get("level", "penultimate")
+        return stated
 
     @model_validator(mode="after")
     def _fits(self) -> "VisionConfig":
@@ -61,20 +77,16 @@ class VisionConfig(Strict):
             raise ValueError(f"vision.image_size {self.image_size} is below vision.patch_size {self.patch_size}")
         if self.width % self.heads:
             raise ValueError(f"vision.width {self.width} is not a multiple of vision.heads {self.heads}")
-        if self.top is not None and LEVELS.index(self.top) < LEVELS.index(self.level):
-            raise ValueError(f"vision.top {self.top!r} is below vision.level {self.level!r}")
-        if self.highest == "final" and not self.closing_norm:
+        if LEVELS.index(self.built_level) < LEVELS.index(self.level):
+            raise ValueError(f"vision.built_level {self.built_level!r} is below vision.level {self.level!r}")
+        if self.built_level == "final" and not self.closing_norm:
             raise ValueError(f"vision level 'final' needs a closing norm, which {self.name!r} does not have")
         return self
 
     @property
-    def highest(self) -> Level:
-        return self.top or self.level
-
-    @property
-    def whole(self) -> "VisionConfig":
+    def with_all_blocks(self) -> "VisionConfig":
         """The same encoder with all of its blocks built, and the closing norm where it has one."""
-        return self.model_copy(update={"top": "final" if self.closing_norm else "last"})
+        return self.model_copy(update={"built_level": "final" if self.closing_norm else "last"})
 
     def side(self, resolution: int | None) -> int:
         """The side of the images to be shown: `resolution`, or the published one; `ValueError` where no patch fits in it."""
@@ -90,7 +102,7 @@ class VisionConfig(Strict):
         return self.image_size // self.patch_size
 
     @property
-    def seen(self) -> int:
+    def covered_pixels(self) -> int:
         """Pixels along one side that the patches cover."""
         return self.grid * self.patch_size
 
@@ -124,14 +136,14 @@ class VisionConfig(Strict):
         return self.width // self.heads
 
     @property
-    def built_levels(self) -> tuple[Level, ...]:
+    def available_levels(self) -> tuple[Level, ...]:
         """The levels that the built blocks reach."""
-        return LEVELS[: LEVELS.index(self.highest) + 1]
+        return LEVELS[: LEVELS.index(self.built_level) + 1]
 
     @property
     def built_layers(self) -> int:
-        """Blocks that `top` needs."""
-        return self.layers - 1 if self.highest == "penultimate" else self.layers
+        """Blocks that `built_level` needs."""
+        return self.layers - 1 if self.built_level == "penultimate" else self.layers
 
 
 class LanguageConfig(Strict):
@@ -203,7 +215,7 @@ def vision_shapes(c: VisionConfig, prefix: str = "vision") -> Shapes:
         shapes |= _linear(f"{block}.mlp.fc2", c.mlp, c.width, c.bias)
         if c.layer_scale:
             shapes[f"{block}.layer_scale2"] = (c.width,)
-    if c.highest == "final":
+    if c.built_level == "final":
         shapes |= _norm(f"{prefix}.post_layernorm", c.width, c.norm)
     return shapes
 

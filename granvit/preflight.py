@@ -75,11 +75,12 @@ def _stores(paths: Iterable[str]) -> dict[str, str]:
     return {f"store {path}": Store(path, check=False).fingerprint for path in paths}
 
 
-def data_facts(config: RunConfig, chat: Chat, prints: dict[str, str]) -> dict[str, Fact]:
+def data_facts(config: RunConfig, chat: Chat, trained_on: dict[str, str]) -> dict[str, Fact]:
     """The run's fingerprints and that of its held-out store."""
     held_out = _stores([] if config.eval.source is None else [config.eval.source])
-    facts = {what: Fact(value, str(Path(what.removeprefix("store ")).resolve())) for what, value in (prints | held_out).items()}
-    return facts | {TOKENIZER: Fact(prints[TOKENIZER], chat.origin)}
+    all_data = trained_on | held_out
+    facts = {what: Fact(value, str(Path(what.removeprefix("store ")).resolve())) for what, value in all_data.items()}
+    return facts | {TOKENIZER: Fact(trained_on[TOKENIZER], chat.origin)}
 
 
 def order_facts(loader: Loader) -> dict[str, Fact]:
@@ -135,18 +136,18 @@ class Loading:
 
     def watch(self, tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
         """Passes the tensors on."""
-        began = told = time.monotonic()
+        start = logged = time.monotonic()
         count = size = 0
         for name, array in tensors:
             if self.hashed:
                 self.digests[name] = tensor_digest(array)
             yield name, array
             count, size, now = count + 1, size + array.nbytes, time.monotonic()
-            if now - told > PROGRESS:
-                told = now
-                rate = size / 1e9 / (now - began)
+            if now - logged > PROGRESS:
+                logged = now
+                rate = size / 1e9 / (now - start)
                 log.info(f"{self.what}: {count} of {self.total} tensors, {size / 1e9:.1f} GB, {rate:.2f} GB/s")
-        log.info(f"{self.what}: {count} tensors, {size / 1e9:.2f} GB in {time.monotonic() - began:.1f} s")
+        log.info(f"{self.what}: {count} tensors, {size / 1e9:.2f} GB in {time.monotonic() - start:.1f} s")
 
     def hashes(self) -> dict[str, str]:
         """part -> the hash of what was loaded of it."""

@@ -16,7 +16,7 @@ class StepTimes:
 
     seconds: float
     waiting: float
-    regions: float
+    questions: float
     row_tokens: float
 
 
@@ -43,14 +43,14 @@ class Progress:
             log.info(self.line(record))
 
     def line(self, record: dict) -> str:
-        """Loss parts, newest held-out loss, learning rate, regions/s, tokens/s, share of time waiting for data, time left."""
+        """Loss parts, newest held-out loss, learning rate, questions/s, tokens/s, share of time waiting for data, time left."""
         seconds = max(sum(t.seconds for t in self.recent), 1e-9)
         left = (self.steps - record["step"]) * seconds / len(self.recent)
         held_out = "" if self.held_out is None else f"held-out {self.held_out:.4f}  "
         return (
             f"step {record['step']}/{self.steps}  loss {record['loss']:.4f} = caption {record['loss_caption']:.4f}, "
             f"distill {record['loss_distill']:.4f}  {held_out}grad {record['grad_norm']:.3g}  lr {record['lr']:.3g}  "
-            f"{sum(t.regions for t in self.recent) / seconds:.1f} regions/s  "
+            f"{sum(t.questions for t in self.recent) / seconds:.1f} questions/s  "
             f"{sum(t.row_tokens for t in self.recent) / seconds:.0f} tokens/s  "
             f"data {sum(t.waiting for t in self.recent) / seconds:.0%}  left {_duration(left)}"
         )

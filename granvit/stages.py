@@ -13,16 +13,19 @@ TASKS: tuple[Task, ...] = get_args(Task)
 
 @dataclass(frozen=True)
 class Stage:
-    """`trains` names parts; the others are frozen. `mix` is the share of the available questions of each task that an
-    epoch asks. `distill` adds the self-distillation term. `blind` zeroes the image tokens: the guesser who reads the
-    question alone, the honest floor of both tasks. `plain` shows the image and then the answer, without question and chat
-    template."""
+    """What a stage trains, asks and adds to the loss.
+
+    `trains` names the parts that are trained; the others are frozen. `mix` is the share of the available questions of each task
+    that an epoch asks. `distill` adds the self-distillation term. `zero_image_tokens`: the decoder sees zeros in the place of
+    the image and answers from the question alone, which any useful model must exceed. `plain` is LLaVA's name for a row of the
+    image and the answer, without question and chat template (`granvit.data.chat`).
+    """
 
     name: str
     trains: frozenset[str]
     mix: dict[Task, float]
     distill: bool = False
-    blind: bool = False
+    zero_image_tokens: bool = False
     plain: bool = False
 
 
@@ -36,9 +39,9 @@ STAGES = {
         Stage("stage2", frozenset({"projector", "language"}), {"global": 1.0, "caption2bbox": 1.0}),
         Stage("continued", _ALL, {"conversation": 1.0}),
         Stage("sft", _ALL, {"conversation": 1.0}),
-        Stage("pretrain_text", frozenset({"language"}), {"global": 1.0, "bbox2caption": 1.0}, blind=True),
+        Stage("pretrain_text", frozenset({"language"}), {"global": 1.0, "bbox2caption": 1.0}, zero_image_tokens=True),
         Stage("pretrain_image", frozenset({"vision", "projector"}), {"global": 1.0}),
-        Stage("guesser", frozenset({"language"}), {"bbox2caption": 1.0, "caption2bbox": 1.0}, blind=True),
+        Stage("guesser", frozenset({"language"}), {"bbox2caption": 1.0, "caption2bbox": 1.0}, zero_image_tokens=True),
     )
 }
-ANSWER = Stage("answer", frozenset(), {})  # no run's: a finished run is asked about a picture, and nothing trains
+ANSWER = Stage("answer", frozenset(), {})  # of no run: `granvit.predict` asks a finished run, and nothing is trained

@@ -14,7 +14,7 @@ from granvit.checkpoint.pretrained import start_weights
 from granvit.checkpoint.resume import check_same_data, check_same_run
 from granvit.checkpoint.run import Checkpoint
 from granvit.checkpoint.run_writer import CheckpointWriter
-from granvit.config import CONFIGS, RunConfig, dump_config, load_config, resolve_models, shipped
+from granvit.config import CONFIGS, RunConfig, dump_config, find_config, load_config, resolve_models
 from granvit.data.batch import Packer
 from granvit.data.chat import Chat, load_chat
 from granvit.data.loader import Compose, Loader
@@ -22,7 +22,7 @@ from granvit.data.sampler import WINDOW
 from granvit.engine import Ranks, TrainEngine
 from granvit.evaluate import Evaluation, Evaluator, forget_evaluations
 from granvit.exit_status import exit_status
-from granvit.launch import Guard, Launch, RunLock, check_launcher, check_port, detect, load_engine_class
+from granvit.launch import Guard, Launch, RunLock, check_launcher, check_port, detect_launch, load_engine_class
 from granvit.logs import log, to_console, to_file
 from granvit.memory import NOTHING_SMALLER, check_memory, memory_errors, smaller_steps
 from granvit.models import PARTS, LanguageConfig, VisionConfig, parameter_shapes, part_of
@@ -53,7 +53,7 @@ def train_command(
     """
     options = _train_options(stage, arguments, script or f"scripts/{stage}.py")
     try:
-        launch = detect()
+        launch = detect_launch()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -104,7 +104,7 @@ def _train_options(stage: str, arguments: Sequence[str] | None, script: str) -> 
 def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[Guard], compose: Compose) -> None:
     """One run, from the configuration to the last checkpoint."""
     # 1. What to run, and whether it can be run from here.
-    config = load_config(shipped(options.config), options.overrides)
+    config = load_config(find_config(options.config), options.overrides)
     if config.stage != stage:
         raise ValueError(f"{options.config} configures {config.stage!r}, but this script runs {stage!r}")
     if config.runtime.compute == "float16":
@@ -117,7 +117,7 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
     check_port(launch)
     Engine = load_engine_class(options.framework)
     if launch.scheduler:
-        _be_scheduler()
+        _run_scheduler()
         return
     lock = RunLock(run, launch) if launch.rank == 0 else None
     if lock is not None:
@@ -130,7 +130,7 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
     ranks = _join(Engine, config, launch, guard[0])
     if launch.rank:
         to_file(run, launch.rank)  # only now is it certain that rank 0 holds the directory
-    agree(ranks, version_facts(options.framework) | configuration_facts(config, vision, language, shipped(options.config)))
+    agree(ranks, version_facts(options.framework) | configuration_facts(config, vision, language, find_config(options.config)))
 
     # 3. Weights: this run's newest checkpoint, or the start weights. Directories and names are checked now, tensors read later.
     checkpoint = agreed_checkpoint(ranks, run, wanted=not options.fresh)
@@ -142,8 +142,8 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
                 f"the {WINDOW} steps around it are asked twice, some never"
             )
         _log_changes(together(ranks, lambda: check_same_run(checkpoint, config, vision, language, ranks.world, stated)))
-    before = config.model.init_from if checkpoint is None else None
-    source = checkpoint if before is None else agreed_checkpoint(ranks, Path(before))
+    init_from = config.model.init_from if checkpoint is None else None
+    source = checkpoint if init_from is None else agreed_checkpoint(ranks, Path(init_from))
     start = together(
         ranks,
         lambda: start_weights(config, vision, language, source) if checkpoint is None else checkpoint.tensors("model"),
@@ -153,34 +153,34 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
 
     # 4. Data and model.
     chat = together(ranks, lambda: load_chat(config, language))
-    prints = together(ranks, lambda: fingerprints(config, chat))
-    agree(ranks, together(ranks, lambda: data_facts(config, chat, prints)))
+    data_fingerprints = together(ranks, lambda: fingerprints(config, chat))
+    agree(ranks, together(ranks, lambda: data_facts(config, chat, data_fingerprints)))
     if checkpoint is not None:
-        together(ranks, lambda: check_same_data(checkpoint, prints))
+        together(ranks, lambda: check_same_data(checkpoint, data_fingerprints))
     loader = together(
         ranks, lambda: Loader(config, vision, chat, launch.rank, launch.world, compose), "tokens of the stores are counted once"
     )
     if ranks.world > 1:
         agree(ranks, together(ranks, lambda: order_facts(loader)))
     # A checkpoint's hashes are known, and every read is compared with them; rank 0's writer hashes the start weights.
-    unknown = ranks.world > 1 and checkpoint is None and launch.rank > 0
-    loading = Loading("weights", len(parameter_shapes(vision, language)), hashed=unknown)
+    hashes_unknown = ranks.world > 1 and checkpoint is None and launch.rank > 0
+    loading = Loading("weights", len(parameter_shapes(vision, language)), hashed=hashes_unknown)
 
     def build():
-        writer = _checkpoint_writer(run, config, vision, language, checkpoint, prints) if launch.rank == 0 else None
+        writer = _checkpoint_writer(run, config, vision, language, checkpoint, data_fingerprints) if launch.rank == 0 else None
         recorded = writer.record_start(start) if writer is not None and checkpoint is None else start
         return writer, Engine(config, vision, language, loading.watch(recorded), ranks)
 
-    keeping = f", and rank 0 writes the start weights to {run / 'parts'}" if checkpoint is None else ""
-    writer, engine = together(ranks, build, f"weights are loaded{keeping}")
+    also_waiting_for = f", and rank 0 writes the start weights to {run / 'parts'}" if checkpoint is None else ""
+    writer, engine = together(ranks, build, f"weights are loaded{also_waiting_for}")
     if ranks.world > 1:
         if checkpoint is not None:
             hashes = {name: part.hash for name, part in checkpoint.parts.items()}
         else:
             hashes = loading.hashes() if writer is None else writer.start
         agree(ranks, weights_facts(hashes, config, language, source))
-        held = ", ".join(f"{part} {digest[:12]}" for part, digest in hashes.items())
-        log.info(f"all {ranks.world} ranks hold the same versions, configuration, tokenizer, stores and weights: {held}")
+        loaded = ", ".join(f"{part} {digest[:12]}" for part, digest in hashes.items())
+        log.info(f"all {ranks.world} ranks hold the same versions, configuration, tokenizer, stores and weights: {loaded}")
     guard[0].take_signals()
     _log_start(config, engine, options.framework, chat, loader, writer)
     evaluator = None
@@ -230,10 +230,10 @@ def _log_changes(changed: list[str]) -> None:
 
 
 def _checkpoint_writer(run: Path, config: RunConfig, vision: VisionConfig, language: LanguageConfig,
-                       checkpoint: Checkpoint | None, prints: dict[str, str]) -> CheckpointWriter:  # fmt: skip
+                       checkpoint: Checkpoint | None, data_fingerprints: dict[str, str]) -> CheckpointWriter:  # fmt: skip
     """Rank 0's writer, with the run's configuration on disk."""
     start = {} if checkpoint is None else {name: part.start for name, part in checkpoint.parts.items()}
-    writer = CheckpointWriter(run, config, vision, language, start, prints)
+    writer = CheckpointWriter(run, config, vision, language, start, data_fingerprints)
     (run / "config.yaml").write_text(dump_config(config))
     return writer
 
@@ -257,15 +257,15 @@ def _log_start(config: RunConfig, engine, framework: str, chat: Chat, loader: Lo
 
 def _put_aside(run: Path) -> None:
     """--fresh: moves an earlier run's files into RUN/replaced-<time>."""
-    there = [run / name for name in REPLACED if (run / name).exists()]
-    if there:
+    earlier_files = [run / name for name in REPLACED if (run / name).exists()]
+    if earlier_files:
         aside = run / time.strftime("replaced-%Y%m%d-%H%M%S")
         aside.mkdir()
-        for path in there:
+        for path in earlier_files:
             path.rename(aside / path.name)
         log.info(f"--fresh: the earlier run is now in {aside}")
 
 
-def _be_scheduler() -> None:
+def _run_scheduler() -> None:
     """msrun runs this script once more as the cluster's scheduler: it serves the workers until they have left."""
     importlib.import_module("ms_granvit.distributed").join("cpu")

@@ -20,7 +20,7 @@ from granvit.checkpoint.run import Checkpoint
 from granvit.checkpoint.run_writer import CheckpointWriter
 from granvit.config import RunConfig
 from granvit.data.batch import Batch
-from granvit.engine import NonFiniteLoss, Scalars, StepResult, TrainEngine
+from granvit.engine import NonFiniteLoss, StepInputs, StepResult, TrainEngine
 from granvit.evaluate import Evaluation
 from granvit.logs import MetricsFile, TensorBoard, log
 from granvit.models import PARTS
@@ -124,19 +124,19 @@ class Trainer:
                 waiting = time.perf_counter() - began
                 counts = self._count(micro_batches)
                 self._check_data(step, counts)
-                means = engine.world * len(micro_batches) if config.train.loss_reduction == "per_device" else 0
+                averaged = engine.world * len(micro_batches) if config.train.loss_reduction == "per_device" else 0
                 update = step - self.non_finite
-                scalars = Scalars(update, rates[step - 1], ema_rates[update - 1], counts.tokens, counts.boxes, means)
+                step_inputs = StepInputs(update, rates[step - 1], ema_rates[update - 1], counts.tokens, counts.boxes, averaged)
                 result, left_out = None, ""
                 try:
-                    result = engine.step(micro_batches, scalars)
+                    result = engine.step(micro_batches, step_inputs)
                     self.in_a_row = 0
                 except NonFiniteLoss as error:
                     left_out = self._leave_out(step, micro_batches, error)
                 self.step = step
                 self.questions += int(counts.questions)
                 self.skipped += int(counts.skipped)
-                self._record(result, scalars, counts, time.perf_counter() - began, waiting)
+                self._record(result, step_inputs, counts, time.perf_counter() - began, waiting)
                 if self.in_a_row > config.train.skip_non_finite:
                     self._stop_non_finite(left_out, checkpoint)
                 stop = counts.stop > 0 and step < steps
@@ -184,11 +184,11 @@ class Trainer:
     def _check_data(self, step: int, counts: Counts) -> None:
         """`ValueError`, on all ranks alike, where the data cannot be trained on."""
         skipped = self.skipped + int(counts.skipped)
-        seen, allowed = self.questions + int(counts.questions) + skipped, self.config.data.max_bad_fraction
-        if seen >= BAD_AFTER and skipped > allowed * seen:
+        items, allowed = self.questions + int(counts.questions) + skipped, self.config.data.max_bad_fraction
+        if items >= BAD_AFTER and skipped > allowed * items:
             self._log_skipped()
             raise ValueError(
-                f"step {step}: {skipped} of {seen} records or questions could not be used, more than data.max_bad_fraction "
+                f"step {step}: {skipped} of {items} records or questions could not be used, more than data.max_bad_fraction "
                 f"{allowed}. {self.run_directory}/log names the first of each rank; mend the data or raise the limit"
             )
         if counts.tokens == 0:
@@ -198,11 +198,11 @@ class Trainer:
                 f"and chat template do not match the model, or data.buckets are too short for every question"
             )
 
-    def _record(self, result: StepResult | None, scalars: Scalars, counts: Counts, seconds: float, waiting: float) -> None:
+    def _record(self, result: StepResult | None, step_inputs: StepInputs, counts: Counts, seconds: float, waiting: float) -> None:
         """One line of metrics. That of a step that was left out (`result` None) has no losses and names itself `non_finite`."""
         if self.output is None:
             return
-        rate, rates = float(scalars.learning_rate), self.config.optimizer
+        rate, rates = float(step_inputs.learning_rate), self.config.optimizer
         record: dict[str, float] = {"step": self.step}
         if result is None:
             record["non_finite"] = 1
@@ -211,7 +211,7 @@ class Trainer:
             record["loss_distill"], record["grad_norm"] = result.loss_distill, result.grad_norm
         record |= {
             "lr": rate,
-            "regions": int(counts.questions),  # questions answered, the global ones included
+            "questions": int(counts.questions),  # answered, the global ones included
             "skipped": int(counts.skipped),
             "seconds": seconds,
             "tokens": int(counts.tokens),

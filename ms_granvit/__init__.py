@@ -1,5 +1,5 @@
-"""GranViT in MindSpore: `load_encoder(directory, resolution=None, dtype=None)`, `load_decoder(directory, dtype=None)`,
-`GranViT.from_pretrained`."""
+"""GranViT in MindSpore: `load_encoder(directory, resolution=None, dtype=None, device="auto")`,
+`load_decoder(directory, dtype=None, device="auto")`, `GranViT.from_pretrained`."""
 from ms_granvit.language import CausalDecoder
 from ms_granvit.model import GranViT
 from ms_granvit.vision import VisionEncoder

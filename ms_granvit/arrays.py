@@ -7,17 +7,17 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 DTYPES = {"float32": ms.float32, "bfloat16": ms.bfloat16, "float16": ms.float16}
-ON_HOST = {ms.float32: np.float32, ms.bfloat16: ml_dtypes.bfloat16, ms.float16: np.float16}
+HOST_DTYPES = {ms.float32: np.float32, ms.bfloat16: ml_dtypes.bfloat16, ms.float16: np.float16}
 
 
-def dtype_here(stored: str) -> ms.Type:
-    """The dtype of this name, or float32 on CPU, where MindSpore computes in no other."""
+def dtype_on_device(stored: str) -> ms.Type:
+    """The dtype called `stored`, or float32 on CPU, where MindSpore computes in no other."""
     return ms.float32 if ms.get_context("device_target") == "CPU" else DTYPES[stored]
 
 
 def to_tensor(array: np.ndarray, dtype: ms.Type) -> Tensor:
     """A numpy array as a tensor of `dtype`, rounded on the host: to the same bits whatever the device."""
-    return Tensor(np.ascontiguousarray(array, ON_HOST[dtype]))
+    return Tensor(np.ascontiguousarray(array, HOST_DTYPES[dtype]))
 
 
 def to_numpy(parameter: Parameter) -> np.ndarray:

@@ -18,11 +18,11 @@ def side(patches: int) -> int:
 def teacher_features(teacher: nn.Cell, crops_BK3rr: Tensor, grid: int) -> Tensor:
     """The teacher's view of each crop, `[B, K, grid, grid, C]`, average-pooled where `grid` is below its own; no gradient."""
     B, K, _, r, _ = crops_BK3rr.shape
-    top = ops.stop_gradient(teacher.encode(crops_BK3rr.reshape(B * K, 3, r, r))[1])
-    cell = side(top.shape[1]) // grid
+    features = ops.stop_gradient(teacher.encode(crops_BK3rr.reshape(B * K, 3, r, r))[1])
+    cell = side(features.shape[1]) // grid
     if cell == 1:
-        return top.reshape(B, K, grid, grid, -1)
-    return ops.mean(top.reshape(B * K, grid, cell, grid, cell, -1), (2, 4)).reshape(B, K, grid, grid, -1)
+        return features.reshape(B, K, grid, grid, -1)
+    return ops.mean(features.reshape(B * K, grid, cell, grid, cell, -1), (2, 4)).reshape(B, K, grid, grid, -1)
 
 
 def student_features(student_BNC: Tensor, boxes_BK4: Tensor, grid: int, grids_B2: Tensor | None) -> Tensor:

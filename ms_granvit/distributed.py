@@ -30,6 +30,15 @@ def choose_device(name: str) -> str:
     return "npu" if found else "cpu"
 
 
+def use_device(name: str) -> str:
+    """Chooses a device as `choose_device` does and makes it MindSpore's."""
+    device = choose_device(name)
+    target = "Ascend" if device == "npu" else "CPU"
+    if ms.get_context("device_target") != target:  # refused once a kernel has run, even where nothing would change
+        ms.set_device(target)
+    return device
+
+
 def memory(name: str) -> int:
     """Bytes of the device that `name` chooses; of the machine for cpu, whose ranks share them. For npu those of a 910B: MindSpore
     knows a device's only once it is in use."""
@@ -166,9 +175,9 @@ class ReduceGradients(nn.Cell):
                 joined += (self.gradients[i].reshape(-1),)
             flat = self.reduce(ops.cat(joined))
             squares = squares + self.sum_of_squares(flat)
-            at = 0
+            first = 0
             for i in chunk:
-                ops.assign(self.gradients[i], flat[at : at + self.gradients[i].size].reshape(self.gradients[i].shape))
-                at += self.gradients[i].size
+                ops.assign(self.gradients[i], flat[first : first + self.gradients[i].size].reshape(self.gradients[i].shape))
+                first += self.gradients[i].size
         norm = ops.sqrt(squares)
         return ops.cat((self.reduce(terms), norm.reshape(1))), norm

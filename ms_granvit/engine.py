@@ -12,7 +12,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
-from granvit.engine import UNDIVIDED, Group, NonFiniteLoss, Ranks, Scalars, StepResult
+from granvit.engine import UNDIVIDED, Group, NonFiniteLoss, Ranks, StepInputs, StepResult
 from granvit.models import PARTS, LanguageConfig, VisionConfig, part_of
 from granvit.stages import Stage
 from ms_granvit import distributed
@@ -33,21 +33,21 @@ class Losses(nn.Cell):
     def __init__(self, model: GranViT, teacher: VisionEncoder | None, config: RunConfig, own_grid: int):
         super().__init__(auto_prefix=False)
         self.model, self.teacher = model, teacher
-        self.weight, self.kind, self.grid = config.distill.weight, config.distill.loss, config.distill.grid or own_grid
+        self.weight, self.loss, self.grid = config.distill.weight, config.distill.loss, config.distill.grid or own_grid
 
     def construct(self, pixels_B3RR, image_weights_B, token_ids_BS, positions_BS, segments_BS, image_positions_BN,
                   answer_positions_BA, answer_targets_BA, answer_weights_BA, tokens, boxes=None, boxes_BK4=None,
                   box_weights_BK=None, crops_BK3rr=None, grids_B2=None):  # fmt: skip
-        """Loss, caption loss, distillation loss: the batch's sums divided by `tokens` and `boxes` (`Scalars.divisors`). Then the
-        summed variance of the teacher's features, undivided."""
-        logits, top = self.model(
+        """Loss, caption loss, distillation loss: the batch's sums divided by `tokens` and `boxes` (`StepInputs.divisors`). Then
+        the summed variance of the teacher's features, undivided."""
+        logits, built_features = self.model(
             pixels_B3RR, image_weights_B, token_ids_BS, positions_BS, segments_BS, image_positions_BN, answer_positions_BA
         )
         caption = caption_sum(logits, answer_targets_BA, answer_weights_BA) / tokens
         if self.teacher is None:
             return caption, caption, ops.zeros_like(caption), ops.zeros_like(caption)
         target = teacher_features(self.teacher, crops_BK3rr, self.grid)
-        distill, variance = distill_sums(top, target, boxes_BK4, box_weights_BK, self.kind, grids_B2)
+        distill, variance = distill_sums(built_features, target, boxes_BK4, box_weights_BK, self.loss, grids_B2)
         distill = distill / boxes
         return caption + self.weight * distill, caption, distill, variance
 
@@ -98,7 +98,7 @@ class Engine:
         self.implementations = {"attention": attention, "roi_align": "separable"}
 
         with stored_as(dtype):
-            self.model = GranViT(vision, language, dtype, attention, runtime.recompute, stage.blind)
+            self.model = GranViT(vision, language, dtype, attention, runtime.recompute, stage.zero_image_tokens)
         for parameter in self.model.get_parameters():
             parameter.requires_grad = part_of(parameter.name) in stage.trains
             parameter.set_dtype(ms.float32 if parameter.requires_grad else dtype)
@@ -134,33 +134,33 @@ class Engine:
     memory = staticmethod(distributed.memory)
     join = staticmethod(distributed.join)
 
-    def step(self, micro_batches: Sequence[Batch], scalars: Scalars) -> StepResult:
+    def step(self, micro_batches: Sequence[Batch], step_inputs: StepInputs) -> StepResult:
         """Forward and backward over the micro-batches, sum over ranks, clip, AdamW, EMA.
 
         The device is read once, before the update; where the loss is not finite, its micro-batches' losses are read as well.
         """
         terms, own_losses = Tensor(np.zeros(3, np.float32)), []
         for batch in micro_batches:
-            terms, own = self.micro_batch(terms, *self.inputs(batch, scalars))
-            own_losses.append(own)
-        read, grad_norm = self.reduce(terms)
-        caption, distill, variance, norm = read.asnumpy().tolist()
+            terms, loss_of_batch = self.micro_batch(terms, *self.inputs(batch, step_inputs))
+            own_losses.append(loss_of_batch)
+        terms_and_norm, grad_norm = self.reduce(terms)
+        caption, distill, variance, norm = terms_and_norm.asnumpy().tolist()
         loss = caption + self.config.distill.weight * distill
         if not np.isfinite([loss, norm]).all():
             self.clear(scalar(0.0))
-            culprits = [i for i, own in enumerate(own_losses) if not np.isfinite(own.asnumpy())]
+            culprits = [i for i, loss_of_batch in enumerate(own_losses) if not np.isfinite(loss_of_batch.asnumpy())]
             raise NonFiniteLoss(f"loss {loss}, gradient norm {norm}", culprits)
-        c, t = self.config.optimizer, scalars.step
+        c, t = self.config.optimizer, step_inputs.step
         own_rates, decays = np.array([c.of_part(part) for part in PARTS]).T
-        rates = scalars.learning_rate * (own_rates / c.lr)
+        rates = step_inputs.learning_rate * (own_rates / c.lr)
         per_part = (1 - rates * decays, rates / (1 - c.betas[0] ** t))
         self.update(*(Tensor(values.astype(np.float32)) for values in per_part), scalar(1 - c.betas[1] ** t), grad_norm)
         if self.ema is not None:
-            self.ema(scalar(scalars.alpha), scalar(1 - scalars.alpha))
-        return StepResult(loss, caption, distill, norm, (variance / max(scalars.boxes, 1)) ** 0.5)
+            self.ema(scalar(step_inputs.alpha), scalar(1 - step_inputs.alpha))
+        return StepResult(loss, caption, distill, norm, (variance / max(step_inputs.boxes, 1)) ** 0.5)
 
-    def inputs(self, batch: Batch, scalars: Scalars) -> list[Tensor]:
-        tokens, boxes = map(np.float32, scalars.divisors(batch))
+    def inputs(self, batch: Batch, step_inputs: StepInputs) -> list[Tensor]:
+        tokens, boxes = map(np.float32, step_inputs.divisors(batch))
         arrays = [
             batch.pixels_B3RR, batch.image_weights_B, batch.token_ids_BS, batch.positions_BS, batch.segments_BS,
             batch.image_positions_BN, batch.answer_positions_BA, batch.answer_targets_BA, batch.answer_weights_BA,
@@ -189,9 +189,9 @@ class Engine:
 
     def load(self, group: Group, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
         """Replaces one group's tensors."""
-        into = self._group(group)
+        parameters = self._group(group)
         for name, array in tensors:
-            into[name].set_data(to_tensor(array, into[name].dtype))
+            parameters[name].set_data(to_tensor(array, parameters[name].dtype))
 
     def generate(self, prompts: PromptBatch, max_new_tokens: int, stop_token: int) -> np.ndarray:
         """Greedy continuation, int32 `[B, max_new_tokens]`."""

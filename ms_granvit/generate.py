@@ -11,7 +11,7 @@ from ms_granvit.model import GranViT, take
 
 
 class Prefill(nn.Cell):
-    """Prompts -> the first token of each answer, its logits `[B, 1, V]` and the caches `[layers, B, KV, S + new, D]`."""
+    """Prompts -> the first token of each answer, its logits `[B, 1, V]` and the caches `[layers, B, G, S + new_tokens, D]`."""
 
     def __init__(self, model: GranViT, language: LanguageConfig):
         super().__init__(auto_prefix=False)
@@ -19,12 +19,12 @@ class Prefill(nn.Cell):
         self.layers, self.kv_heads, self.head_dim = language.layers, language.kv_heads, language.head_dim
 
     def construct(self, pixels_B3RR: Tensor, token_ids_BS: Tensor, lengths_B: Tensor, image_positions_BN: Tensor,
-                  room: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+                  new_tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         B, S = token_ids_BS.shape
         decoder = self.model.language
-        empty = ops.zeros((self.layers, B, self.kv_heads, S + room, self.head_dim), decoder.dtype)
-        shown = ops.ones((B,), ms.float32)
-        inputs, _ = self.model.inputs(pixels_B3RR, shown, token_ids_BS, image_positions_BN)
+        empty = ops.zeros((self.layers, B, self.kv_heads, S + new_tokens, self.head_dim), decoder.dtype)
+        image_weights_B = ops.ones((B,), ms.float32)
+        inputs, _ = self.model.inputs(pixels_B3RR, image_weights_B, token_ids_BS, image_positions_BN)
         positions = ops.broadcast_to(ops.expand_dims(ops.arange(S, dtype=ms.int32), 0), (B, S))
         valid = positions < ops.expand_dims(lengths_B, 1)
         hidden, keys, values = decoder.forward_cached(inputs, positions, valid, empty, empty)
@@ -53,22 +53,22 @@ def choose_token(logits_B1V: Tensor) -> Tensor:
 
 
 def greedy(prefill: Prefill, decode: Decode, prompts: PromptBatch, max_new_tokens: int, stop_token: int,
-           seen: Callable[[Tensor], None] = lambda logits_B1V: None) -> np.ndarray:  # fmt: skip
+           on_logits: Callable[[Tensor], None] = lambda logits_B1V: None) -> np.ndarray:  # fmt: skip
     """The most probable continuation of each row, int32 `[B, max_new_tokens]`; `stop_token` fills what follows the first one.
 
-    `seen` is shown the logits `[B, 1, V]` of every step; they stay on the device unless it reads them.
+    `on_logits` is called with the logits `[B, 1, V]` of every step; they stay on the device unless it reads them.
     """
-    chosen, logits, keys, values = prefill(
+    tokens, logits, keys, values = prefill(
         Tensor(prompts.pixels_B3RR), Tensor(prompts.token_ids_BS), Tensor(prompts.lengths_B), Tensor(prompts.image_positions_BN),
         max_new_tokens,
     )  # fmt: skip
     out = np.full((len(prompts.lengths_B), max_new_tokens), stop_token, np.int32)
-    ended = np.zeros(len(out), bool)
+    finished = np.zeros(len(out), bool)
     for t in range(max_new_tokens):
-        seen(logits)
-        out[:, t] = np.where(ended, stop_token, chosen.asnumpy()[:, 0])
-        ended |= out[:, t] == stop_token
-        if ended.all() or t + 1 == max_new_tokens:
+        on_logits(logits)
+        out[:, t] = np.where(finished, stop_token, tokens.asnumpy()[:, 0])
+        finished |= out[:, t] == stop_token
+        if finished.all() or t + 1 == max_new_tokens:
             break
-        chosen, logits, keys, values = decode(chosen, Tensor((prompts.lengths_B + t)[:, None].astype(np.int32)), keys, values)
+        tokens, logits, keys, values = decode(tokens, Tensor((prompts.lengths_B + t)[:, None].astype(np.int32)), keys, values)
     return out

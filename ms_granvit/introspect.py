@@ -9,7 +9,7 @@ from mindspore import ParameterTuple, Tensor, nn, ops
 
 from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
-from granvit.engine import LOSSES, Scalars
+from granvit.engine import LOSSES, StepInputs
 from granvit.introspection import INPUTS, Capture, Feed
 from granvit.models import LanguageConfig, Shapes, VisionConfig
 from ms_granvit import language, layers, projector
@@ -180,20 +180,20 @@ class Introspector:
         """Forward and backward over one batch, with what is fed in place of activations."""
         for name, tap in self.taps.items():
             tap.feed((feed or {}).get(name))
-        inputs = self.engine.inputs(batch, Scalars(1, 0.0, 0.0, batch.tokens, batch.boxes))
+        inputs = self.engine.inputs(batch, StepInputs(1, 0.0, 0.0, batch.tokens, batch.boxes))
         ms.set_context(mode=self.mode)
         try:
             losses, gradients = self.differentiated(*inputs) if backward else (self.engine.micro_batch.losses(*inputs), ())
         finally:
             ms.set_context(mode=ms.GRAPH_MODE)
         names = [p.name for p in self.weights] if backward else []
-        of_weights = {name: to_numpy(g) for name, g in zip(names, gradients, strict=False)}
+        weight_gradients = {name: to_numpy(g) for name, g in zip(names, gradients, strict=False)}
         probed = [name for name in self.taps if not name.startswith("teacher.")] if backward else []
         return Capture(
             losses={name: float(term.asnumpy()) for name, term in zip(LOSSES, losses, strict=False)},
             activations={name: to_numpy(tap.value) for name, tap in self.taps.items()},
             activation_gradients={name: to_numpy(g) for name, g in zip(probed, gradients[len(names) :], strict=True)},
-            parameter_gradients=of_weights,
+            parameter_gradients=weight_gradients,
         )
 
     def operate(self, operator: str, arrays: Sequence[np.ndarray], cotangent: np.ndarray, differentiate: int,
@@ -205,8 +205,8 @@ class Introspector:
         try:
             if not differentiate:
                 return to_numpy(cell(*inputs)), []
-            of = tuple(range(1, differentiate + 1))
-            (_, out), gradients = ms.value_and_grad(Weighted(cell), of, None, has_aux=True)(
+            positions = tuple(range(1, differentiate + 1))
+            (_, out), gradients = ms.value_and_grad(Weighted(cell), positions, None, has_aux=True)(
                 to_tensor(cotangent, ms.float32), *inputs
             )
         finally:

@@ -1,6 +1,6 @@
 """CausalDecoder: Qwen2.5 and Llama-3 (RMSNorm, RoPE, grouped-query attention, SwiGLU).
 
-Layout letters: B rows, S sequence, L cache slots, C width, D head width, V vocabulary.
+Layout letters: B rows, H query heads, G key-value heads, S sequence, L cache slots, C width, D head width, V vocabulary.
 """
 from pathlib import Path
 from typing import Self
@@ -11,8 +11,8 @@ from mindspore import Tensor, nn, ops
 
 from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
 from granvit.models import LanguageConfig, language_shapes
-from ms_granvit.arrays import dtype_here, fill, to_numpy
-from ms_granvit.distributed import choose_device
+from ms_granvit.arrays import dtype_on_device, fill, to_numpy
+from ms_granvit.distributed import use_device
 from ms_granvit.layers import Embedding, Linear, RMSNorm, activate, linear, stored_as
 from ms_granvit.ops import attention as attention_ops
 from ms_granvit.taps import Module
@@ -37,8 +37,8 @@ class Rotary(nn.Cell):
 def rotate(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Applies RoPE: the first half of the head's width is paired with the second."""
     half = x_BHSD.shape[-1] // 2
-    turned = ops.cat((-x_BHSD[..., half:], x_BHSD[..., :half]), -1)
-    return x_BHSD * cos + turned * sin
+    swapped = ops.cat((-x_BHSD[..., half:], x_BHSD[..., :half]), -1)
+    return x_BHSD * cos + swapped * sin
 
 
 class LanguageAttention(Module):
@@ -53,7 +53,7 @@ class LanguageAttention(Module):
         self.o_proj = Linear(c.heads * c.head_dim, c.width, False)
 
     def project(self, x_BSC: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries `[B, H, S, D]`, rotated keys and values `[B, KV, S, D]`."""
+        """Rotated queries `[B, H, S, D]`, rotated keys and values `[B, G, S, D]`."""
         B, S, _ = x_BSC.shape
         q = self.q_proj(x_BSC).reshape(B, S, self.heads, self.head_dim).transpose(0, 2, 1, 3)
         k = self.k_proj(x_BSC).reshape(B, S, self.kv_heads, self.head_dim).transpose(0, 2, 1, 3)
@@ -96,12 +96,12 @@ class LanguageBlock(Module):
 
     def forward_cached(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, keys: Tensor, values: Tensor,
                        slots_BSL: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """As `construct`, over a cache `[B, KV, L, D]` into which the new keys and values are written at one-hot slots."""
+        """As `construct`, over a cache `[B, G, L, D]` into which the new keys and values are written at one-hot slots."""
         q, k, v = self.self_attn.project(self.input_layernorm(x), cos, sin)
         B, S, L = slots_BSL.shape
-        into = ops.broadcast_to(ops.expand_dims(ops.cast(slots_BSL, x.dtype), 1), (B, k.shape[1], S, L))
-        keys = keys + ops.BatchMatMul(transpose_a=True)(into, k)
-        values = values + ops.BatchMatMul(transpose_a=True)(into, v)
+        one_hot_BGSL = ops.broadcast_to(ops.expand_dims(ops.cast(slots_BSL, x.dtype), 1), (B, k.shape[1], S, L))
+        keys = keys + ops.BatchMatMul(transpose_a=True)(one_hot_BGSL, k)
+        values = values + ops.BatchMatMul(transpose_a=True)(one_hot_BGSL, v)
         x = x + self.self_attn.attend(q, keys, values, mask)
         return x + self.mlp(self.post_attention_layernorm(x)), keys, values
 
@@ -130,14 +130,15 @@ class CausalDecoder(Module):
                 block.recompute()
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, dtype: ms.Type | None = None) -> Self:
+    def from_pretrained(cls, directory: str | Path, dtype: ms.Type | None = None, device: str = "auto") -> Self:
         """The decoder in a publisher's directory (any layout that `parity/convert.py` knows), in a run or in one of
-        `save_pretrained`, for evaluation; `dtype` (default: the stored one; float32 on CPU), warnings and errors as for the
-        encoder."""
+        `save_pretrained`, for evaluation; `dtype` (default: the stored one; float32 on CPU), `device`, warnings and errors as
+        for the encoder."""
         opened = open_pretrained(directory, "language")
-        dtype = dtype or dtype_here(opened.dtype)
+        device = use_device(device)
+        dtype = dtype or dtype_on_device(opened.dtype)
         with stored_as(dtype):
-            decoder = cls(opened.language, dtype, attention_ops.choose("auto", choose_device("auto"), dtype))
+            decoder = cls(opened.language, dtype, attention_ops.choose("auto", device, dtype))
         fill(decoder, opened.tensors, "language.")
         return decoder
 
@@ -167,14 +168,14 @@ class CausalDecoder(Module):
 
     def forward_cached(self, inputs_BSC: Tensor, positions_BS: Tensor, valid_BS: Tensor, keys: Tensor,
                        values: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """As `construct` for one causal segment whose positions are its cache slots, with caches `[layers, B, KV, L, D]`.
+        """As `construct` for one causal segment whose positions are its cache slots, with caches `[layers, B, G, L, D]`.
 
         Slots of tokens that are not valid (padding) stay empty. Returns hidden states and the caches.
         """
         cos, sin = self.rotary(positions_BS)
-        slots, at = ops.arange(keys.shape[3], dtype=positions_BS.dtype), ops.expand_dims(positions_BS, -1)
-        mask = ops.expand_dims(slots <= at, 1)
-        slots_BSL = ops.logical_and(slots == at, ops.expand_dims(valid_BS, -1))
+        slots, positions_BS1 = ops.arange(keys.shape[3], dtype=positions_BS.dtype), ops.expand_dims(positions_BS, -1)
+        mask = ops.expand_dims(slots <= positions_BS1, 1)
+        slots_BSL = ops.logical_and(slots == positions_BS1, ops.expand_dims(valid_BS, -1))
         # Taken apart at once: on CPU a slice of an array of five axes takes longer than the rest of a layer.
         x, keys, values = inputs_BSC, ops.unstack(keys, 0), ops.unstack(values, 0)
         all_keys, all_values = (), ()

@@ -11,8 +11,8 @@ from mindspore import Tensor, ops
 
 from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
 from granvit.models import PARTS, LanguageConfig, VisionConfig, parameter_shapes
-from ms_granvit.arrays import dtype_here, fill, to_numpy
-from ms_granvit.distributed import choose_device
+from ms_granvit.arrays import dtype_on_device, fill, to_numpy
+from ms_granvit.distributed import use_device
 from ms_granvit.language import CausalDecoder
 from ms_granvit.layers import stored_as
 from ms_granvit.ops import attention as attention_ops
@@ -36,25 +36,26 @@ def take(hidden_BSC: Tensor, positions_BA: Tensor) -> Tensor:
 class GranViT(Module):
     """An image and questions about it -> logits of the answers.
 
-    `blind` zeroes the image tokens: the guesser who reads the question alone.
+    `zero_image_tokens`: the decoder reads the question alone, with zeros in the place of the image (stage `guesser`).
     """
 
     def __init__(self, vision: VisionConfig, language: LanguageConfig, dtype: ms.Type, attention: str = "composed",
-                 recompute: bool = False, blind: bool = False):  # fmt: skip
+                 recompute: bool = False, zero_image_tokens: bool = False):  # fmt: skip
         super().__init__()
-        self.blind = blind
+        self.zero_image_tokens = zero_image_tokens
         self.vision = VisionEncoder(vision, dtype, attention=attention, recompute=recompute)
         self.projector = Projector(vision, language)
         self.language = CausalDecoder(language, dtype, attention, recompute)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, dtype: ms.Type | None = None) -> Self:
+    def from_pretrained(cls, directory: str | Path, dtype: ms.Type | None = None, device: str = "auto") -> Self:
         """The model in a run, in a LLaVA directory or in one of `save_pretrained`, for evaluation; `dtype` (default: the stored
-        one; float32 on CPU), warnings and errors as for the encoder."""
+        one; float32 on CPU), `device`, warnings and errors as for the encoder."""
         opened = open_pretrained(directory, *PARTS)
-        dtype = dtype or dtype_here(opened.dtype)
+        device = use_device(device)
+        dtype = dtype or dtype_on_device(opened.dtype)
         with stored_as(dtype):
-            model = cls(opened.vision, opened.language, dtype, attention_ops.choose("auto", choose_device("auto"), dtype))
+            model = cls(opened.vision, opened.language, dtype, attention_ops.choose("auto", device, dtype))
         fill(model, opened.tensors)
         return model
 
@@ -66,29 +67,29 @@ class GranViT(Module):
 
     def inputs(self, pixels_B3RR: Tensor, image_weights_B: Tensor, token_ids_BS: Tensor,
                image_positions_BN: Tensor) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Input embeddings `[B, S, C]` with image tokens in their places, and the encoder's features at its top level.
+        """Input embeddings `[B, S, C]` with image tokens in their places, and the encoder's features at its `built_level`.
 
-        A token at position -1 is nowhere: it adds nothing, to position 0.
+        A token at position -1 has no place: its weight is 0, and zeros are added at position 0.
         """
         embeddings = self.language.embed(token_ids_BS)
         B, S, C = embeddings.shape
-        at = ops.expand_dims(row_offsets(ops.maximum(image_positions_BN, 0), S), -1)
+        offsets = ops.expand_dims(row_offsets(ops.maximum(image_positions_BN, 0), S), -1)
         present = ops.cast(image_positions_BN >= 0, image_weights_B.dtype)
-        shown = ops.cast(image_weights_B.reshape(B, 1) * present, self.language.dtype)
-        kept = 1 - ops.scatter_nd(at, shown.reshape(-1), (B * S,)).reshape(B, S, 1)
-        if self.blind:
-            return self.emit(embeddings * kept), None
+        weights_BN = ops.cast(image_weights_B.reshape(B, 1) * present, self.language.dtype)
+        text_weights_BS1 = 1 - ops.scatter_nd(offsets, weights_BN.reshape(-1), (B * S,)).reshape(B, S, 1)
+        if self.zero_image_tokens:
+            return self.emit(embeddings * text_weights_BS1), None
         R = pixels_B3RR.shape[-1]
-        features, top = self.vision.encode(pixels_B3RR.reshape(-1, 3, R, R))
-        tokens = self.projector(features).reshape(B, -1, C) * ops.expand_dims(shown, -1)
-        merged = embeddings * kept + ops.scatter_nd(at, tokens.reshape(-1, C), (B * S, C)).reshape(B, S, C)
-        return self.emit(merged), top
+        features, built_features = self.vision.encode(pixels_B3RR.reshape(-1, 3, R, R))
+        tokens_BNC = self.projector(features).reshape(B, -1, C) * ops.expand_dims(weights_BN, -1)
+        placed_BSC = ops.scatter_nd(offsets, tokens_BNC.reshape(-1, C), (B * S, C)).reshape(B, S, C)
+        return self.emit(embeddings * text_weights_BS1 + placed_BSC), built_features
 
     def construct(self, pixels_B3RR: Tensor, image_weights_B: Tensor, token_ids_BS: Tensor, positions_BS: Tensor,
                   segments_BS: Tensor, image_positions_BN: Tensor,
                   answer_positions_BA: Tensor) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Logits `[B, A, V]` at the supervised positions only, and the encoder's top features: `[B, N, C]`, with tiling those
-        of every view, `[B T, N, C]`."""
-        inputs, top = self.inputs(pixels_B3RR, image_weights_B, token_ids_BS, image_positions_BN)
+        """Logits `[B, A, V]` at the supervised positions only, and the encoder's features at its `built_level`: `[B, N, C]`, with
+        tiling those of every view, `[B T, N, C]`."""
+        inputs, built_features = self.inputs(pixels_B3RR, image_weights_B, token_ids_BS, image_positions_BN)
         hidden = self.language(inputs, positions_BS, segments_BS)
-        return self.language.head(take(hidden, answer_positions_BA)), top
+        return self.language.head(take(hidden, answer_positions_BA)), built_features

@@ -40,19 +40,19 @@ class AdamW(nn.Cell):
         self.part = tuple(PARTS.index(part_of(p.name)) for p in parameters)
         self.decayed = tuple(config.of_part(part_of(p.name))[1] > 0 and p.ndim >= 2 for p in parameters)
 
-    def construct(self, keeps: Tensor, rates: Tensor, correction2: Tensor, grad_norm: Tensor) -> Tensor:
+    def construct(self, decay_factors: Tensor, rates: Tensor, correction2: Tensor, grad_norm: Tensor) -> Tensor:
         """One update from the accumulated gradients, which are clipped to `clip_norm` and then zeroed.
 
-        `keeps` `[3]` holds 1 - learning_rate * weight_decay of each of `PARTS`, `rates` `[3]` their learning_rate /
+        `decay_factors` `[3]` holds 1 - learning_rate * weight_decay of each of `PARTS`, `rates` `[3]` their learning_rate /
         (1 - beta1^t); `correction2` is 1 - beta2^t.
         """
-        keep, rate = (keeps[0], keeps[1], keeps[2]), (rates[0], rates[1], rates[2])
+        decay_factor, rate = (decay_factors[0], decay_factors[1], decay_factors[2]), (rates[0], rates[1], rates[2])
         scale = ops.minimum(self.clip_norm / (grad_norm + 1e-6), ops.ones_like(grad_norm))
         for i in range(len(self.parameters)):
             g = self.gradients[i] * scale
             m = self.beta1 * self.first_moment[i] + (1 - self.beta1) * g
             v = self.beta2 * self.second_moment[i] + (1 - self.beta2) * ops.square(g)
-            p = self.parameters[i] * keep[self.part[i]] if self.decayed[i] else self.parameters[i]
+            p = self.parameters[i] * decay_factor[self.part[i]] if self.decayed[i] else self.parameters[i]
             ops.assign(self.parameters[i], p - rate[self.part[i]] * m / (ops.sqrt(v / correction2) + self.eps))
             ops.assign(self.first_moment[i], m)
             ops.assign(self.second_moment[i], v)

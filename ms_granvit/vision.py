@@ -11,8 +11,8 @@ from mindspore import Tensor, nn, ops
 from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
 from granvit.interpolate import position_matrix
 from granvit.models import Level, VisionConfig, vision_shapes
-from ms_granvit.arrays import dtype_here, fill, to_numpy
-from ms_granvit.distributed import choose_device
+from ms_granvit.arrays import dtype_on_device, fill, to_numpy
+from ms_granvit.distributed import use_device
 from ms_granvit.layers import Embedding, Linear, activate, linear, norm, parameter, stored_as
 from ms_granvit.ops import attention as attention_ops
 from ms_granvit.taps import Module
@@ -30,8 +30,8 @@ class PatchEmbedding(Module):
 
     def construct(self, pixels_B3RR: Tensor) -> Tensor:
         B, grid, p = pixels_B3RR.shape[0], pixels_B3RR.shape[2] // self.patch, self.patch
-        seen = pixels_B3RR if grid * p == pixels_B3RR.shape[2] else pixels_B3RR[:, :, : grid * p, : grid * p]
-        patches = seen.reshape(B, 3, grid, p, grid, p).transpose(0, 2, 4, 1, 3, 5).reshape(B, grid * grid, 3 * p * p)
+        covered = pixels_B3RR if grid * p == pixels_B3RR.shape[2] else pixels_B3RR[:, :, : grid * p, : grid * p]
+        patches = covered.reshape(B, 3, grid, p, grid, p).transpose(0, 2, 4, 1, 3, 5).reshape(B, grid * grid, 3 * p * p)
         return self.emit(linear(patches, self.weight.reshape(self.weight.shape[0], 3 * p * p), self.bias))
 
 
@@ -135,21 +135,21 @@ class VisionBlocks(nn.Cell):
 class VisionEncoder(Module):
     """Patch features of images of one size.
 
-    `image_size` other than the configuration's resamples the position embeddings (bicubic). Blocks above `c.highest`
+    `image_size` other than the configuration's resamples the position embeddings (bicubic). Blocks above `c.built_level`
     do not exist (see `VisionConfig`).
     """
 
     def __init__(self, c: VisionConfig, dtype: ms.Type, image_size: int | None = None, attention: str = "composed",
                  recompute: bool = False):  # fmt: skip
         super().__init__()
-        self.config, self.dtype, self.skip, self.built = c, dtype, int(c.class_token), ", ".join(c.built_levels)
+        self.config, self.dtype, self.skip, self.built = c, dtype, int(c.class_token), ", ".join(c.available_levels)
         self.side = c.side(image_size)
         self.takes = f"this encoder takes [B, 3, {self.side}, {self.side}]; load_encoder(..., resolution=SIDE) makes another"
         self.embeddings = VisionEmbeddings(c, self.side)
         self.pre_layernorm = norm(c.norm, c.width, c.norm_eps) if c.pre_norm else None
         self.encoder = VisionBlocks(c, attention)
-        self.post_layernorm = norm(c.norm, c.width, c.norm_eps) if c.highest == "final" else None
-        self.level, self.highest, self.penultimate = c.level, c.highest, c.layers - 2
+        self.post_layernorm = norm(c.norm, c.width, c.norm_eps) if c.built_level == "final" else None
+        self.level, self.built_level, self.penultimate = c.level, c.built_level, c.layers - 2
         self.mean = Tensor(c.mean, ms.float32).reshape(1, 3, 1, 1)
         self.std = Tensor(c.std, ms.float32).reshape(1, 3, 1, 1)
         if recompute:
@@ -157,19 +157,21 @@ class VisionEncoder(Module):
                 block.recompute()
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, resolution: int | None = None, dtype: ms.Type | None = None) -> Self:
+    def from_pretrained(cls, directory: str | Path, resolution: int | None = None, dtype: ms.Type | None = None,
+                        device: str = "auto") -> Self:  # fmt: skip
         """The encoder in a publisher's directory (any layout that `parity/convert.py` knows), in a run or in one of
         `save_pretrained`, all blocks that are there built, for evaluation.
 
         `resolution` is the images' side in pixels (default: the published one), `dtype` that of weights and activations (default:
-        the stored one; float32 on CPU). What the directory holds besides is named in a warning. `ValueError` names file and
-        tensor, or the key of config.json, that is at fault.
+        the stored one; float32 on CPU). `device` is where the encoder lies: cpu or npu, for the whole process; auto, the
+        default, is the accelerator where there is one. What the directory holds besides is named in a warning. `ValueError`
+        names file and tensor, or the key of config.json, that is at fault.
         """
         opened = open_pretrained(directory, "vision")
-        dtype = dtype or dtype_here(opened.dtype)
-        attention = attention_ops.choose("auto", choose_device("auto"), dtype)
+        device = use_device(device)
+        dtype = dtype or dtype_on_device(opened.dtype)
         with stored_as(dtype):
-            encoder = cls(opened.vision, dtype, resolution, attention)
+            encoder = cls(opened.vision, dtype, resolution, attention_ops.choose("auto", device, dtype))
         fill(encoder, opened.tensors, "vision.")
         return encoder
 
@@ -192,7 +194,7 @@ class VisionEncoder(Module):
             x = block(x)
             if i == self.penultimate:
                 levels["penultimate"] = self.patches(x)
-        if self.highest != "penultimate":
+        if self.built_level != "penultimate":
             levels["last"] = self.patches(x)
         if self.post_layernorm is not None:
             levels["final"] = self.patches(self.post_layernorm(x))
@@ -203,9 +205,9 @@ class VisionEncoder(Module):
         return tokens_BNC[:, self.skip :] if self.skip else tokens_BNC
 
     def encode(self, pixels_B3RR: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 pixels -> patch features `[B, N, C]` at `config.level` and at `config.highest`."""
+        """uint8 pixels -> patch features `[B, N, C]` at `config.level` and at `config.built_level`."""
         levels = self.levels(self.normalise(pixels_B3RR))
-        return levels[self.level], levels[self.highest]
+        return levels[self.level], levels[self.built_level]
 
     def construct(self, pixels_B3RR: Tensor, level: Level = "penultimate") -> Tensor:
         """Normalised pixels (`(x / 255 - mean) / std`) -> patch features `[B, N, C]`; `ValueError` for images of another size

@@ -161,33 +161,33 @@ def _storable(array: np.ndarray) -> np.ndarray:
 
 
 def _suites(fixture: Fixture, framework: str, request: Request, Introspector: type) -> Iterable[tuple[str, Tensors]]:
-    asked = request.suites
+    suites = request.suites
     config = fixture.config("stage1", request.compute, request.device)
-    if {"ops", "generate"} & set(asked):
+    if {"ops", "generate"} & set(suites):
         closed = Introspector(config, fixture.vision, fixture.language, fixture.weights.items(), {}, request.graph)
-        if "ops" in asked:
+        if "ops" in suites:
             yield "ops", _operators(closed, fixture)
-        if "generate" in asked:
+        if "generate" in suites:
             yield "generate", _generation(closed, fixture)
-    if set(OPENED) & set(asked):
+    if set(OPENED) & set(suites):
         shapes = fixture.shapes(config)
         opened = Introspector(config, fixture.vision, fixture.language, fixture.weights.items(), shapes, request.graph)
-        for suite in (s for s in OPENED if s in asked):
+        for suite in (s for s in OPENED if s in suites):
             found = opened_suite(opened, fixture, suite, request.golden)
             check_deterministic(framework, found, opened_suite(opened, fixture, suite, request.golden))
             yield suite, found
     for stage in ("stage1", "stage2"):
-        if stage not in asked and not (stage == "stage1" and "trajectory" in asked):
+        if stage not in suites and not (stage == "stage1" and "trajectory" in suites):
             continue
         engine = make_engine(framework, fixture, stage, request)
-        if stage in asked:
+        if stage in suites:
             yield stage, training_step(engine, fixture)
-        if stage == "stage1" and "trajectory" in asked:
+        if stage == "stage1" and "trajectory" in suites:
             reset(engine, fixture)
             yield "trajectory", _trajectory(engine, fixture, request.steps)
-    if "trajectory2" in asked:
+    if "trajectory2" in suites:
         yield "trajectory2", _two_ranks(fixture, framework, request)
-    if "options" in asked:
+    if "options" in suites:
         for name in request.options:
             yield from _option(fixture.seed, framework, request, name)
 
@@ -206,7 +206,7 @@ def option_steps(framework: str, fixture: Fixture, stage: str, request: Request)
     yield f"{suite}, step", training_step(engine, fixture)
     batches = [replace(batch, answer_weights_BA=0 * batch.answer_weights_BA, box_weights_BK=0 * batch.box_weights_BK)
                for batch in fixture.step_batches(2)]  # fmt: skip
-    result = engine.step(batches, fixture.scalars(2, batches))
+    result = engine.step(batches, fixture.step_inputs(2, batches))
     found: Tensors = {f"loss/{name}": np.array(value) for name, value in vars(result).items()}
     yield f"{suite}, empty step", found | {f"weight/{name}": array for name, array in _ordered(engine, "model", fixture)}
 
@@ -280,7 +280,7 @@ def reset(engine: TrainEngine, fixture: Fixture) -> None:
 def training_step(engine: TrainEngine, fixture: Fixture) -> Tensors:
     """One training step of accumulated micro-batches, and everything that it leaves behind."""
     batches = fixture.step_batches(1)
-    result = engine.step(batches, fixture.scalars(1, batches))
+    result = engine.step(batches, fixture.step_inputs(1, batches))
     values = vars(result)
     order = (*reversed(LOSSES), *(name for name in values if name not in LOSSES))
     found: Tensors = {f"loss/{name}": np.array(values[name]) for name in order}
@@ -304,7 +304,7 @@ def _trajectory(engine: TrainEngine, fixture: Fixture, steps: int) -> Tensors:
     rows: dict[str, list[float]] = {}
     for step in range(1, steps + 1):
         batches = fixture.step_batches(step)
-        result = engine.step(batches[engine.rank :: engine.world], fixture.scalars(step, batches))
+        result = engine.step(batches[engine.rank :: engine.world], fixture.step_inputs(step, batches))
         values = {"grad_norm": result.grad_norm, **vars(result), **_distances(engine, fixture)}  # a step's gradient comes first
         for name, value in values.items():
             rows.setdefault(name, []).append(value)

@@ -25,12 +25,12 @@ from parity import peers, preconditions, round_trips  # noqa: E402
 from parity.capture import Record, Request, compute, load_record, open_framework  # noqa: E402
 from parity.capture import environment as _versions  # noqa: E402
 from parity.compare import ROUNDOFF, Row, compare_records, compare_suite  # noqa: E402
+from parity.fault_trials import Trial, false_alarms  # noqa: E402
 from parity.faults import FAULTS  # noqa: E402
 from parity.fixture import Fixture, make_fixture  # noqa: E402
 from parity.options import OPTIONS, coverage, option_fixture  # noqa: E402
 from parity.preconditions import CouldNotTell  # noqa: E402
 from parity.report import COULD_NOT_TELL, Report, print_report, write_report  # noqa: E402
-from parity.trials import Trial, false_alarms  # noqa: E402
 
 FREE = ("ops", "vision", "language", "model", "stage1", "stage2", "trajectory", "trajectory2", "generate", "options",
         "checkpoint", "peers")  # fmt: skip
@@ -112,21 +112,21 @@ def _check(options: argparse.Namespace, console: Console) -> Report:
     fixture = _fixture(options)
     of_records = tuple(s for s in options.suite if s not in ("checkpoint", "peers"))
     request = Request(of_records, options.steps, options.precision)
-    said = lambda text: console.print(f"[dim]{text}[/]", highlight=False)  # noqa: E731
-    said("golden reference: PyTorch in float64")
+    announce = lambda text: console.print(f"[dim]{text}[/]", highlight=False)  # noqa: E731
+    announce("golden reference: PyTorch in float64")
     golden = compute(fixture, "torch", replace(request, compute="float64"))
     if options.isolate:
         request = replace(request, suites=(*of_records, "isolated"), golden=_opened_golden(fixture, golden))
         golden.suites |= compute(fixture, "torch", replace(request, suites=("isolated",), compute="float64")).suites
-    said("PyTorch")
+    announce("PyTorch")
     peer = compute(fixture, "torch", request)
-    said("MindSpore, static graph (compiles)")
+    announce("MindSpore, static graph (compiles)")
     candidate = compute(fixture, "mindspore", request)
     preconditions.check_comparable([golden, peer, candidate])
     rows = list(compare_records(golden, peer, candidate))
     eager = tuple(s for s in PYNATIVE if s in of_records)
     if eager:
-        said("MindSpore, PyNative")
+        announce("MindSpore, PyNative")
         found = compute(fixture, "mindspore", replace(request, suites=eager, graph=False))
         for suite in eager:
             sides = (record.suites[suite] for record in (golden, peer, found))
@@ -135,11 +135,11 @@ def _check(options: argparse.Namespace, console: Console) -> Report:
         _print_coverage(console)
     notes = []
     if "checkpoint" in options.suite:
-        said("checkpoints")
+        announce("checkpoints")
         rows += round_trips.rows(fixture)
         notes += round_trips.notes(fixture)
     if "peers" in options.suite:
-        said("transformers, MindFormers")
+        announce("transformers, MindFormers")
         rows += peers.rows(fixture, options.precision)
         notes += peers.notes(options.precision)
     return _report(options.precision, rows, candidate, peer, notes)

@@ -84,9 +84,9 @@ def compare_suite(suite: str, golden: Tensors, peer: Tensors, candidate: Tensors
             yield Row(suite, kind, name, reference.shape, nothing, nothing, floors, reason)
             continue
         if kind == "tokens":
-            own, differing = (float((x != reference).mean()) for x in (a, b))
+            peer_share, differing = (float((x != reference).mean()) for x in (a, b))
             reason = "" if differing == 0 else f"{differing:.0%} of the tokens differ"
-            yield Row(suite, kind, name, reference.shape, (own, own), (differing, differing), floors, reason)
+            yield Row(suite, kind, name, reference.shape, (peer_share, peer_share), (differing, differing), floors, reason)
             continue
         peer_error, error = (errors(x, reference, scales[key]) for x in (a, b))
         limit = tuple(max(RATIO * e, floor) if np.isfinite(e) else floor for e, floor in zip(peer_error, floors, strict=True))
@@ -143,8 +143,8 @@ def verdicts(rows: Iterable[Row]) -> list[Verdict]:
     for row in rows:
         by_suite.setdefault(row.suite, []).append(row)
     found = []
-    for suite, own in by_suite.items():
-        failures = [row for row in own if not row.passed]
-        worst = max(own, key=lambda row: row.badness)
-        found.append(Verdict(suite, len(own), len(failures), worst, failures[0] if failures else None))
+    for suite, rows_of_suite in by_suite.items():
+        failures = [row for row in rows_of_suite if not row.passed]
+        worst = max(rows_of_suite, key=lambda row: row.badness)
+        found.append(Verdict(suite, len(rows_of_suite), len(failures), worst, failures[0] if failures else None))
     return found

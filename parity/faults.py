@@ -185,13 +185,12 @@ def _(forward):
     import torch
 
     def wrong(self, pixels):
-        kept = []
-        blocks = self.encoder.layers
-        handle = blocks[-1].register_forward_pre_hook(lambda _, args: kept.append(args[0]))
-        found = forward(self, pixels)
+        inputs_of_last = []
+        handle = self.encoder.layers[-1].register_forward_pre_hook(lambda _, args: inputs_of_last.append(args[0]))
+        features, built_features = forward(self, pixels)
         handle.remove()
-        assert isinstance(found[0], torch.Tensor)
-        return kept[0], found[1]
+        assert isinstance(features, torch.Tensor)
+        return inputs_of_last[0], built_features
 
     return wrong
 
@@ -202,12 +201,12 @@ def _(forward):
     import torch
 
     def wrong(self, pixels):
-        kept = []
-        handle = self.encoder.layers[-1].register_forward_hook(lambda _, args, out: kept.append(out))
-        top = forward(self, pixels)[1]
+        outputs_of_last = []
+        handle = self.encoder.layers[-1].register_forward_hook(lambda _, args, out: outputs_of_last.append(out))
+        built_features = forward(self, pixels)[1]
         handle.remove()
-        assert isinstance(kept[0], torch.Tensor)
-        return kept[0][:, :-1], top
+        assert isinstance(outputs_of_last[0], torch.Tensor)
+        return outputs_of_last[0][:, :-1], built_features
 
     return wrong
 
@@ -262,8 +261,8 @@ def _(f):
 
 @fault("lambda left out", "torch", "model", "loss/loss", at="pt_granvit.engine.Engine.losses")
 def _(f):
-    def wrong(self, batch, scalars):
-        _, caption, distill, variance = f(self, batch, scalars)
+    def wrong(self, batch, step_inputs):
+        _, caption, distill, variance = f(self, batch, step_inputs)
         return caption + distill, caption, distill, variance
 
     return wrong
@@ -282,9 +281,9 @@ def _(f):
 @fault("the last micro-batch's gradient alone", "torch", "stage1", "loss/grad_norm", "clipped gradient/",
        at="pt_granvit.engine.Engine.losses")  # fmt: skip
 def _(f):
-    def wrong(self, batch, scalars):
+    def wrong(self, batch, step_inputs):
         self.trained.gradients.zero_()
-        return f(self, batch, scalars)
+        return f(self, batch, step_inputs)
 
     return wrong
 
@@ -426,8 +425,8 @@ def _(f):
     import numpy as np
 
     def wrong(grid_from, grid_to):
-        kept = [row * grid_from + column for row in range(grid_to) for column in range(grid_to)]
-        return np.eye(grid_from**2, dtype=np.float32)[kept]
+        selected = [row * grid_from + column for row in range(grid_to) for column in range(grid_to)]
+        return np.eye(grid_from**2, dtype=np.float32)[selected]
 
     return wrong
 

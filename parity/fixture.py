@@ -14,7 +14,7 @@ import numpy as np
 
 from granvit.config import DistillSection, RunConfig, parse_config, resolve_models
 from granvit.data.batch import Batch, PromptBatch
-from granvit.engine import Scalars
+from granvit.engine import StepInputs
 from granvit.init import initial_values
 from granvit.introspection import INPUTS, Feed, activation_shapes
 from granvit.models import LanguageConfig, Shapes, VisionConfig, parameter_shapes, part_of
@@ -56,15 +56,15 @@ class Fixture:
         answers = self.batches[0].answer_targets_BA.shape[1]
         boxes = config.boxes_per_row
         found = activation_shapes(self.vision, self.language, rows, length, answers, boxes, config.crop_size(self.vision))
-        unseen = ("vision", "projector") if config.stage_spec.blind else ()
-        return {name: shape for name, shape in found.items() if part_of(name) not in unseen}
+        unused = ("vision", "projector") if config.stage_spec.zero_image_tokens else ()
+        return {name: shape for name, shape in found.items() if part_of(name) not in unused}
 
-    def scalars(self, step: int, batches: list[Batch]) -> Scalars:
-        """A step's scalars: the learning rate changes from step to step."""
+    def step_inputs(self, step: int, batches: list[Batch]) -> StepInputs:
+        """What enters step `step` (counted from 1) beside its batches; each step has a learning rate of its own."""
         rate, alpha = 1e-2 / (1 + 0.1 * step), float(alphas(DistillSection(**self.sections.get("distill", {})), step)[-1])
         tokens, boxes = (sum(counts) / self.share for counts in zip(*((b.tokens, b.boxes) for b in batches), strict=True))
-        means = len(batches) if self.sections.get("train", {}).get("loss_reduction") == "per_device" else 0
-        return Scalars(step, rate, alpha, tokens, boxes, means)
+        averaged = len(batches) if self.sections.get("train", {}).get("loss_reduction") == "per_device" else 0
+        return StepInputs(step, rate, alpha, tokens, boxes, averaged)
 
     def step_batches(self, step: int) -> list[Batch]:
         """The micro-batches of optimizer step `step`, counted from 1, over all ranks."""
@@ -90,7 +90,7 @@ class Fixture:
         """Whether transformers' SigLIP has this encoder's structure."""
         c = self.vision
         sizes = ("name", "image_size", "patch_size", "width", "layers", "heads", "mlp")
-        free = ("norm_eps", "level", "top", "mean", "std", "resize")
+        free = ("norm_eps", "level", "built_level", "mean", "std", "resize")
         return c == VisionConfig(**{field: getattr(c, field) for field in (*sizes, *free)})
 
     @property
@@ -126,7 +126,7 @@ def run_config(stage: str, vision: str, language: str, seed: int, compute: str, 
         "seed": seed,
         "model": {"vision": vision, "language": language, "init": "random"},
         "data": {"sources": [{"path": "unused"}], "regions_per_row": REGIONS, "buckets": [{"length": 64, "answers": 16}]},
-        "train": {"global_batch": MICRO_BATCHES * ROWS * REGIONS, "micro_batch": ROWS},
+        "train": {"global_batch": MICRO_BATCHES * ROWS, "micro_batch": ROWS},
         "optimizer": {"lr": 1e-2, "betas": [0.8, 0.95], "eps": 1e-3, "weight_decay": 0.1, "clip_norm": 0.5},
         "distill": {"weight": 0.7},
         "runtime": {"compute": compute, "device": device},
@@ -177,7 +177,7 @@ def random_batch(vision: VisionConfig, language: LanguageConfig, rows: int, regi
     tokens = rng.integers(1, language.vocab, (rows, length)).astype(np.int32)
     positions = np.zeros((rows, length), np.int32)
     segments = np.full((rows, length), -1, np.int32)
-    at, targets = np.zeros((rows, answers), np.int32), np.zeros((rows, answers), np.int32)
+    answer_positions, targets = np.zeros((rows, answers), np.int32), np.zeros((rows, answers), np.int32)
     weights = np.zeros((rows, answers), np.float32)
     for row in range(rows):
         positions[row, :prefix], segments[row, :prefix] = np.arange(prefix), 0
@@ -188,7 +188,7 @@ def random_batch(vision: VisionConfig, language: LanguageConfig, rows: int, regi
             assert start + size <= length and used + answer <= answers, "length or answers too small for the rows"
             positions[row, start : start + size] = prefix + np.arange(size)
             segments[row, start : start + size] = region + 1
-            at[row, used : used + answer] = start + question - 1 + np.arange(answer)
+            answer_positions[row, used : used + answer] = start + question - 1 + np.arange(answer)
             targets[row, used : used + answer] = tokens[row, start + question : start + size]
             weights[row, used : used + answer] = 1
             start, used = start + size, used + answer
@@ -205,7 +205,7 @@ def random_batch(vision: VisionConfig, language: LanguageConfig, rows: int, regi
         positions_BS=positions,
         segments_BS=segments,
         image_positions_BN=places,
-        answer_positions_BA=at,
+        answer_positions_BA=answer_positions,
         answer_targets_BA=targets,
         answer_weights_BA=weights,
         boxes_BK4=corners.reshape(rows, regions, 4).astype(np.float32),

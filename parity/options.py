@@ -41,8 +41,8 @@ OPTIONS: dict[str, Option] = {
     # What CLIP's encoder has, and the closing norm's features for distillation; regions pooled, compared by cosine.
     "pooled": Option(
         "stage1",
-        {"activation": "quick_gelu", "class_token": True, "pre_norm": True, "patch_bias": False, "level": "last", "top": "final",
-         "mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28), "norm_eps": 1e-5},
+        {"activation": "quick_gelu", "class_token": True, "pre_norm": True, "patch_bias": False, "level": "last",
+         "built_level": "final", "mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28), "norm_eps": 1e-5},
         {"tied_head": False, "qkv_bias": False, "kv_heads": 4},
         {"distill": {"weight": 0.7, "loss": "cosine", "grid": 2, "features": "final", "alpha_warmup": 4},
          "runtime": {"recompute": True}},
@@ -60,7 +60,7 @@ OPTIONS: dict[str, Option] = {
     # The paper's high resolution, with what InternViT's encoder has.
     "tiled": Option(
         "stage1",
-        {"activation": "gelu", "layer_scale": True, "closing_norm": False, "level": "penultimate", "top": "last"},
+        {"activation": "gelu", "layer_scale": True, "closing_norm": False, "level": "penultimate", "built_level": "last"},
         {"tied_head": False, "qkv_bias": True, "rope_theta": 1e6, "norm_eps": 1e-5},
         {"distill": {"weight": 0.7, "crop_size": 16, "loss": "cosine"}, "vision": {"tiling": 4}},
     ),
@@ -85,7 +85,7 @@ OPTIONS: dict[str, Option] = {
         micro_batches=1, share=1e-5,
     ),
     # Questions without their image.
-    "blind": Option("guesser", {"activation": "silu"}, {"qkv_bias": False}, {"optimizer": {"clip_norm": 1e9}}),
+    "guesser": Option("guesser", {"activation": "silu"}, {"qkv_bias": False}, {"optimizer": {"clip_norm": 1e9}}),
 }  # fmt: skip
 
 
@@ -110,15 +110,15 @@ def option_fixture(seed: int, name: str) -> Fixture:
 
 def _shown(weights: np.ndarray, option: Option) -> np.ndarray:
     """Weights by row, 0 in the last `text_rows`."""
-    shown = weights.copy()
-    shown[len(shown) - option.text_rows :] = 0
-    return shown
+    shown_weights = weights.copy()
+    shown_weights[len(shown_weights) - option.text_rows :] = 0
+    return shown_weights
 
 
 # --- which values there are, and which a configuration has ------------------------------------------------------------
 # Words that no graph depends on.
 NOT_IN_THE_GRAPH = {
-    "vision.top": "the factor `highest level`",
+    "vision.built_level": "the factor `built level`",
     "vision.resize": "images are resized on the host (tests/data/test_images.py)",
     "vision.closing_norm": "says which levels may be named; the levels are here",
     "language.chat": "a chat template is text (tests/data/test_chat.py)",
@@ -165,14 +165,14 @@ NUMBERS: dict[str, tuple[tuple[str, ...], Read]] = {
     "ROI grid": (("none", "the teacher's", "below"), lambda r, v, c, o: _grid(r, v)),
     "crops": (("none", "the image's size", "below"), lambda r, v, c, o: _crops(r, v)),
     "tiles": (("none", "some"), lambda r, v, c, o: "some" if v.tiles else "none"),
-    "highest level": (("penultimate", "last", "final"), lambda r, v, c, o: v.highest),
+    "built level": (("penultimate", "last", "final"), lambda r, v, c, o: v.built_level),
     "distillation": (("False", "True"), lambda r, v, c, o: str(r.stage_spec.distill)),
-    "blind": (("False", "True"), lambda r, v, c, o: str(r.stage_spec.blind)),
+    "zero image tokens": (("False", "True"), lambda r, v, c, o: str(r.stage_spec.zero_image_tokens)),
     **{part: (("frozen", "trained"), lambda r, v, c, o, part=part: "trained" if part in r.stage_spec.trains else "frozen")
        for part in PARTS},
     "key heads": (("as many as query heads", "fewer"),
                   lambda r, v, c, o: "fewer" if c.kv_heads < c.heads else "as many as query heads"),
-    "pixels beyond the patches": (("none", "some"), lambda r, v, c, o: "some" if v.seen < v.image_size else "none"),
+    "pixels beyond the patches": (("none", "some"), lambda r, v, c, o: "some" if v.covered_pixels < v.image_size else "none"),
     "weight decay": (("none", "some"), lambda r, v, c, o: "some" if r.optimizer.weight_decay else "none"),
     "clipping": (("never", "at work"), lambda r, v, c, o: "never" if r.optimizer.clip_norm > 1e6 else "at work"),
     "alpha": (("at once", "warm-up"), lambda r, v, c, o: "warm-up" if r.distill.alpha_warmup else "at once"),
@@ -186,14 +186,14 @@ NUMBERS: dict[str, tuple[tuple[str, ...], Read]] = {
 def _grid(run: RunConfig, vision: VisionConfig) -> str:
     if not run.stage_spec.distill:
         return "none"
-    own = run.crop_size(vision) // vision.patch_size
-    return "below" if (run.distill.grid or own) < own else "the teacher's"
+    teacher_grid = run.crop_size(vision) // vision.patch_size
+    return "below" if (run.distill.grid or teacher_grid) < teacher_grid else "the teacher's"
 
 
 def _crops(run: RunConfig, vision: VisionConfig) -> str:
     if not run.stage_spec.distill:
         return "none"
-    return "below" if run.crop_size(vision) < vision.seen else "the image's size"
+    return "below" if run.crop_size(vision) < vision.covered_pixels else "the image's size"
 
 
 def domain() -> dict[str, tuple[str, ...]]:
@@ -214,8 +214,9 @@ def factors(option: Option, run: RunConfig, vision: VisionConfig, language: Lang
         value: Any = {"vision": vision, "language": language, "run": run}[root]
         for name in fields:
             value = getattr(value, name)
-        unseen = (root == "vision" and run.stage_spec.blind) or (fields[0] == "distill" and not run.stage_spec.distill)
-        if value is not None and not unseen:
+        spec = run.stage_spec
+        unused = (root == "vision" and spec.zero_image_tokens) or (fields[0] == "distill" and not spec.distill)
+        if value is not None and not unused:
             found[path] = str(value)
     return found
 

@@ -88,9 +88,9 @@ def _decoder(fixture: Fixture, batch: Batch) -> Tensors:
     with torch.no_grad():
         out = peer(inputs_embeds=torch.from_numpy(inputs).double(), output_hidden_states=True)
     found = {f"forward/language.model.layers.{i}": out.hidden_states[i + 1].numpy() for i in range(c.layers - 1)}
-    at = np.arange(rows)[:, None], batch.answer_positions_BA
+    answers = np.arange(rows)[:, None], batch.answer_positions_BA
     name = "language" if c.tied_head else "language.lm_head"
-    return found | {f"forward/{name}": out.logits.numpy()[at]}
+    return found | {f"forward/{name}": out.logits.numpy()[answers]}
 
 
 def one_segment(batch: Batch) -> Batch:

@@ -227,6 +227,6 @@ def _table(report: Report, sources: dict[str, str]) -> str:
 
 
 def _environment(report: Report) -> str:
-    shown = report.environment | {k: str(v) for k, v in report.settings.items() if k in ("seed", "steps", "weights", "batches")}
-    lines = "".join(f"<tr><td>{html.escape(k)}<td>{html.escape(v)}</tr>" for k, v in shown.items())
+    entries = report.environment | {k: str(v) for k, v in report.settings.items() if k in ("seed", "steps", "weights", "batches")}
+    lines = "".join(f"<tr><td>{html.escape(k)}<td>{html.escape(v)}</tr>" for k, v in entries.items())
     return f"<h2>Environment</h2><table>{lines}</table>"

@@ -47,13 +47,13 @@ def notes(fixture: Fixture) -> list[str]:
 
 def _convert(checkpoint: Checkpoint, layout: str, folder: Path) -> Iterator[Row]:
     """The checkpoint in a foreign layout and back: every tensor that the layout holds."""
-    there, back_again = folder / f"in {layout}", folder / f"from {layout}"
-    convert(checkpoint.path, there, layout)
-    convert(there, back_again, "default")
-    back = TensorSet(back_again, "model")
+    foreign, returned = folder / f"in {layout}", folder / f"from {layout}"
+    convert(checkpoint.path, foreign, layout)
+    convert(foreign, returned, "default")
+    tensors = TensorSet(returned, "model")
     for name, array in checkpoint.tensors("model"):
-        if name in back.shapes:
-            yield bytes_row("checkpoint", f"{layout} and back", name, array, back.read(name))
+        if name in tensors.shapes:
+            yield bytes_row("checkpoint", f"{layout} and back", name, array, tensors.read(name))
 
 
 def _resume(fixture: Fixture, source: str, target: str, run: Path) -> Iterator[Row]:
@@ -63,7 +63,7 @@ def _resume(fixture: Fixture, source: str, target: str, run: Path) -> Iterator[R
     writer = CheckpointWriter(run, config, fixture.vision, fixture.language)
     start = writer.record_start(fixture.weights.items())
     engine = load_engine_class(source)(config, fixture.vision, fixture.language, start)
-    engine.step(batches, fixture.scalars(1, batches))
+    engine.step(batches, fixture.step_inputs(1, batches))
     writer.save(engine, 1, {"questions": 0, "skipped": 0})
     checkpoint = newest_checkpoint(run)
     other = load_engine_class(target)(config, fixture.vision, fixture.language, checkpoint.tensors("model"))

@@ -1,5 +1,5 @@
-"""GranViT in PyTorch: `load_encoder(directory, resolution=None, dtype=None)`, `load_decoder(directory, dtype=None)`,
-`GranViT.from_pretrained`."""
+"""GranViT in PyTorch: `load_encoder(directory, resolution=None, dtype=None, device="auto")`,
+`load_decoder(directory, dtype=None, device="auto")`, `GranViT.from_pretrained`."""
 from pt_granvit.language import CausalDecoder
 from pt_granvit.model import GranViT
 from pt_granvit.vision import VisionEncoder

@@ -7,19 +7,23 @@ Layout letters: B rows, T views per row, K boxes per row, N patches, C width, g 
 import torch
 from torch import Tensor
 
-from pt_granvit.layers import wide
+from pt_granvit.layers import to_float32_or_wider
 from pt_granvit.ops import roi_align as roi_ops
 from pt_granvit.vision import VisionEncoder
+
+
+def side(patches: int) -> int:
+    """Cells along one side of a square grid."""
+    return round(patches**0.5)
 
 
 def teacher_features(teacher: VisionEncoder, crops_BK3rr: Tensor, grid: int) -> Tensor:
     """The teacher's view of each crop, `[B, K, grid, grid, C]`, average-pooled where `grid` is below its own; no gradient."""
     B, K = crops_BK3rr.shape[:2]
     with torch.no_grad():
-        _, top = teacher.encode(crops_BK3rr.flatten(0, 1))
-        own = round(top.shape[1] ** 0.5)
-        cell = own // grid
-        return top.reshape(B, K, grid, cell, grid, cell, -1).mean((3, 5))
+        _, features = teacher.encode(crops_BK3rr.flatten(0, 1))
+        cell = side(features.shape[1]) // grid
+        return features.reshape(B, K, grid, cell, grid, cell, -1).mean((3, 5))
 
 
 def student_features(student_BNC: Tensor, boxes_BK4: Tensor, grid: int, grids_B2: Tensor | None) -> Tensor:
@@ -27,8 +31,8 @@ def student_features(student_BNC: Tensor, boxes_BK4: Tensor, grid: int, grids_B2
 
     With `grids_B2` the features are those of all views, `[B T, N, C]`; the map is what the tiles make up, without view 0.
     """
-    side = round(student_BNC.shape[1] ** 0.5)
-    features_BHWC = student_BNC.unflatten(1, (side, side))
+    N = student_BNC.shape[1]
+    features_BHWC = student_BNC.unflatten(1, (side(N), side(N)))
     if grids_B2 is None:
         return roi_ops.roi_align(features_BHWC, boxes_BK4, grid)
     return roi_ops.roi_align_tiled(features_BHWC.unflatten(0, (len(grids_B2), -1))[:, 1:], grids_B2, boxes_BK4, grid)
@@ -41,8 +45,8 @@ def distill_sums(student_BNC: Tensor, teacher_BKggC: Tensor, boxes_BK4: Tensor, 
 
     `mse`: mean over a box's elements of the squared difference. `cosine`: mean over its cells of 1 - cosine.
     """
-    student = wide(student_features(student_BNC, boxes_BK4, teacher_BKggC.shape[2], grids_B2))
-    teacher = wide(teacher_BKggC)
+    student = to_float32_or_wider(student_features(student_BNC, boxes_BK4, teacher_BKggC.shape[2], grids_B2))
+    teacher = to_float32_or_wider(teacher_BKggC)
     if loss == "mse":
         per_box = (teacher - student).square().mean((2, 3, 4))
     else:

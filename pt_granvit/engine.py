@@ -7,11 +7,11 @@ from torch import Tensor
 
 from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
-from granvit.engine import UNDIVIDED, Group, NonFiniteLoss, Ranks, Scalars, StepResult
+from granvit.engine import UNDIVIDED, Group, NonFiniteLoss, Ranks, StepInputs, StepResult
 from granvit.models import LanguageConfig, VisionConfig, part_of
 from granvit.stages import Stage
 from pt_granvit import distributed
-from pt_granvit.arrays import DTYPES, fill, to_numpy, to_torch
+from pt_granvit.arrays import DTYPES, fill, to_numpy, to_tensor
 from pt_granvit.distill import distill_sums, ema_, teacher_features
 from pt_granvit.generate import greedy
 from pt_granvit.model import GranViT
@@ -36,7 +36,7 @@ class Engine:
         self.compilations: dict[str, int] = {}  # eager
         masters = torch.float64 if self.dtype == torch.float64 else torch.float32
         with torch.device(self.device):
-            self.model = GranViT(vision, language, self.dtype, attention, runtime.recompute, stage.blind)
+            self.model = GranViT(vision, language, self.dtype, attention, runtime.recompute, stage.zero_image_tokens)
         for name, parameter in self.model.named_parameters():
             trained = part_of(name) in stage.trains
             parameter.requires_grad_(trained)
@@ -54,7 +54,7 @@ class Engine:
     memory = staticmethod(distributed.memory)
     join = staticmethod(distributed.join)
 
-    def step(self, micro_batches: Sequence[Batch], scalars: Scalars) -> StepResult:
+    def step(self, micro_batches: Sequence[Batch], step_inputs: StepInputs) -> StepResult:
         """Forward and backward over the micro-batches, sum over ranks, clip, AdamW, EMA.
 
         The device is read once, before the update; where the loss is not finite, once more for the culprits.
@@ -62,7 +62,7 @@ class Engine:
         sums = self.trained.values.new_zeros(3)  # caption, distillation, feature variance
         own_losses = []
         for batch in micro_batches:
-            loss, *terms = self.losses(batch, scalars)
+            loss, *terms = self.losses(batch, step_inputs)
             loss.backward()
             sums += torch.stack(terms).detach()
             own_losses.append(loss.detach())
@@ -75,20 +75,20 @@ class Engine:
             self.trained.gradients.zero_()
             culprits = np.flatnonzero(~np.isfinite(torch.stack(own_losses).tolist())).tolist()
             raise NonFiniteLoss(f"loss {loss}, gradient norm {norm}", culprits)
-        self.optimizer.step(scalars.step, scalars.learning_rate, grad_norm)
+        self.optimizer.step(step_inputs.step, step_inputs.learning_rate, grad_norm)
         if self.teacher is not None:
-            ema_(list(self.teacher.parameters()), list(self.model.vision.parameters()), scalars.alpha)
-        return StepResult(loss, caption, distill, norm, (variance / max(scalars.boxes, 1)) ** 0.5)
+            ema_(list(self.teacher.parameters()), list(self.model.vision.parameters()), step_inputs.alpha)
+        return StepResult(loss, caption, distill, norm, (variance / max(step_inputs.boxes, 1)) ** 0.5)
 
-    def losses(self, batch: Batch, scalars: Scalars) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss, caption loss, distillation loss: the batch's sums divided by `Scalars.divisors`. Then the summed variance of the
-        teacher's features, undivided."""
-        logits, top = self.model(
+    def losses(self, batch: Batch, step_inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss, caption loss, distillation loss: the batch's sums divided by `StepInputs.divisors`. Then the summed variance of
+        the teacher's features, undivided."""
+        logits, built_features = self.model(
             self._put(batch.pixels_B3RR), self._put(batch.image_weights_B), self._ids(batch.token_ids_BS),
             self._ids(batch.positions_BS), self._ids(batch.segments_BS), self._ids(batch.image_positions_BN),
             self._ids(batch.answer_positions_BA),
         )  # fmt: skip
-        tokens, boxes = scalars.divisors(batch)
+        tokens, boxes = step_inputs.divisors(batch)
         caption = caption_sum(logits, self._ids(batch.answer_targets_BA), self._put(batch.answer_weights_BA)) / tokens
         if self.teacher is None:
             return caption, caption, torch.zeros_like(caption), torch.zeros_like(caption)
@@ -96,7 +96,7 @@ class Engine:
         target = teacher_features(self.teacher, self._put(batch.crops_BK3rr), self.config.distill.grid or own_grid)
         boxes_BK4, weights_BK = self._put(batch.boxes_BK4), self._put(batch.box_weights_BK)
         grids = () if batch.grids_B2 is None else (self._ids(batch.grids_B2),)
-        distill, variance = distill_sums(top, target, boxes_BK4, weights_BK, self.config.distill.loss, *grids)
+        distill, variance = distill_sums(built_features, target, boxes_BK4, weights_BK, self.config.distill.loss, *grids)
         distill = distill / boxes
         return caption + self.config.distill.weight * distill, caption, distill, variance
 
@@ -120,10 +120,10 @@ class Engine:
 
     def load(self, group: Group, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
         """Replaces one group's tensors."""
-        into = self._group(group)
+        parameters = self._group(group)
         with torch.no_grad():
             for name, array in tensors:
-                into[name].copy_(to_torch(array).to(into[name].dtype))
+                parameters[name].copy_(to_tensor(array, parameters[name].dtype))
 
     def generate(self, prompts: PromptBatch, max_new_tokens: int, stop_token: int) -> np.ndarray:
         """Greedy continuation, int32 `[B, max_new_tokens]`."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
-from granvit.engine import LOSSES, Scalars
+from granvit.engine import LOSSES, StepInputs
 from granvit.introspection import INPUTS, Capture, Feed
 from granvit.models import LanguageConfig, Shapes, VisionConfig
 from pt_granvit import language, layers, projector
@@ -94,14 +94,14 @@ class Introspector:
             module.tap = Tap((feed or {}).get(name))
         taps = {name: module.tap for name, module in self.modules.items()}
         try:
-            losses = self.engine.losses(batch, Scalars(1, 0.0, 0.0, batch.tokens, batch.boxes))
+            losses = self.engine.losses(batch, StepInputs(1, 0.0, 0.0, batch.tokens, batch.boxes))
         finally:
             for module in self.modules.values():
                 module.tap = None
         probed = {name: tap.probe for name, tap in taps.items() if not name.startswith("teacher.")} if backward else {}
         weights = dict(self.engine.model.named_parameters()) if backward else {}
-        of = [*probed.values(), *weights.values()]
-        gradients = torch.autograd.grad(losses[0], of, allow_unused=True, materialize_grads=True) if backward else ()
+        differentiated = [*probed.values(), *weights.values()]
+        gradients = torch.autograd.grad(losses[0], differentiated, allow_unused=True, materialize_grads=True) if backward else ()
         gradients = [to_numpy(g) for g in gradients]
         return Capture(
             losses={name: term.item() for name, term in zip(LOSSES, losses, strict=False)},
@@ -115,12 +115,12 @@ class Introspector:
         """An operator's output, and the gradients of its first `differentiate` inputs under `cotangent`."""
         inputs = [torch.from_numpy(array).to(self.engine.device) for array in arrays]
         inputs = [x.to(self.engine.dtype) if x.is_floating_point() else x for x in inputs]
-        of = [x.requires_grad_() for x in inputs[:differentiate]]
+        differentiated = [x.requires_grad_() for x in inputs[:differentiate]]
         with torch.device(self.engine.device):  # for what an operator builds
             out = _operator(operator, self.engine.config, self.engine.device, options)(*inputs)
-        if not of:
+        if not differentiated:
             return to_numpy(out), []
-        gradients = torch.autograd.grad(out, of, torch.from_numpy(cotangent).to(out))
+        gradients = torch.autograd.grad(out, differentiated, torch.from_numpy(cotangent).to(out))
         return to_numpy(out), [to_numpy(g) for g in gradients]
 
     def generate(self, prompts: PromptBatch, max_new_tokens: int, stop_token: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,6 @@
 """CausalDecoder: Qwen2.5 and Llama-3 (RMSNorm, RoPE, grouped-query attention, SwiGLU).
 
-Layout letters: B rows, S sequence, L cache slots, C width, D head width, V vocabulary.
+Layout letters: B rows, H query heads, G key-value heads, S sequence, L cache slots, C width, D head width, V vocabulary.
 """
 from pathlib import Path
 from typing import Self
@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
 from granvit.models import LanguageConfig, language_shapes
-from pt_granvit.arrays import DTYPES, fill, store_as, to_numpy
-from pt_granvit.layers import Embedding, Linear, RMSNorm, activate
+from pt_granvit.arrays import DTYPES, fill, to_numpy
+from pt_granvit.distributed import choose_device
+from pt_granvit.layers import Embedding, Linear, RMSNorm, activate, stored_as
 from pt_granvit.ops import attention as attention_ops
 from pt_granvit.taps import Module
 
@@ -29,8 +30,8 @@ def rotary(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype
 def rotate(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Applies RoPE: the first half of the head's width is paired with the second."""
     half = x_BHSD.shape[-1] // 2
-    turned = torch.cat([-x_BHSD[..., half:], x_BHSD[..., :half]], dim=-1)
-    return x_BHSD * cos + turned * sin
+    swapped = torch.cat([-x_BHSD[..., half:], x_BHSD[..., :half]], dim=-1)
+    return x_BHSD * cos + swapped * sin
 
 
 class LanguageAttention(Module):
@@ -45,7 +46,7 @@ class LanguageAttention(Module):
         self.o_proj = Linear(c.heads * c.head_dim, c.width, False)
 
     def project(self, x_BSC: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries `[B, H, S, D]`, rotated keys and values `[B, KV, S, D]`."""
+        """Rotated queries `[B, H, S, D]`, rotated keys and values `[B, G, S, D]`."""
         q, k, v = (p(x_BSC).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
@@ -84,10 +85,10 @@ class LanguageBlock(Module):
 
     def forward_cached(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, keys: Tensor, values: Tensor,
                        slots_BSL: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """As `forward`, over a cache `[B, KV, L, D]` into which the new keys and values are written at one-hot slots."""
+        """As `forward`, over a cache `[B, G, L, D]` into which the new keys and values are written at one-hot slots."""
         q, k, v = self.self_attn.project(self.input_layernorm(x), cos, sin)
-        into = slots_BSL.transpose(1, 2)[:, None].to(x.dtype)
-        keys, values = keys + into @ k, values + into @ v
+        one_hot_B1LS = slots_BSL.transpose(1, 2)[:, None].to(x.dtype)
+        keys, values = keys + one_hot_B1LS @ k, values + one_hot_B1LS @ v
         x = x + self.self_attn.attend(q, keys, values, mask)
         return x + self.mlp(self.post_attention_layernorm(x)), keys, values
 
@@ -112,13 +113,14 @@ class CausalDecoder(Module):
         self.lm_head = None if c.tied_head else Linear(c.width, c.vocab, False)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, dtype: torch.dtype | None = None) -> Self:
+    def from_pretrained(cls, directory: str | Path, dtype: torch.dtype | None = None, device: str = "auto") -> Self:
         """The decoder in a publisher's directory (any layout that `parity/convert.py` knows), in a run or in one of
-        `save_pretrained`, for evaluation; `dtype` (default: the stored one), warnings and errors as for the encoder."""
+        `save_pretrained`, for evaluation; `dtype` (default: the stored one), `device`, warnings and errors as for the encoder."""
         opened = open_pretrained(directory, "language")
         dtype = dtype or DTYPES[opened.dtype]
-        decoder = cls(opened.language, dtype)
-        store_as(decoder.parameters(), dtype)
+        device = choose_device(device)
+        with torch.device(device), stored_as(dtype):
+            decoder = cls(opened.language, dtype, attention_ops.choose("auto", device, dtype))
         fill(decoder, opened.tensors, "language.")
         return decoder.eval()
 
@@ -151,14 +153,15 @@ class CausalDecoder(Module):
 
     def forward_cached(self, inputs_BSC: Tensor, positions_BS: Tensor, valid_BS: Tensor, keys: Tensor,
                        values: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """As `forward` for one causal segment whose positions are its cache slots, with caches `[layers, B, KV, L, D]`.
+        """As `forward` for one causal segment whose positions are its cache slots, with caches `[layers, B, G, L, D]`.
 
         Slots of tokens that are not valid (padding) stay empty. Returns hidden states and the caches.
         """
         cos, sin = rotary(positions_BS, self.config.head_dim, self.config.rope_theta, self.dtype)
         slots = torch.arange(keys.shape[3], device=keys.device)
-        mask = (slots <= positions_BS[..., None])[:, None]
-        slots_BSL = (slots == positions_BS[..., None]) & valid_BS[..., None]
+        positions_BS1 = positions_BS[..., None]
+        mask = (slots <= positions_BS1)[:, None]
+        slots_BSL = (slots == positions_BS1) & valid_BS[..., None]
         x, all_keys, all_values = inputs_BSC, [], []
         for i, block in enumerate(self.model.layers):
             x, k, v = block.forward_cached(x, cos, sin, mask, keys[i], values[i], slots_BSL)

@@ -1,13 +1,34 @@
 """Building blocks with the canonical parameter names. Weights are cast to the activations' dtype where they are used, so a
 float32 master serves a bfloat16 forward pass; norms compute in float32 (float64 where the activations are)."""
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pt_granvit.taps import Module
 
+_stored_as = torch.float32
 
-def wide(x: Tensor) -> Tensor:
+
+@contextmanager
+def stored_as(dtype: torch.dtype) -> Iterator[None]:
+    """Parameters made meanwhile are of this dtype."""
+    global _stored_as
+    before, _stored_as = _stored_as, dtype
+    try:
+        yield
+    finally:
+        _stored_as = before
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    """A parameter that is filled later (`pt_granvit.arrays.fill`), float32 but for `stored_as`."""
+    return nn.Parameter(torch.empty(shape, dtype=_stored_as))
+
+
+def to_float32_or_wider(x: Tensor) -> Tensor:
     """`x` in float32, or in float64 if it is that already: the dtype of norms, softmax and losses."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -17,8 +38,8 @@ class Linear(Module):
 
     def __init__(self, n_in: int, n_out: int, bias: bool):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_out, n_in))
-        self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
+        self.weight = parameter(n_out, n_in)
+        self.bias = parameter(n_out) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.emit(F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)))
@@ -29,7 +50,7 @@ class Embedding(Module):
 
     def __init__(self, rows: int, width: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, width))
+        self.weight = parameter(rows, width)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.emit(F.embedding(ids, self.weight))
@@ -41,11 +62,11 @@ class LayerNorm(Module):
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(width))
-        self.bias = nn.Parameter(torch.empty(width))
+        self.weight = parameter(width)
+        self.bias = parameter(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = wide(x)
+        h = to_float32_or_wider(x)
         return self.emit(F.layer_norm(h, h.shape[-1:], self.weight.to(h.dtype), self.bias.to(h.dtype), self.eps).to(x.dtype))
 
 
@@ -55,10 +76,10 @@ class RMSNorm(Module):
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(width))
+        self.weight = parameter(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = wide(x)
+        h = to_float32_or_wider(x)
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
         return self.emit((h * self.weight.to(h.dtype)).to(x.dtype))
 

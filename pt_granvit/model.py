@@ -11,8 +11,11 @@ from torch import Tensor
 
 from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
 from granvit.models import PARTS, LanguageConfig, VisionConfig, parameter_shapes
-from pt_granvit.arrays import DTYPES, fill, store_as, to_numpy
+from pt_granvit.arrays import DTYPES, fill, to_numpy
+from pt_granvit.distributed import choose_device
 from pt_granvit.language import CausalDecoder
+from pt_granvit.layers import stored_as
+from pt_granvit.ops import attention as attention_ops
 from pt_granvit.projector import Projector
 from pt_granvit.taps import Module
 from pt_granvit.vision import VisionEncoder
@@ -21,25 +24,26 @@ from pt_granvit.vision import VisionEncoder
 class GranViT(Module):
     """An image and questions about it -> logits of the answers.
 
-    `blind` zeroes the image tokens: the guesser who reads the question alone.
+    `zero_image_tokens`: the decoder reads the question alone, with zeros in the place of the image (stage `guesser`).
     """
 
     def __init__(self, vision: VisionConfig, language: LanguageConfig, dtype: torch.dtype, attention: str = "sdpa",
-                 recompute: bool = False, blind: bool = False):  # fmt: skip
+                 recompute: bool = False, zero_image_tokens: bool = False):  # fmt: skip
         super().__init__()
-        self.blind = blind
+        self.zero_image_tokens = zero_image_tokens
         self.vision = VisionEncoder(vision, dtype, attention=attention, recompute=recompute)
         self.projector = Projector(vision, language)
         self.language = CausalDecoder(language, dtype, attention, recompute)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, dtype: torch.dtype | None = None) -> Self:
+    def from_pretrained(cls, directory: str | Path, dtype: torch.dtype | None = None, device: str = "auto") -> Self:
         """The model in a run, in a LLaVA directory or in one of `save_pretrained`, for evaluation; `dtype` (default: the stored
-        one), warnings and errors as for the encoder."""
+        one), `device`, warnings and errors as for the encoder."""
         opened = open_pretrained(directory, *PARTS)
         dtype = dtype or DTYPES[opened.dtype]
-        model = cls(opened.vision, opened.language, dtype)
-        store_as(model.parameters(), dtype)
+        device = choose_device(device)
+        with torch.device(device), stored_as(dtype):
+            model = cls(opened.vision, opened.language, dtype, attention_ops.choose("auto", device, dtype))
         fill(model, opened.tensors)
         return model.eval()
 
@@ -51,28 +55,28 @@ class GranViT(Module):
 
     def inputs(self, pixels_B3RR: Tensor, image_weights_B: Tensor, token_ids_BS: Tensor,
                image_positions_BN: Tensor) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Input embeddings `[B, S, C]` with image tokens in their places, and the encoder's features at its top level.
+        """Input embeddings `[B, S, C]` with image tokens in their places, and the encoder's features at its `built_level`.
 
-        A token at position -1 is nowhere: it adds nothing, to position 0.
+        A token at position -1 has no place: its weight is 0, and zeros are added at position 0.
         """
         embeddings = self.language.embed(token_ids_BS)
         B, S, C = embeddings.shape
-        at = image_positions_BN.clamp(min=0)
-        shown = (image_weights_B[:, None] * (image_positions_BN >= 0)).to(embeddings.dtype)
-        kept = 1 - shown.new_zeros(B, S).scatter_add(1, at, shown)[..., None]
-        if self.blind:
-            return self.emit(embeddings * kept), None
-        features, top = self.vision.encode(pixels_B3RR.flatten(0, -4))
-        tokens = self.projector(features).reshape(B, -1, C) * shown[..., None]
-        placed = torch.zeros_like(embeddings).scatter_add(1, at[..., None].expand(-1, -1, C), tokens)
-        return self.emit(embeddings * kept + placed), top
+        positions_BN = image_positions_BN.clamp(min=0)
+        weights_BN = (image_weights_B[:, None] * (image_positions_BN >= 0)).to(embeddings.dtype)
+        text_weights_BS1 = 1 - weights_BN.new_zeros(B, S).scatter_add(1, positions_BN, weights_BN)[..., None]
+        if self.zero_image_tokens:
+            return self.emit(embeddings * text_weights_BS1), None
+        features, built_features = self.vision.encode(pixels_B3RR.flatten(0, -4))
+        tokens_BNC = self.projector(features).reshape(B, -1, C) * weights_BN[..., None]
+        placed_BSC = torch.zeros_like(embeddings).scatter_add(1, positions_BN[..., None].expand(-1, -1, C), tokens_BNC)
+        return self.emit(embeddings * text_weights_BS1 + placed_BSC), built_features
 
     def forward(self, pixels_B3RR: Tensor, image_weights_B: Tensor, token_ids_BS: Tensor, positions_BS: Tensor,
                 segments_BS: Tensor, image_positions_BN: Tensor,
                 answer_positions_BA: Tensor) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Logits `[B, A, V]` at the supervised positions only, and the encoder's top features: `[B, N, C]`, with tiling those
-        of every view, `[B T, N, C]`."""
-        inputs, top = self.inputs(pixels_B3RR, image_weights_B, token_ids_BS, image_positions_BN)
+        """Logits `[B, A, V]` at the supervised positions only, and the encoder's features at its `built_level`: `[B, N, C]`, with
+        tiling those of every view, `[B T, N, C]`."""
+        inputs, built_features = self.inputs(pixels_B3RR, image_weights_B, token_ids_BS, image_positions_BN)
         hidden = self.language(inputs, positions_BS, segments_BS)
-        at = answer_positions_BA[..., None].expand(-1, -1, hidden.shape[-1])
-        return self.language.head(hidden.gather(1, at)), top
+        positions_BAC = answer_positions_BA[..., None].expand(-1, -1, hidden.shape[-1])
+        return self.language.head(hidden.gather(1, positions_BAC)), built_features

@@ -67,9 +67,9 @@ class AdamW:
         v.mul_(c.betas[1]).addcmul_(g, g, value=1 - c.betas[1])
         correction1, correction2 = 1 - c.betas[0] ** step, 1 - c.betas[1] ** step
         denominator = (v / correction2).sqrt_().add_(c.eps)
-        for own, share, decay in self.slices:
+        for part, share, decay in self.slices:
             rate = learning_rate * share
             if decay:
-                p.values[own.start : min(own.stop, p.decayed)].mul_(1 - rate * decay)
-            p.values[own].addcdiv_(m[own], denominator[own], value=-rate / correction1)
+                p.values[part.start : min(part.stop, p.decayed)].mul_(1 - rate * decay)
+            p.values[part].addcdiv_(m[part], denominator[part], value=-rate / correction1)
         g.zero_()

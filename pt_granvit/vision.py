@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
 from granvit.interpolate import position_matrix
 from granvit.models import Level, VisionConfig, vision_shapes
-from pt_granvit.arrays import DTYPES, fill, store_as, to_numpy
-from pt_granvit.layers import Embedding, Linear, activate, norm
+from pt_granvit.arrays import DTYPES, fill, to_numpy
+from pt_granvit.distributed import choose_device
+from pt_granvit.layers import Embedding, Linear, activate, norm, parameter, stored_as
 from pt_granvit.ops import attention as attention_ops
 from pt_granvit.taps import Module
 
@@ -25,13 +26,13 @@ class PatchEmbedding(Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
         self.patch = c.patch_size
-        self.weight = nn.Parameter(torch.empty(c.width, 3, c.patch_size, c.patch_size))
-        self.bias = nn.Parameter(torch.empty(c.width)) if c.patch_bias else None
+        self.weight = parameter(c.width, 3, c.patch_size, c.patch_size)
+        self.bias = parameter(c.width) if c.patch_bias else None
 
     def forward(self, pixels_B3RR: Tensor) -> Tensor:
         B, grid, p = pixels_B3RR.shape[0], pixels_B3RR.shape[2] // self.patch, self.patch
-        seen = pixels_B3RR[:, :, : grid * p, : grid * p]
-        patches = seen.reshape(B, 3, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5).reshape(B, grid * grid, 3 * p * p)
+        covered = pixels_B3RR[:, :, : grid * p, : grid * p]
+        patches = covered.reshape(B, 3, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5).reshape(B, grid * grid, 3 * p * p)
         weight = self.weight.reshape(self.weight.shape[0], -1).to(patches.dtype)
         bias = None if self.bias is None else self.bias.to(patches.dtype)
         return self.emit(torch.nn.functional.linear(patches, weight, bias))
@@ -44,7 +45,7 @@ class VisionEmbeddings(Module):
         super().__init__()
         self.patch_embedding = PatchEmbedding(c)
         self.patch_norm = norm(c.norm, c.width, c.norm_eps) if c.patch_norm else None
-        self.class_embedding = nn.Parameter(torch.empty(c.width)) if c.class_token else None
+        self.class_embedding = parameter(c.width) if c.class_token else None
         self.position_embedding = Embedding(c.patches + c.class_token, c.width)
         grid = image_size // c.patch_size
         resample = None if grid == c.grid else torch.tensor(position_matrix(c.grid, grid))  # on torch.device
@@ -108,8 +109,8 @@ class VisionBlock(Module):
         self.self_attn = VisionAttention(c, implementation)
         self.layer_norm2 = norm(c.norm, c.width, c.norm_eps)
         self.mlp = VisionMLP(c)
-        self.layer_scale1 = nn.Parameter(torch.empty(c.width)) if c.layer_scale else None
-        self.layer_scale2 = nn.Parameter(torch.empty(c.width)) if c.layer_scale else None
+        self.layer_scale1 = parameter(c.width) if c.layer_scale else None
+        self.layer_scale2 = parameter(c.width) if c.layer_scale else None
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.self_attn(self.layer_norm1(x))
@@ -129,36 +130,39 @@ class VisionBlocks(nn.Module):
 class VisionEncoder(Module):
     """Patch features of images of one size.
 
-    `image_size` other than the configuration's resamples the position embeddings (bicubic). Blocks above `c.highest`
+    `image_size` other than the configuration's resamples the position embeddings (bicubic). Blocks above `c.built_level`
     do not exist (see `VisionConfig`).
     """
 
     def __init__(self, c: VisionConfig, dtype: torch.dtype, image_size: int | None = None, attention: str = "sdpa",
                  recompute: bool = False):  # fmt: skip
         super().__init__()
-        self.config, self.dtype, self.recompute, self.built = c, dtype, recompute, ", ".join(c.built_levels)
+        self.config, self.dtype, self.recompute, self.built = c, dtype, recompute, ", ".join(c.available_levels)
         self.side = c.side(image_size)
         self.takes = f"this encoder takes [B, 3, {self.side}, {self.side}]; load_encoder(..., resolution=SIDE) makes another"
         self.embeddings = VisionEmbeddings(c, self.side)
         self.pre_layernorm = norm(c.norm, c.width, c.norm_eps) if c.pre_norm else None
         self.encoder = VisionBlocks(c, attention)
-        self.post_layernorm = norm(c.norm, c.width, c.norm_eps) if c.highest == "final" else None
+        self.post_layernorm = norm(c.norm, c.width, c.norm_eps) if c.built_level == "final" else None
         self.register_buffer("mean", torch.tensor(c.mean).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(c.std).reshape(1, 3, 1, 1), persistent=False)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, resolution: int | None = None, dtype: torch.dtype | None = None) -> Self:
+    def from_pretrained(cls, directory: str | Path, resolution: int | None = None, dtype: torch.dtype | None = None,
+                        device: str = "auto") -> Self:  # fmt: skip
         """The encoder in a publisher's directory (any layout that `parity/convert.py` knows), in a run or in one of
         `save_pretrained`, all blocks that are there built, for evaluation.
 
         `resolution` is the images' side in pixels (default: the published one), `dtype` that of weights and activations (default:
-        the stored one). What the directory holds besides is named in a warning. `ValueError` names file and tensor, or the key
-        of config.json, that is at fault.
+        the stored one). `device` is where the encoder lies and takes its pixels: cpu, cuda or npu; auto, the default, is the
+        accelerator where there is one. What the directory holds besides is named in a warning. `ValueError` names file and
+        tensor, or the key of config.json, that is at fault.
         """
         opened = open_pretrained(directory, "vision")
         dtype = dtype or DTYPES[opened.dtype]
-        encoder = cls(opened.vision, dtype, resolution)
-        store_as(encoder.parameters(), dtype)
+        device = choose_device(device)
+        with torch.device(device), stored_as(dtype):
+            encoder = cls(opened.vision, dtype, resolution, attention_ops.choose("auto", device, dtype))
         fill(encoder, opened.tensors, "vision.")
         return encoder.eval()
 
@@ -182,7 +186,7 @@ class VisionEncoder(Module):
             x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
             if i == self.config.layers - 2:
                 levels["penultimate"] = x
-        if self.config.highest != "penultimate":
+        if self.config.built_level != "penultimate":
             levels["last"] = x
         if self.post_layernorm is not None:
             levels["final"] = self.post_layernorm(x)
@@ -190,9 +194,9 @@ class VisionEncoder(Module):
         return {level: features[:, skip:] for level, features in levels.items()}
 
     def encode(self, pixels_B3RR: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 pixels -> patch features `[B, N, C]` at `config.level` and at `config.highest`."""
+        """uint8 pixels -> patch features `[B, N, C]` at `config.level` and at `config.built_level`."""
         levels = self.levels(self.normalise(pixels_B3RR))
-        return levels[self.config.level], levels[self.config.highest]
+        return levels[self.config.level], levels[self.config.built_level]
 
     def forward(self, pixels_B3RR: Tensor, level: Level = "penultimate") -> Tensor:
         """Normalised pixels (`(x / 255 - mean) / std`) -> patch features `[B, N, C]`; `ValueError` for images of another size

@@ -33,7 +33,7 @@ from granvit.checkpoint.tensors import TensorWriter
 from granvit.config import RunConfig, language_config, parse_config, vision_config
 from granvit.cost import language_macs, vision_macs
 from granvit.data.batch import Batch
-from granvit.engine import Scalars, TrainEngine
+from granvit.engine import StepInputs, TrainEngine
 from granvit.init import initial_values
 from granvit.launch import load_engine_class
 from granvit.models import LanguageConfig, VisionConfig, language_shapes, parameter_shapes
@@ -104,7 +104,7 @@ def config_for(size: Size, regions: int, crops: bool) -> RunConfig:
             "stage": "stage1",
             "output": "unused",
             "data": {"sources": [{"path": "unused"}], "regions_per_row": regions, "buckets": [{"length": 1, "answers": 1}]},
-            "train": {"global_batch": regions, "micro_batch": 1},
+            "train": {"global_batch": 1, "micro_batch": 1},
             "distill": {"weight": 1.0 if crops else 0.0, "crop_size": size.crop},
         },
         "bench",
@@ -125,7 +125,7 @@ def _seconds_per_step(framework: str, size: Size, regions: int, rows: int, crops
     batch, times = synthetic_batch(size, rows, regions, crops), []
     for step in range(1, repeats + 2):
         start = time.perf_counter()
-        engine.step([batch], Scalars(step, 1e-4, 0.9, batch.tokens, batch.boxes))
+        engine.step([batch], StepInputs(step, 1e-4, 0.9, batch.tokens, batch.boxes))
         times.append(time.perf_counter() - start)
     return float(np.median(times[1:]))
 

@@ -73,7 +73,7 @@ def _compare(framework: str, folder: Path) -> tuple[float, int, float, dict[str,
     package = importlib.import_module(PACKAGES[framework])
     start = time.perf_counter()
     with Peak() as peak:
-        encoder = package.load_encoder(folder)
+        encoder = package.load_encoder(folder, device="cpu")
     loading = time.perf_counter() - start
     stored = np.load(folder / "features.npz")
     errors, seconds = {}, 0.0
@@ -108,7 +108,7 @@ def encoders(console: Console) -> None:
     for row in ROWS:
         with tempfile.TemporaryDirectory() as temporary:
             theirs = _alone(_publish, row, Path(temporary))
-            size = 4 * sum(int(np.prod(shape)) for shape in vision_shapes(vision_config(row).whole).values())
+            size = 4 * sum(int(np.prod(shape)) for shape in vision_shapes(vision_config(row).with_all_blocks).values())
             for framework in PACKAGES:
                 loading, peak, seconds, errors = _alone(_compare, framework, Path(temporary))
                 shown = [f"{errors[level]:.1e}" if level in errors else "" for level in ("penultimate", "last", "final")]
@@ -136,8 +136,8 @@ def _load(framework: str, dtype: str, folder: Path) -> tuple[float, int, int]:
     package, arrays = (importlib.import_module(f"{PACKAGES[framework]}{name}") for name in ("", ".arrays"))
     start = time.perf_counter()
     with Peak() as peak:
-        encoder = package.load_encoder(folder / "vision", dtype=arrays.DTYPES[dtype])
-        decoder = package.load_decoder(folder / "language", dtype=arrays.DTYPES[dtype])
+        encoder = package.load_encoder(folder / "vision", dtype=arrays.DTYPES[dtype], device="cpu")
+        decoder = package.load_decoder(folder / "language", dtype=arrays.DTYPES[dtype], device="cpu")
         if framework == "mindspore":
             _parameters(framework, decoder)[-1].asnumpy()  # waits for all that is still on its way
     seconds = time.perf_counter() - start
@@ -157,7 +157,7 @@ def load(console: Console) -> None:
         table.add_column(column, justify="left" if column in ("framework", "into") else "right")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        _write(folder / "vision", SIGLIP, vision, vision_shapes(vision.whole))
+        _write(folder / "vision", SIGLIP, vision, vision_shapes(vision.with_all_blocks))
         _write(folder / "language", QWEN2, language, language_shapes(language))
         for framework, dtype in ((f, d) for f in PACKAGES for d in ("bfloat16", "float32")):
             seconds, peak, size = _alone(_load, framework, dtype, folder)

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from granvit.config import RunConfig, load_config, resolve_models
 from granvit.cost import activation_bytes, state_bytes
 from granvit.data.batch import Batch
-from granvit.engine import Scalars
+from granvit.engine import StepInputs
 from granvit.models import LanguageConfig, VisionConfig
 from pt_granvit import engine as pt_engine
 
@@ -113,7 +113,7 @@ def measure(config: RunConfig, vision: VisionConfig, language: LanguageConfig, b
             return norm()
 
         with mock.patch.object(engine, "losses", forward), mock.patch.object(engine.trained, "gradient_norm", before_update):
-            engine.step([batch], Scalars(1, 1e-5, 0.9, max(batch.tokens, 1), max(batch.boxes, 1)))
+            engine.step([batch], StepInputs(1, 1e-5, 0.9, max(batch.tokens, 1), max(batch.boxes, 1)))
         held = lambda tensors: sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())  # noqa: E731
         return StepMemory(
             parameters=held(engine.model.parameters()),

@@ -30,7 +30,7 @@ from granvit.data.sampler import WINDOW, Plan
 from granvit.data.store import REGIONS
 from granvit.data.store_writer import write_store
 from granvit.demo.scenes import scenes
-from granvit.engine import Scalars
+from granvit.engine import StepInputs
 from granvit.launch import load_engine_class
 from granvit.stages import TASKS
 
@@ -52,11 +52,11 @@ class SimulatedStore:
         self.path = Path("natural" if natural else "ocr")
         more = regions / images - 1
         counts = 1 + (rng.poisson(more, images // SCALE) if natural else rng.geometric(1 / (1 + more), images // SCALE) - 1)
-        self.images, self.regions = len(counts), int(counts.sum())
+        self.records, self.regions = len(counts), int(counts.sum())
         self.region_starts = np.concatenate([[0], np.cumsum(counts)])
-        sizes = np.ones(self.images + self.regions, np.uint64)  # of texts: a global caption that is absent is empty
+        sizes = np.ones(self.records + self.regions, np.uint64)  # of texts: a global caption that is absent is empty
         if not natural:
-            sizes[self.region_starts[:-1] + np.arange(self.images)] = 0
+            sizes[self.region_starts[:-1] + np.arange(self.records)] = 0
         self.text_ends = np.concatenate([np.zeros(1, np.uint64), np.cumsum(sizes)])
 
 
@@ -64,7 +64,7 @@ class SimulatedTurns:
     """In the place of `TurnLengths`."""
 
     def __init__(self, store: SimulatedStore, rng: np.random.Generator):
-        texts = store.images + store.regions
+        texts = store.records + store.regions
         self.answers = np.ceil(1.4 * rng.integers(1, 11, texts)).astype(np.int64) + 1
         self.fixed = {
             "bbox2caption": MEANS["bbox2caption"] - PREFIX + 1 - round(self.answers.mean()),
@@ -72,10 +72,10 @@ class SimulatedTurns:
             "global": 17,
         }
         paragraph, sigma = MEANS["global"] - PREFIX + 1 - self.fixed["global"], 0.3
-        drawn = rng.lognormal(np.log(paragraph) - sigma**2 / 2, sigma, store.images)
-        self.answers[store.region_starts[:-1] + np.arange(store.images)] = np.round(drawn)
+        drawn = rng.lognormal(np.log(paragraph) - sigma**2 / 2, sigma, store.records)
+        self.answers[store.region_starts[:-1] + np.arange(store.records)] = np.round(drawn)
 
-    def of(self, task: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def tokens_of(self, task: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         to_box = task == TASKS.index("caption2bbox")
         fixed = np.array([self.fixed.get(name, 0) for name in TASKS])[task]
         answers = np.where(to_box, BOX, self.answers[text])
@@ -85,10 +85,10 @@ class SimulatedTurns:
 class SimulatedPrefixes:
     """In the place of `PrefixLengths`."""
 
-    def of(self, images: np.ndarray) -> np.ndarray:
+    def tokens_of(self, images: np.ndarray) -> np.ndarray:
         return np.full(len(images), PREFIX)
 
-    def pictured(self, images: np.ndarray) -> np.ndarray:
+    def has_image(self, images: np.ndarray) -> np.ndarray:
         return np.ones(len(images), bool)
 
 
@@ -115,7 +115,7 @@ def simulated(config: RunConfig) -> Plan:
     stores = [SimulatedStore(*source, rng) for source in SOURCES]
     return Plan(
         stores, [SimulatedTurns(store, rng) for store in stores], [source.rate for source in config.data.sources],
-        config.stage_spec.mix, config.data.regions_per_row, config.train.global_batch // config.data.regions_per_row,
+        config.stage_spec.mix, config.data.regions_per_row, config.train.global_batch,
         config.data.buckets, [SimulatedPrefixes() for _ in stores], config.seed,
     )  # fmt: skip
 
@@ -130,7 +130,7 @@ def rows_of(plan: Plan) -> Rows:
         asked = np.zeros((len(numbers), len(TASKS)), np.int64)
         row, task, text, source = [], [], [], []
         for r, (s, image, questions) in enumerate(plan.contents(0, numbers)):
-            images[r] = image + s * plan.stores[0].images
+            images[r] = image + s * plan.stores[0].records
             for question in questions:
                 row.append(r)
                 source.append(s)
@@ -139,7 +139,7 @@ def rows_of(plan: Plan) -> Rows:
         row, task, text, source = map(np.array, (row, task, text, source))
         np.add.at(asked, (row, task), 1)
         for s in np.unique(source):
-            np.add.at(tokens, row[source == s], plan.lengths[s].of(task[source == s], text[source == s])[0])
+            np.add.at(tokens, row[source == s], plan.lengths[s].tokens_of(task[source == s], text[source == s])[0])
         found.append((buckets, tokens, images, asked))
     return Rows(*map(np.stack, zip(*found, strict=True)))
 
@@ -286,7 +286,7 @@ def _held_out_loss(folder: Path, tree: dict, run: Path, task: str) -> tuple[floa
     for batches in Loader(config, checkpoint.vision, load_chat(config, checkpoint.language), 0, 1).batches():
         for batch in batches:
             with torch.no_grad():
-                caption = engine.losses(batch, Scalars(1, 0.0, 1.0, batch.tokens, batch.boxes))[1]
+                caption = engine.losses(batch, StepInputs(1, 0.0, 1.0, batch.tokens, batch.boxes))[1]
             total, tokens = total + float(caption) * batch.tokens, tokens + int(batch.tokens)
     return total / tokens, tokens
 

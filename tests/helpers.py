@@ -1,8 +1,11 @@
-"""Configurations for the engines' tests, and batches taken apart."""
+"""Configurations for the engines' tests, checkpoints of an earlier format, and batches taken apart."""
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
+from granvit.checkpoint.run import state_digest
 from granvit.config import RunConfig, parse_config
 from granvit.data.batch import Batch
 
@@ -14,12 +17,24 @@ def run_config(**sections) -> RunConfig:
         "output": "unused",
         "model": {"vision": "tiny-vision", "language": "tiny-language", "init": "random"},
         "data": {"sources": [{"path": "unused"}], "regions_per_row": 2, "buckets": [{"length": 64, "answers": 16}]},
-        "train": {"global_batch": 4, "micro_batch": 2},
+        "train": {"global_batch": 2, "micro_batch": 2},
         "optimizer": {"lr": 1e-2},
     }
     for key, value in sections.items():
         tree[key] = {**tree[key], **value} if isinstance(value, dict) and key in tree else value
     return parse_config(tree, "test")
+
+
+def rewrite_as_format_1(checkpoint: Path) -> None:
+    """state.json as the first version of granvit wrote it: `global_batch` counts questions, `built_level` is called `top`."""
+    path = checkpoint / "state.json"
+    state = json.loads(path.read_text())
+    del state["sha256"]
+    state["format"] = 1
+    state["config"]["train"]["global_batch"] *= state["config"]["data"]["regions_per_row"]
+    built_level = state["vision"].pop("built_level")
+    state["vision"]["top"] = None if built_level == state["vision"]["level"] else built_level
+    path.write_text(json.dumps({"sha256": state_digest(state)} | state))
 
 
 def separate_rows(batch: Batch) -> Batch:

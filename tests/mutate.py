@@ -65,8 +65,8 @@ FILES = {
 UNIT_TESTS = {"distributed.py": ("tests/ms/test_distributed.py",)}  # what parity's small tensors cannot reach
 # Not mathematics, or not to be run without an Ascend device: what loads, saves, chooses, reports and ends.
 LEFT_OUT = {
-    "from_pretrained", "save_pretrained", "memory", "choose", "choose_device", "join", "leave", "_more_than_one_core",
-    "close", "compilations", "flash", "tensors", "load", "_group",
+    "from_pretrained", "save_pretrained", "memory", "choose", "choose_device", "use_device", "join", "leave",
+    "_more_than_one_core", "close", "compilations", "flash", "tensors", "load", "_group",
 }  # fmt: skip
 
 BINARY = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Pow: ast.Mult,
@@ -77,7 +77,7 @@ PAIRS = (
     "layer_norm1 layer_norm2", "input_layernorm post_attention_layernorm", "layer_scale1 layer_scale2", "q_proj k_proj",
     "k_proj v_proj", "gate_proj fc1", "gate_proj up_proj", "fc1 fc2", "linear_1 linear_2", "heads kv_heads", "keys values", "k v",
     "q k", "cos sin", "first_moment second_moment", "beta1 beta2", "teacher student", "low_BK high_BK", "low high",
-    "rows columns", "H W", "mean std", "level highest", "maximum minimum", "logical_and logical_or", "floor_divide floor_mod",
+    "rows columns", "H W", "mean std", "level built_level", "maximum minimum", "logical_and logical_or", "floor_divide floor_mod",
     "sum mean",
     "nt nn", "tn nn", "alpha one_minus_alpha", "rows_BT columns_BT", "tokens boxes", "caption distill", "distill variance",
     "ones zeros",

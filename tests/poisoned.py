@@ -26,10 +26,10 @@ def poisoned_engine_class(framework: str):
     of_rank, _, steps = os.environ["POISON"].partition(":")
 
     class Engine(launch.load_engine_class(framework)):
-        def step(self, micro_batches, scalars):
+        def step(self, micro_batches, step_inputs):
             if self.rank == int(of_rank) and str(PoisonedLoader.step) in steps.split(","):
                 micro_batches = [replace(batch, answer_weights_BA=batch.answer_weights_BA * np.nan) for batch in micro_batches]
-            return super().step(micro_batches, scalars)
+            return super().step(micro_batches, step_inputs)
 
     return Engine
 

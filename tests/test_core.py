@@ -154,17 +154,27 @@ def test_shipped_models_load(path):
 
 
 def test_levels_say_how_many_blocks_exist():
-    row = vision_config("tiny-vision").model_dump()
+    row = vision_config("tiny-vision").model_dump(exclude={"built_level"})
     for level, blocks in (("penultimate", 2), ("last", 3), ("final", 3)):
         assert VisionConfig(**{**row, "level": level}).built_layers == blocks
     with pytest.raises(ValueError, match="below"):
-        VisionConfig(**{**row, "level": "last", "top": "penultimate"})
+        VisionConfig(**{**row, "level": "last", "built_level": "penultimate"})
+
+
+def test_the_former_key_top_is_still_read(tmp_path):
+    row = vision_config("tiny-vision").model_dump(mode="json", exclude={"name", "tiles", "built_level"})
+    for level, top, built in (("penultimate", None, "penultimate"), ("penultimate", "last", "last"), ("last", None, "last")):
+        path = tmp_path / "encoder.yaml"
+        path.write_text(yaml.safe_dump({**row, "level": level, "top": top}))
+        assert vision_config(str(path)).built_level == built
+    with pytest.raises(ValueError, match="top"):
+        VisionConfig(name="both", **row, top="last", built_level="last")
 
 
 def test_a_global_batch_that_does_not_divide_says_so():
     with pytest.raises(ValueError, match=r"3 rank\(s\) x train.micro_batch 2"):
         run_config().local_micro_batches(3)
-    assert run_config(train={"global_batch": 32}).local_micro_batches(2) == 4
+    assert run_config(train={"global_batch": 16}).local_micro_batches(2) == 4
 
 
 def test_crops_and_grids_that_do_not_fit_the_encoder_say_so():

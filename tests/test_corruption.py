@@ -68,8 +68,8 @@ def make_store(path: Path) -> Callable[[], object]:
 
     def read() -> object:
         store = Store(path)
-        assert len(store.texts(0, store.images + store.regions)) == store.images + store.regions
-        return [store.record(i) for i in range(store.images)]
+        assert len(store.texts(0, store.records + store.regions)) == store.records + store.regions
+        return [store.record(i) for i in range(store.records)]
 
     return read
 
@@ -89,7 +89,7 @@ def make_published(path: Path) -> Callable[[], object]:
     model = MODEL | {key: str(path / MODEL[key]) for key in ("weights_vision", "weights_language")}
     config = run_config(model=model)
     vision, language = resolve_models(config)
-    values = initial_values(parameter_shapes(vision.whole, language), 0)
+    values = initial_values(parameter_shapes(vision.with_all_blocks, language), 0)
     parts = {part: {n: a for n, a in values.items() if part_of(n) == part} for part in ("vision", "language")}
     publish(path / "vision", SIGLIP, parts["vision"], SIGLIP.write_config(vision, None), 1 << 30)
     publish(path / "language", QWEN2, parts["language"], QWEN2.write_config(None, language), 40_000)

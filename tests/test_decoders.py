@@ -55,17 +55,17 @@ def test_logits_are_those_of_transformers(family, rope, package, tmp_path):
     ids_BS = np.random.default_rng(0).integers(0, 50, (2, 11))
     with torch.no_grad():
         expected = model(torch.from_numpy(ids_BS)).logits.numpy()
-    np.testing.assert_allclose(logits(package.load_decoder(tmp_path), ids_BS), expected, rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(logits(package.load_decoder(tmp_path, device="cpu"), ids_BS), expected, rtol=1e-4, atol=2e-5)
 
 
 @PACKAGES
 def test_a_decoder_comes_back_from_its_own_directory_in_either_package(package, tmp_path):
     peer("llama").save_pretrained(tmp_path / "published")
-    decoder = package.load_decoder(tmp_path / "published")
+    decoder = package.load_decoder(tmp_path / "published", device="cpu")
     decoder.save_pretrained(tmp_path / "saved")
     ids_BS = np.random.default_rng(0).integers(0, 50, (1, 7))
     for other in (pt_granvit, ms_granvit):
-        found = other.load_decoder(tmp_path / "saved")
+        found = other.load_decoder(tmp_path / "saved", device="cpu")
         assert found.config.model_dump(exclude={"name"}) == decoder.config.model_dump(exclude={"name"})
         np.testing.assert_allclose(logits(found, ids_BS), logits(decoder, ids_BS), rtol=1e-4, atol=2e-5)
 
@@ -75,4 +75,4 @@ def test_an_encoder_is_no_decoder(package, tmp_path):
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32}
     transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**sizes)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"holds no language \(its layout is 'siglip'\)"):
-        package.load_decoder(tmp_path)
+        package.load_decoder(tmp_path, device="cpu")

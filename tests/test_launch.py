@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from granvit.checkpoint.run import newest_checkpoint
-from granvit.launch import Launch, RunLock, check_launcher, check_port, detect, load_engine_class
+from granvit.launch import Launch, RunLock, check_launcher, check_port, detect_launch, load_engine_class
 from granvit.watcher import other_failure, write_marker
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -291,15 +291,15 @@ def test_a_run_that_distils_no_region_is_told_so(tmp_path, configuration):
 
 
 def test_environments():
-    single = detect({})
+    single = detect_launch({})
     assert (single.launcher, single.rank, single.world) == (None, 0, 1)
     msrun = {"MS_ROLE": "MS_WORKER", "MS_SCHED_HOST": "h", "MS_SCHED_PORT": "1", "MS_WORKER_NUM": "4", "RANK_ID": "3"}
-    worker = detect(msrun)
+    worker = detect_launch(msrun)
     assert (worker.launcher, worker.scheduler, worker.rank, worker.world, worker.address) == ("msrun", False, 3, 4, "h:1")
-    assert detect(msrun | {"MS_ROLE": "MS_SCHED"}).scheduler
+    assert detect_launch(msrun | {"MS_ROLE": "MS_SCHED"}).scheduler
     with pytest.raises(ValueError, match="--node_rank"):
-        detect({k: v for k, v in msrun.items() if k != "RANK_ID"})
-    torchrun = detect({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "5"})
+        detect_launch({k: v for k, v in msrun.items() if k != "RANK_ID"})
+    torchrun = detect_launch({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "5"})
     assert (torchrun.launcher, torchrun.rank, torchrun.world, torchrun.address) == ("torchrun", 1, 2, "h:5")
     with pytest.raises(ValueError, match="--framework torch"):
         check_launcher(torchrun, "mindspore")

@@ -152,7 +152,7 @@ def test_two_ranks_evaluate_what_one_does(store, vision, chat, tmp_path):
     tasks = ["global", "bbox2caption", "caption2bbox"]
     config = run_config(
         data=ROOM,
-        train={"global_batch": 8, "micro_batch": 2},
+        train={"global_batch": 4, "micro_batch": 2},
         distill={"weight": 0.5},
         eval={"source": str(store.path), "images": 7, "batch": 3, "max_new_tokens": 40, "tasks": tasks, "rows": 10},
     )

@@ -21,7 +21,7 @@ from granvit.predict import predict_command
 from parity.fixture import start_values
 from tests.conftest import encoded_image
 from tests.helpers import run_config
-from tests.test_twins import scalars
+from tests.test_twins import step_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 BUCKETS = [{"length": 200, "answers": 40}, {"length": 400, "answers": 160}]
@@ -57,7 +57,7 @@ def gradient_norms(engine, batch) -> dict[str, float]:
     engine.load("model", start_values(*resolve_models(engine.config), seed=0).items())
     for group in ("first_moment", "second_moment"):
         engine.load(group, [(name, np.zeros_like(value)) for name, value in engine.tensors(group)])
-    engine.step([batch], scalars(1, batch))
+    engine.step([batch], step_inputs(1, batch))
     norms = dict.fromkeys(("vision", "projector", "language"), 0.0)
     for name, moment in engine.tensors("first_moment"):
         norms[part_of(name)] += float(np.linalg.norm(moment)) * 10

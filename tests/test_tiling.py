@@ -24,7 +24,7 @@ from tests.conftest import encoded_image, random_record
 from tests.helpers import run_config, separate_rows
 from tests.test_roi_align import BOXES, slow_roi_align
 from tests.test_runs import environment
-from tests.test_twins import BIG, assert_same_gradients, gradients, make_engine, scalars
+from tests.test_twins import BIG, assert_same_gradients, gradients, make_engine, step_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 FRAMEWORKS = ("torch", "mindspore")
@@ -243,7 +243,7 @@ def test_the_twins_capture_the_same_activations_losses_and_gradients(batch):
 
 def test_stage_2_trains_projector_and_decoder_alike_in_both(batch):
     engines = [make_engine(framework, stage="stage2", **TILES) for framework in FRAMEWORKS]
-    results = [one.step([batch], scalars(1, batch)) for one in engines]
+    results = [one.step([batch], step_inputs(1, batch)) for one in engines]
     assert results[0].loss == pytest.approx(results[1].loss, rel=1e-5)
     assert results[0].grad_norm == pytest.approx(results[1].grad_norm, rel=1e-4)
     before = start_values(*resolve_models(engines[0].config), seed=0)
@@ -285,7 +285,7 @@ def run_tiled(framework: str, stage: str, folder: Path, scored: bool = False, in
         output=str(folder / stage),
         model={"init_from": None if init_from is None else str(init_from)},
         data={"sources": [{"path": str(folder / "store")}], "buckets": [{"length": 640, "answers": 120}]},
-        train={"global_batch": 4, "micro_batch": 2, "steps": 2, "log_every": 1},
+        train={"global_batch": 2, "micro_batch": 2, "steps": 2, "log_every": 1},
         eval={"source": str(folder / "store") if scored else None, "images": 3, "batch": 2, "max_new_tokens": 4},
         **TILES,
     )

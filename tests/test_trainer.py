@@ -11,6 +11,7 @@ import pytest
 
 from granvit import trainer as trainer_module
 from granvit.checkpoint.pretrained import start_weights
+from granvit.checkpoint.resume import check_same_run
 from granvit.checkpoint.run import newest_checkpoint
 from granvit.checkpoint.run_writer import CheckpointNotSaved, CheckpointWriter
 from granvit.config import DistillSection, OptimizerSection, language_config, vision_config
@@ -18,7 +19,7 @@ from granvit.evaluate import Evaluation
 from granvit.logs import MetricsFile
 from granvit.schedule import alphas, learning_rates
 from granvit.trainer import Trainer, TrainingStopped
-from tests.helpers import run_config
+from tests.helpers import rewrite_as_format_1, run_config
 from tests.toy import ToyEngine, ToyLoader, ToyRanks
 
 VISION, LANGUAGE = vision_config("tiny-vision"), language_config("tiny-language")
@@ -63,7 +64,7 @@ def test_a_run_writes_every_step_and_keeps_the_newest_checkpoints(uninterrupted)
     lines = metrics(uninterrupted)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert not [name for name in lines[0] if name.startswith("lr_")]
-    assert list(lines[0])[:8] == ["step", "loss", "loss_caption", "loss_distill", "grad_norm", "lr", "regions", "skipped"]
+    assert list(lines[0])[:8] == ["step", "loss", "loss_caption", "loss_distill", "grad_norm", "lr", "questions", "skipped"]
     assert sorted(p.name for p in (uninterrupted / "checkpoints").iterdir()) == ["step_0000006", "step_0000009"]
     assert list((uninterrupted / "tensorboard").iterdir())
 
@@ -108,6 +109,18 @@ def test_resume_after_a_crash_is_exact(tmp_path, uninterrupted, dies_in_step):
     assert final_bytes(directory) == final_bytes(uninterrupted)
 
 
+def test_a_run_begun_with_checkpoints_of_format_1_ends_the_same(tmp_path, uninterrupted):
+    asked = iter([False] * 4 + [True] * 99)
+    trainer, _ = trainer_in(tmp_path / "former", configuration(), should_stop=lambda: next(asked))
+    trainer.run(None)
+    rewrite_as_format_1(newest_checkpoint(tmp_path / "former").path)
+    trainer, checkpoint = trainer_in(tmp_path / "former", configuration())
+    assert check_same_run(checkpoint, configuration(), VISION, LANGUAGE, 1) == []
+    assert trainer.run(checkpoint) is True
+    assert metrics(tmp_path / "former") == metrics(uninterrupted)
+    assert final_bytes(tmp_path / "former") == final_bytes(uninterrupted)
+
+
 def test_asked_to_stop_saves_after_the_step_and_resumes(tmp_path, uninterrupted):
     asked = iter([False] * 4 + [True] * 99)
     trainer, _ = trainer_in(tmp_path / "stopped", configuration(), should_stop=lambda: next(asked))
@@ -136,15 +149,15 @@ def test_a_step_that_is_not_finite_is_left_out_and_counts_as_no_update(tmp_path)
     config = configuration(distill={"alpha": 0.8, "alpha_warmup": 6})
     trainer, _ = trainer_in(tmp_path / "run", config, poisoned(2, 5))
     seen, step = [], trainer.engine.step
-    trainer.engine.step = lambda batches, scalars: seen.append(scalars) or step(batches, scalars)
+    trainer.engine.step = lambda batches, step_inputs: seen.append(step_inputs) or step(batches, step_inputs)
     assert trainer.run(None)
     assert [s.step for s in seen] == [1, 2, 2, 3, 4, 4, 5, 6, 7]
     expected = ToyEngine(config, VISION, LANGUAGE, start_weights(config, VISION, LANGUAGE))
     rates, ema_rates = learning_rates(config.optimizer, STEPS), alphas(config.distill, STEPS)
     for update, number in enumerate((1, 3, 4, 6, 7, 8, 9), 1):
         (batches,) = list(ToyLoader(number).batches(number - 1))
-        scalars = replace(seen[0], step=update, learning_rate=rates[number - 1], alpha=ema_rates[update - 1])
-        expected.step(batches, scalars)
+        step_inputs = replace(seen[0], step=update, learning_rate=rates[number - 1], alpha=ema_rates[update - 1])
+        expected.step(batches, step_inputs)
     for group in ("model", "teacher", "first_moment", "second_moment"):
         for (name, found), (_, value) in zip(trainer.engine.tensors(group), expected.tensors(group), strict=True):
             np.testing.assert_array_equal(found, value, err_msg=name)
@@ -225,16 +238,16 @@ def test_one_ranks_loss_leaves_the_step_out_on_all_and_both_reductions_are_told_
         writer = CheckpointWriter(folder / "run", config, VISION, LANGUAGE) if rank == 0 else None
         start = start if writer is None else writer.record_start(start)
         engine = ToyEngine(config, VISION, LANGUAGE, start, ToyRanks(rank, 2, folder))
-        means, step = set(), engine.step
-        engine.step = lambda batches, scalars: means.add(scalars.means) or step(batches, scalars)
+        averaged, step = set(), engine.step
+        engine.step = lambda batches, step_inputs: averaged.add(step_inputs.averaged_micro_batches) or step(batches, step_inputs)
         assert Trainer(config, engine, ToyLoader(STEPS, change), folder / "run", writer, lambda: False).run(None)
-        return means, {name: array.copy() for name, array in engine.tensors("model")}
+        return averaged, {name: array.copy() for name, array in engine.tensors("model")}
 
     for reduction, expected in (("global", {0}), ("per_device", {2})):  # two ranks of one micro-batch
         with ThreadPoolExecutor(2) as pool:
             ran = [pool.submit(run, rank, reduction, poisoned(5) if rank else lambda step, batch: batch) for rank in range(2)]
-            (means, weights), (_, others) = (one.result() for one in ran)
-        assert means == expected
+            (averaged, weights), (_, others) = (one.result() for one in ran)
+        assert averaged == expected
         for name, array in weights.items():
             np.testing.assert_array_equal(array, others[name])
     assert sum(line.startswith("left out: step 5: loss nan; from rank(s) 1") for line in logged.kept) == 4

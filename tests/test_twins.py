@@ -9,7 +9,7 @@ import pytest
 
 from granvit.config import resolve_models
 from granvit.data.batch import Batch, PromptBatch
-from granvit.engine import NonFiniteLoss, Scalars
+from granvit.engine import NonFiniteLoss, StepInputs
 from granvit.models import language_shapes, parameter_shapes, part_of, projector_shapes, vision_shapes
 from parity.fixture import PREFIX_AFTER, PREFIX_BEFORE, random_batch, start_values
 from tests.helpers import run_config, separate_rows
@@ -25,7 +25,7 @@ def make_engine(framework: str, **sections):
         from pt_granvit.engine import Engine
     else:
         from ms_granvit.engine import Engine
-    sections = {"data": {"regions_per_row": REGIONS}, "train": {"global_batch": 12}, **sections}
+    sections = {"data": {"regions_per_row": REGIONS}, "train": {"global_batch": ROWS}, **sections}
     config = run_config(**sections)
     vision, language = resolve_models(config)
     return Engine(config, vision, language, start_values(vision, language, seed=0).items())
@@ -40,14 +40,14 @@ def reset(engine) -> None:
         engine.load(group, [(n, np.zeros_like(v)) for n, v in engine.tensors(group)])
 
 
-def scalars(step: int, *batches: Batch, lr: float = 1e-2) -> Scalars:
-    return Scalars(step, lr, 0.9, sum(b.tokens for b in batches), sum(b.boxes for b in batches))
+def step_inputs(step: int, *batches: Batch, lr: float = 1e-2) -> StepInputs:
+    return StepInputs(step, lr, 0.9, sum(b.tokens for b in batches), sum(b.boxes for b in batches))
 
 
 def gradients(engine, batches: list[Batch]) -> tuple[object, dict[str, np.ndarray]]:
     """Result and gradients of the given micro-batches from the start weights (needs clip_norm BIG)."""
     reset(engine)
-    result = engine.step(batches, scalars(1, *batches))
+    result = engine.step(batches, step_inputs(1, *batches))
     return result, {n: m / np.float32(0.1) for n, m in engine.tensors("first_moment")}
 
 
@@ -130,7 +130,7 @@ def test_each_reduction_is_what_it_says(engine, batch):
 
     def per_device(batches, members):
         reset(engine)
-        result = engine.step(batches, replace(scalars(1, batch, few), means=members))
+        result = engine.step(batches, replace(step_inputs(1, batch, few), averaged_micro_batches=members))
         return result, {n: m / np.float32(0.1) for n, m in engine.tensors("first_moment")}
 
     meant, of_means = per_device([batch, few], 2)
@@ -217,7 +217,7 @@ def test_ten_steps_move_what_trains_freeze_the_rest_and_carry_the_teacher(engine
     teacher = {n: v.astype(np.float64) for n, v in before.items() if part_of(n) == "vision"}
     losses = []
     for step in range(1, 11):
-        losses.append(engine.step([batch], scalars(step, batch)).loss)
+        losses.append(engine.step([batch], step_inputs(step, batch)).loss)
         student = dict(engine.tensors("model"))
         teacher = {n: 0.9 * v + 0.1 * student[n] for n, v in teacher.items()}
     after = dict(engine.tensors("model"))
@@ -233,7 +233,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight(engine, batch):
     broken = {n: np.full_like(v, np.nan) if n == "projector.linear_2.bias" else v for n, v in engine.tensors("model")}
     engine.load("model", broken.items())
     with pytest.raises(NonFiniteLoss) as caught:
-        engine.step([batch, batch], scalars(1, batch, batch))
+        engine.step([batch, batch], step_inputs(1, batch, batch))
     assert caught.value.micro_batches == (0, 1)
     for name, value in engine.tensors("model"):
         assert np.array_equal(value, broken[name], equal_nan=True), name
@@ -267,7 +267,7 @@ def test_lambda_zero_changes_the_student(engine, batch):
     reset(engine)
     students = []
     for one in (engine, without):
-        one.step([batch], scalars(1, batch))
+        one.step([batch], step_inputs(1, batch))
         students.append(dict(one.tensors("model"))["vision.encoder.layers.0.mlp.fc1.weight"])
     assert not np.array_equal(*students)
 
@@ -275,7 +275,7 @@ def test_lambda_zero_changes_the_student(engine, batch):
 @pytest.mark.parametrize("stage, trained", [("stage2", {"projector", "language"}), ("guesser", {"language"})])
 def test_other_stages_train_what_they_say(stage, trained, batch):
     engines = [make_engine(framework, stage=stage) for framework in ("torch", "mindspore")]
-    results = [one.step([batch], scalars(1, batch)) for one in engines]
+    results = [one.step([batch], step_inputs(1, batch)) for one in engines]
     assert results[0].loss == pytest.approx(results[1].loss, rel=1e-5)
     assert results[0].grad_norm == pytest.approx(results[1].grad_norm, rel=1e-4)
     before = start_values(*resolve_models(engines[0].config), seed=0)
@@ -298,13 +298,13 @@ def test_the_twins_follow_one_curve_with_the_rates_of_their_parts(batch):
     """The encoder has thrice the learning rate and its own decay; every tensor's update is AdamW's at its part's rates."""
     parts = {"vision": {"lr": 3e-2, "weight_decay": 0.7}}
     settings = {"optimizer": {"weight_decay": 0.1, "clip_norm": 0.5, "parts": parts}, "distill": {"grid": 2, "crop_size": 32}}
-    rates = {"vision": (3e-3, 0.7), "projector": (1e-3, 0.1)}  # the scalars' learning rate is 1e-3, of an optimizer.lr of 1e-2
+    rates = {"vision": (3e-3, 0.7), "projector": (1e-3, 0.1)}  # the step's learning rate is 1e-3, of an optimizer.lr of 1e-2
     groups, curves = ("model", "first_moment", "second_moment"), []
     for framework in ("torch", "mindspore"):
         one, curve = make_engine(framework, **settings), []
         for step in range(1, 6):
             before = {group: dict(one.tensors(group)) for group in groups}
-            curve.append(one.step([batch], scalars(step, batch, lr=1e-3)))
+            curve.append(one.step([batch], step_inputs(step, batch, lr=1e-3)))
             after = {group: dict(one.tensors(group)) for group in groups}
             for name in after["first_moment"]:
                 was, found = ({g: tensors[g][name].astype(np.float64) for g in groups} for tensors in (before, after))

@@ -10,21 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from granvit.config import CONFIGS, shipped
+from granvit.config import CONFIGS, find_config
 from granvit.train import any_train_command
 
 pytest.importorskip("setuptools", minversion="70.1")  # makes wheels by itself
 ROOT = Path(__file__).resolve().parents[1]
 LOAD = """
 import sys
-from granvit.config import CONFIGS, load_config, read_yaml, resolve_models, shipped, vision_config, language_config
+from granvit.config import CONFIGS, load_config, read_yaml, resolve_models, find_config, vision_config, language_config
 from pathlib import Path
 assert str(CONFIGS).startswith(sys.argv[1]), CONFIGS
 for path in CONFIGS.rglob("*.yaml"):
     if path.parent.name == "models":
         (vision_config if "patch_size" in read_yaml(path) else language_config)(path.stem)
     else:
-        resolve_models(load_config(shipped(Path("configs") / path.relative_to(CONFIGS))))
+        resolve_models(load_config(find_config(Path("configs") / path.relative_to(CONFIGS))))
         print(path.relative_to(CONFIGS))
 """
 
@@ -77,12 +77,12 @@ def test_every_shipped_configuration_loads_from_an_unpacked_wheel(unpacked, tmp_
 
 def test_a_configuration_of_ones_own_comes_before_the_shipped_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert shipped("configs/stage1.yaml") == CONFIGS / "stage1.yaml"
+    assert find_config("configs/stage1.yaml") == CONFIGS / "stage1.yaml"
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "stage1.yaml").write_text("")
-    assert shipped("configs/stage1.yaml") == Path("configs/stage1.yaml")
+    assert find_config("configs/stage1.yaml") == Path("configs/stage1.yaml")
     with pytest.raises(ValueError, match=f"configs/stage9.yaml: no such file, nor {CONFIGS}"):
-        shipped("configs/stage9.yaml")
+        find_config("configs/stage9.yaml")
 
 
 def test_granvit_train_hands_its_arguments_on(capsys):

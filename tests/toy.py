@@ -13,7 +13,7 @@ import numpy as np
 
 from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
-from granvit.engine import Group, NonFiniteLoss, Scalars, StepResult
+from granvit.engine import Group, NonFiniteLoss, StepInputs, StepResult
 from granvit.models import LanguageConfig, VisionConfig, part_of
 
 
@@ -66,9 +66,9 @@ class ToyEngine:
             if self.stage.distill and part_of(name) == "vision"
         }
 
-    def step(self, micro_batches: Sequence[Batch], scalars: Scalars) -> StepResult:
+    def step(self, micro_batches: Sequence[Batch], step_inputs: StepInputs) -> StepResult:
         own = sum(float((b.answer_targets_BA * b.answer_weights_BA).sum() + 0 * b.boxes_BK4.sum()) for b in micro_batches)
-        target = np.float32(self.all_sum(np.array([own], np.float32))[0] / max(scalars.tokens, 1) / 1000)
+        target = np.float32(self.all_sum(np.array([own], np.float32))[0] / max(step_inputs.tokens, 1) / 1000)
         if not np.isfinite(target):
             bad = [i for i, b in enumerate(micro_batches) if not np.isfinite(b.boxes_BK4).all()]
             raise NonFiniteLoss(f"loss {target}", bad)
@@ -78,12 +78,12 @@ class ToyEngine:
             squares += float(np.vdot(gradient, gradient))
             self.first[name] = np.float32(0.9) * self.first[name] + np.float32(0.1) * gradient
             self.second[name] = np.float32(0.99) * self.second[name] + np.float32(0.01) * gradient**2
-            self.weights[name] = self.weights[name] - np.float32(scalars.learning_rate) * self.first[name] / (
+            self.weights[name] = self.weights[name] - np.float32(step_inputs.learning_rate) * self.first[name] / (
                 np.sqrt(self.second[name]) + np.float32(1e-3)
             )
         for name in self.teacher:
             student = self.weights[name.replace("teacher.", "vision.", 1)]
-            self.teacher[name] = np.float32(scalars.alpha) * self.teacher[name] + np.float32(1 - scalars.alpha) * student
+            self.teacher[name] = np.float32(step_inputs.alpha) * self.teacher[name] + np.float32(1 - step_inputs.alpha) * student
         return StepResult(squares, squares, 0.0, squares**0.5, 1.0)
 
     def loss_sums(self, micro_batches: Iterable[Batch]) -> np.ndarray:
@@ -145,7 +145,7 @@ def main() -> int:
     from granvit import launch, train
     from granvit.checkpoint import run, run_writer
 
-    job = launch.detect()
+    job = launch.detect_launch()
     exchange = Path(os.environ.get("TOY_EXCHANGE", "."))
 
     def planted(name: str) -> list[str]:
@@ -157,11 +157,11 @@ def main() -> int:
         def join(device: str) -> ToyRanks:
             return ToyRanks(job.rank, job.world, exchange)
 
-        def step(self, micro_batches, scalars):
+        def step(self, micro_batches, step_inputs):
             time.sleep(float(os.environ.get("TOY_PAUSE", "0")))
-            if (fail := planted("TOY_FAIL")) and scalars.step == int(fail[0]):
+            if (fail := planted("TOY_FAIL")) and step_inputs.step == int(fail[0]):
                 raise RuntimeError(os.environ.get("TOY_RAISES", "planted fault"))
-            return super().step(micro_batches, scalars)
+            return super().step(micro_batches, step_inputs)
 
     if disk := planted("TOY_DISK"):
         os.chdir(disk[0])

@@ -29,8 +29,9 @@ class Exported:
     base_models: Sequence[str] = ()
 
 
-def model_card(exported: Exported, runs: Sequence[PastRun], gone: str | None, shapes: Shapes) -> str:
-    """The card's text. `runs` and `gone` are what `granvit.checkpoint.history.history` found; `shapes` are the model's."""
+def model_card(exported: Exported, runs: Sequence[PastRun], missing_origin: str | None, shapes: Shapes) -> str:
+    """The card's text. `runs` and `missing_origin` are what `granvit.checkpoint.history.history` returned; `shapes` are those of
+    the model's parameters."""
     front = {"library_name": "transformers", "pipeline_tag": exported.pipeline, "tags": ["granvit"]}
     if exported.license is not None:
         front["license"] = exported.license
@@ -44,7 +45,7 @@ def model_card(exported: Exported, runs: Sequence[PastRun], gone: str | None, sh
         "## What to know",
         "\n".join(f"- {remark}" for remark in exported.remarks),
         "## Start weights, and how far they moved",
-        _parts(exported, runs, gone, shapes),
+        _parts(exported, runs, missing_origin, shapes),
         "## Training",
         *(_stage(number, run) for number, run in enumerate(runs, 1)),
         "## Versions that the checkpoint was written with",
@@ -55,14 +56,14 @@ def model_card(exported: Exported, runs: Sequence[PastRun], gone: str | None, sh
     return "\n\n".join(sections) + "\n"
 
 
-def shown(path: str | Path) -> str:
+def short_path(path: str | Path) -> str:
     """A path as a card may show it: relative as the configuration has it; of an absolute one, the last name."""
     return Path(path).name if Path(path).is_absolute() else str(path)
 
 
-def _parts(exported: Exported, runs: Sequence[PastRun], gone: str | None, shapes: Shapes) -> str:
+def _parts(exported: Exported, runs: Sequence[PastRun], missing_origin: str | None, shapes: Shapes) -> str:
     """A row per part of the model: where it came from, its hash then and now, and what each run did to it."""
-    names = [shown(run.directory) for run in runs]
+    names = [short_path(run.directory) for run in runs]
     header = ["part", "parameters", "start weights", "their hash", *(f"`{name}`" for name in names), "hash now"]
     rows = [header, ["---"] * len(header)]
     last = runs[-1].checkpoint
@@ -73,7 +74,7 @@ def _parts(exported: Exported, runs: Sequence[PastRun], gone: str | None, shapes
         rows.append([
             part if part in exported.parts else f"{part} (not in this folder)",
             f"{counted:,}",
-            _origin(part, first.config, gone if all(here) else None),
+            _origin(part, first.config, missing_origin if all(here) else None),
             f"`{first.parts[part].start[:DIGITS]}`",
             *(_moved(run.checkpoint.parts[part]) if same else "another" for run, same in zip(runs, here, strict=True)),
             f"`{last.parts[part].hash[:DIGITS]}`",
@@ -89,12 +90,12 @@ def _moved(state: Part) -> str:
     return f"moved {state.distance:.4g}" if state.trained else "frozen"
 
 
-def _origin(part: str, config: RunConfig, gone: str | None) -> str:
-    if gone is not None:
-        return f"`{shown(gone)}`, a run that was not at hand"
+def _origin(part: str, config: RunConfig, missing_origin: str | None) -> str:
+    if missing_origin is not None:
+        return f"`{short_path(missing_origin)}`, a run that was not at hand"
     if config.model.init == "random" or part == "projector":
         return f"random, seed {config.seed}"
-    return f"`{shown(config.model.weights_vision if part == 'vision' else config.model.weights_language)}`"
+    return f"`{short_path(config.model.weights_vision if part == 'vision' else config.model.weights_language)}`"
 
 
 def _stage(number: int, run: PastRun) -> str:
@@ -102,16 +103,17 @@ def _stage(number: int, run: PastRun) -> str:
     checkpoint, config = run.checkpoint, run.checkpoint.config
     stage, rate, data = config.stage_spec, config.optimizer, config.data
     trains = " and ".join(part for part in PARTS if part in stage.trains)
-    sources = ", ".join(f"`{shown(s.path)}`" + (f" ({s.rate:g} of its regions)" if s.rate != 1 else "") for s in data.sources)
+    shares = [f" ({source.rate:g} of its regions)" if source.rate != 1 else "" for source in data.sources]
+    sources = ", ".join(f"`{short_path(source.path)}`{share}" for source, share in zip(data.sources, shares, strict=True))
     mix = ", ".join(f"{task} {share:g}" for task, share in stage.mix.items())
     decay = f", weight decay {rate.weight_decay:g}" if rate.weight_decay else ""
     own = [f"{part} {rate.of_part(part)[0]:g}" for part in PARTS if rate.of_part(part)[0] != rate.lr]
     rates = f"{rate.lr:g}" + (f" ({', '.join(own)})" if own else "")
     lines = [
-        f"### {number}. {stage.name} (`{shown(run.directory)}`)",
+        f"### {number}. {stage.name} (`{short_path(run.directory)}`)",
         "",
-        f"- {checkpoint.step:,} steps of {config.train.global_batch} questions, {data.regions_per_row} region question(s) a row; "
-        f"trained: {trains}",
+        f"- {checkpoint.step:,} steps of {config.train.global_batch} rows, up to {data.regions_per_row} region question(s) a row"
+        f"; trained: {trains}",
         f"- data: {sources}; questions asked (share of those there are): {mix}",
         f"- AdamW, learning rate {rates} ({rate.schedule}, warm-up {rate.warmup:g} of the steps){decay}; "
         f"{config.runtime.compute}, seed {config.seed}",
@@ -135,7 +137,7 @@ def _evaluation(run: PastRun) -> list[str]:
     if not run.table:
         return ["No evaluation was kept."]
     source = run.checkpoint.config.eval.source
-    lines = [f"Held-out data{f' `{shown(source)}`' if source else ''}, after step {run.table_step:,}:", ""]
+    lines = [f"Held-out data{f' `{short_path(source)}`' if source else ''}, after step {run.table_step:,}:", ""]
     lines += ["| task | samples | scores |", "| --- | --- | --- |"]
     for task, scores in run.table.items():
         rest = ", ".join(f"{name} {value:.4g}" for name, value in scores.items() if name != "samples")

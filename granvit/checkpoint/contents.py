@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from granvit.checkpoint.combined_tensors import SeparatedTensors, name_in_file, shape_in_file
 from granvit.checkpoint.detect import LAYOUTS, OURS, detect
 from granvit.checkpoint.layouts import Layout, Spelling
-from granvit.checkpoint.pieces import Pieces, whole, whole_shape
 from granvit.checkpoint.source import Source, open_source, read_json
 from granvit.checkpoint.tensors import shape_differences
 from granvit.models import (
@@ -49,7 +49,7 @@ def open_contents(path: Path, named: str | None = None) -> tuple[Source, Layout,
     """Opens what is at `path`, its tensors under the names of its layout's table (`named`, or found out); nothing is read."""
     source = open_source(path)
     layout, spelling = detect(source, named)
-    source = replace(source, tensors=Pieces(source.tensors, layout))
+    source = replace(source, tensors=SeparatedTensors(source.tensors, layout))
     return source, layout, read_contents(source, layout, spelling)
 
 
@@ -60,7 +60,9 @@ def read_contents(source: Source, layout: Layout, spelling: Spelling) -> Content
     for foreign in source.tensors.shapes:
         canonical = spelling.canonical(foreign)
         if canonical is None:
-            contents.left_out[foreign] = spelling.reason(foreign)
+            reason = spelling.reason(foreign)
+            assert reason is not None, foreign
+            contents.left_out[foreign] = reason
             continue
         assert canonical not in names, f"two rows of one spelling of {layout.name!r} map to {canonical!r}"
         source.tensors.check_readable(foreign)
@@ -72,13 +74,14 @@ def read_contents(source: Source, layout: Layout, spelling: Spelling) -> Content
     contents.vision, contents.language = stated or _derived(source, names)
     _check_shapes(source, layout, spelling, contents)
     if stated and source.tree is not None:
-        here = {"layout": layout.name, "spelling": layout.spellings.index(spelling), "config": source.tree}
-        contents.published = _published(source) if layout.name in OURS else here
+        published = {"layout": layout.name, "spelling": layout.spellings.index(spelling), "config": source.tree}
+        contents.published = _published(source) if layout.name in OURS else published
     return contents
 
 
 def _published(source: Source) -> dict[str, Any] | None:
     """What a default directory remembers of the publisher's, so that it can be written again as it was."""
+    assert source.tree is not None
     record = source.tree.get("published")
     if record is None:
         return None
@@ -97,7 +100,7 @@ def _leave_out_fillers(source: Source, contents: Contents) -> None:
     listed = ours.get("filled") if isinstance(ours, dict) else None
     if not isinstance(listed, list):
         return
-    fillers = {canonical: foreign for canonical, foreign in contents.names.items() if whole(foreign) in listed}
+    fillers = {canonical: foreign for canonical, foreign in contents.names.items() if name_in_file(foreign) in listed}
     if not all(np.all(source.tensors.read(foreign) == filler_value(canonical)) for canonical, foreign in fillers.items()):
         return  # trained since
     for canonical, foreign in fillers.items():
@@ -141,6 +144,7 @@ def _stated(source: Source, layout: Layout, contents: Contents) -> tuple[VisionC
 
 def _pixels(source: Source, contents: Contents) -> dict[str, Any]:
     """The fields of `VisionConfig` that preprocessor_config.json states."""
+    assert source.config_path is not None  # it was read
     path = source.config_path.parent / "preprocessor_config.json"
     if not path.exists():
         contents.notes.append("no preprocessor_config.json: mean, std and resize are taken to be this family's")
@@ -152,14 +156,14 @@ def _pixels(source: Source, contents: Contents) -> dict[str, Any]:
 
 def _vision(fields: dict[str, Any], contents: Contents) -> VisionConfig:
     """An encoder that reaches as high as its tensors do: LLaVA's towers may come without the last block."""
-    if "top" in fields:
+    if {"top", "built_level"} & fields.keys():
         return VisionConfig(**fields)
     names = contents.names
     last = any(name.startswith(f"vision.encoder.layers.{fields['layers'] - 1}.") for name in names)
     for name in [name for name in names if name.startswith("vision.post_layernorm.") and not last]:
         contents.left_out[names.pop(name)] = "the closing norm of a last block that is not there"
-    top = "final" if "vision.post_layernorm.weight" in names else "last" if last else "penultimate"
-    return VisionConfig(**(fields | {"top": top}))
+    built_level = "final" if "vision.post_layernorm.weight" in names else "last" if last else "penultimate"
+    return VisionConfig(**(fields | {"built_level": built_level}))
 
 
 def _settle_head(source: Source, contents: Contents, tied: bool | None) -> None:
@@ -175,8 +179,8 @@ def _settle_head(source: Source, contents: Contents, tied: bool | None) -> None:
         contents.left_out[head] = f"the same bytes as {embedding!r}: the head is tied to the embedding"
         del names[HEAD]
     elif tied:
-        at = source.tensors.entries[head]["path"]
-        raise ValueError(f"{at}: tensor {head!r} differs from {embedding!r}, but tie_word_embeddings says that they are one")
+        file = source.tensors.entries[head]["path"]
+        raise ValueError(f"{file}: tensor {head!r} differs from {embedding!r}, but tie_word_embeddings says that they are one")
 
 
 def _derived(source: Source, names: dict[str, str]) -> tuple[VisionConfig | None, LanguageConfig | None]:
@@ -244,7 +248,7 @@ def _derived_language(shapes: Shapes) -> LanguageConfig:
 
 
 def _in_file(name: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    return whole(name), whole_shape(name, shape)
+    return name_in_file(name), shape_in_file(name, shape)
 
 
 def _check_shapes(source: Source, layout: Layout, spelling: Spelling, contents: Contents) -> None:
@@ -264,10 +268,10 @@ def _check_shapes(source: Source, layout: Layout, spelling: Spelling, contents: 
     found = dict(_in_file(name, source.tensors.shapes[name]) for name in names.values())
     wrong = shape_differences(found, foreign)
     if wrong:
-        odd = next((name for name, shape in found.items() if foreign.get(name) != shape), None)
-        at = next(e["path"] for n, e in source.tensors.entries.items() if whole(n) == odd) if odd else source.path
+        misfit = next((name for name, shape in found.items() if foreign.get(name) != shape), None)
+        file = next(e["path"] for n, e in source.tensors.entries.items() if name_in_file(n) == misfit) if misfit else source.path
         against = source.config_path if source.tree is not None and source.config_path else "the other tensors' shapes"
-        raise ValueError(f"{at}: does not fit {against}: {'; '.join(wrong)}")
+        raise ValueError(f"{file}: does not fit {against}: {'; '.join(wrong)}")
 
 
 def common_name(names: Sequence[str]) -> str:

@@ -38,15 +38,15 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from granvit.checkpoint.combined_tensors import combine, name_in_file, shape_in_file
 from granvit.checkpoint.contents import Contents, common_name, filler_value, left_out_lines, open_contents
 from granvit.checkpoint.detect import LAYOUTS, OURS, layout_named
 from granvit.checkpoint.layouts import Layout, Spelling
 from granvit.checkpoint.layouts.default import DEFAULT
 from granvit.checkpoint.layouts.llava import FINAL_DIFFERS, LLAVA
 from granvit.checkpoint.layouts.mindspore import MINDSPORE, CkptFile, CkptWriter
-from granvit.checkpoint.pieces import assemble, whole, whole_shape
 from granvit.checkpoint.source import Source
 from granvit.checkpoint.tensors import (
     SHARD_BYTES,
@@ -113,7 +113,8 @@ def make_plan(source: Source, contents: Contents, target: Layout, report: Report
         raise ValueError(f"{source.path}: cannot be written as {target.name!r}: {error}") from None
     came_from = contents.published if (contents.published or {}).get("layout") == target.name else None
     spelling = target.spellings[came_from["spelling"]] if came_from else target.spelling_for(contents.names)
-    plan, parts = Plan({}, {}, {}, None), {}
+    plan = Plan({}, {}, {}, None)
+    parts: dict[str, dict[str, str]] = {}
     for canonical, foreign in contents.names.items():
         if part_of(canonical) not in target.parts:
             report.left_out[foreign] = f"the {target.name!r} layout holds {holds} alone"
@@ -121,8 +122,8 @@ def make_plan(source: Source, contents: Contents, target: Layout, report: Report
         name = spelling.foreign(canonical)
         if name is None:
             raise ValueError(f"{source.path}: tensor {foreign!r} has no name in the {target.name!r} layout")
-        parts.setdefault(whole(name), {})[name] = foreign
-        plan.shapes[whole(name)] = whole_shape(name, source.tensors.shapes[foreign])
+        parts.setdefault(name_in_file(name), {})[name] = foreign
+        plan.shapes[name_in_file(name)] = shape_in_file(name, source.tensors.shapes[foreign])
     plan.names = {name: [found[part] for part in sorted(found)] for name, found in parts.items()}
     if vision is not None and target.name not in OURS and contents.stated and not came_from:
         _complete_tower(source, contents, vision, spelling, plan, report)
@@ -136,10 +137,12 @@ def _complete_tower(
 ) -> None:
     """Adds the blocks above `vision.level` that are not in the source: transformers builds them, though nothing reads them."""
     dtype = source.tensors.dtypes[source.tensors.entries[contents.names["vision.embeddings.patch_embedding.weight"]]["tag"]]
-    for canonical, shape in vision_shapes(vision.whole).items():
+    for canonical, shape in vision_shapes(vision.with_all_blocks).items():
         if canonical not in contents.names:
             name = spelling.foreign(canonical)
-            plan.fillers[whole(name)], plan.shapes[whole(name)] = (filler_value(canonical), dtype), whole_shape(name, shape)
+            assert name is not None, canonical
+            plan.fillers[name_in_file(name)] = filler_value(canonical), dtype
+            plan.shapes[name_in_file(name)] = shape_in_file(name, shape)
     report.filled += plan.fillers
 
 
@@ -153,11 +156,14 @@ def _config(tree: dict[str, Any], source: Source, contents: Contents, target: La
     dtypes = {source.tensors.dtypes[source.tensors.entries[n]["tag"]].name for names in plan.names.values() for n in names}
     if len(dtypes) == 1 and not {"dtype", "torch_dtype"} & tree.keys():
         tree["torch_dtype"] = dtypes.pop()
-    if target is LLAVA and "image_token_index" not in tree:
-        tree["image_token_index"] = contents.language.vocab - 1
-        report.notes.append(f"image_token_index is {tree['image_token_index']}, the last token id: let it stand for the image")
-    if target is LLAVA and contents.vision.level == "final":
-        report.notes.append(f"load it with transformers 4.57 alone: {FINAL_DIFFERS}")
+    if target is LLAVA:
+        assert contents.vision is not None and contents.language is not None
+        if "image_token_index" not in tree:
+            tree["image_token_index"] = contents.language.vocab - 1
+            last_id = tree["image_token_index"]
+            report.notes.append(f"image_token_index is {last_id}, the last token id: let it stand for the image")
+        if contents.vision.level == "final":
+            report.notes.append(f"load it with transformers 4.57 alone: {FINAL_DIFFERS}")
     if plan.fillers:
         tree["granvit"] = {"filled": list(plan.fillers)}
     return tree
@@ -181,7 +187,7 @@ def _bytes(source: Source, plan: Plan) -> dict[str, int]:
 def _arrays(source: Source, plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor that is written, one in memory at a time."""
     for name, parts in plan.names.items():
-        yield name, assemble(plan.shapes[name], [source.tensors.read(part) for part in parts])
+        yield name, combine(plan.shapes[name], [source.tensors.read(part) for part in parts])
     for name, (value, dtype) in plan.fillers.items():
         yield name, np.full(plan.shapes[name], value, dtype)
 
@@ -208,6 +214,7 @@ def write_plan(source: Source, plan: Plan, target: Layout, destination: Path, ve
         inside = folder if one_file else folder / destination.name
         inside.mkdir(exist_ok=True)
         stem = destination.stem if one_file else "model"
+        writer: CkptWriter | TensorWriter
         if as_ckpt:
             writer = CkptWriter(inside / f"{stem}.ckpt", plan.shapes)
         else:
@@ -287,7 +294,7 @@ class Bar:
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         self.live = Progress(*columns, console=console, transient=True) if console.is_terminal else None
-        self.tasks: dict[str, int] = {}
+        self.tasks: dict[str, TaskID] = {}
         self.shown = time.monotonic()
 
     def __enter__(self) -> "Bar":

@@ -1,6 +1,7 @@
 """Which layout a source has: by its config.json and its names."""
 from collections.abc import Sequence
 
+from granvit.checkpoint.combined_tensors import name_in_file, part_names
 from granvit.checkpoint.layouts import Layout, Spelling
 from granvit.checkpoint.layouts.aimv2 import AIMV2, AIMV2_APPLE
 from granvit.checkpoint.layouts.clip import CLIP
@@ -12,7 +13,6 @@ from granvit.checkpoint.layouts.mindformers import MINDFORMERS
 from granvit.checkpoint.layouts.mindspore import MINDSPORE
 from granvit.checkpoint.layouts.qwen2 import QWEN2
 from granvit.checkpoint.layouts.siglip import SIGLIP
-from granvit.checkpoint.pieces import piece_names, whole
 from granvit.checkpoint.source import Source
 
 LAYOUTS = {
@@ -44,9 +44,9 @@ def detect(source: Source, named: str | None) -> tuple[Layout, Spelling]:
     # Where none fits, the nearest one names the tensor that is in the way.
     layout = fitting[0] if fitting else max(stated or DETECTED, key=lambda layout: _mapped(layout, names))
     if not fitting and not _mapped(layout, names):
-        at = source.tensors.entries[names[0]]["path"] if names else source.path
+        file = source.tensors.entries[names[0]]["path"] if names else source.path
         what = f"tensor {names[0]!r} is in no known layout" if names else "no tensor is there"
-        raise ValueError(f"{at}: {what} ({', '.join(layout.name for layout in stated or DETECTED)})")
+        raise ValueError(f"{file}: {what} ({', '.join(layout.name for layout in stated or DETECTED)})")
     return layout, _best_spelling(source, layout, names)
 
 
@@ -73,7 +73,7 @@ def layout_named(name: str) -> Layout:
 
 
 def _explains(layout: Layout, spelling: Spelling, names: Sequence[str]) -> bool:
-    mapped = [(name, spelling.canonical(name)) for name in piece_names(names, layout)]
+    mapped = [(name, spelling.canonical(name)) for name in part_names(names, layout)]
     if not any(canonical for _, canonical in mapped):
         return False
     if any(canonical is None and spelling.reason(name) is None for name, canonical in mapped):
@@ -83,32 +83,32 @@ def _explains(layout: Layout, spelling: Spelling, names: Sequence[str]) -> bool:
 
 def _unpaired(layout: Layout, canonicals: Sequence[str]) -> bool:
     """Whether a first name of the layout's pairs is there without its second."""
-    there = set(canonicals)
+    present = set(canonicals)
     for first, second in layout.pairs:
         pairing = Spelling(((second, first),))
-        if any((partner := pairing.foreign(name)) is not None and partner not in there for name in there):
+        if any((partner := pairing.foreign(name)) is not None and partner not in present for name in present):
             return True
     return False
 
 
 def _mapped(layout: Layout, names: Sequence[str]) -> int:
-    names = piece_names(names, layout)
+    names = part_names(names, layout)
     return max(sum(spelling.canonical(name) is not None for name in names) for spelling in layout.spellings)
 
 
 def _best_spelling(source: Source, layout: Layout, names: Sequence[str]) -> Spelling:
     """The spelling that maps most; `ValueError` naming the first tensor that it does not know."""
-    names = piece_names(names, layout)
+    names = part_names(names, layout)
     spelling = max(layout.spellings, key=lambda s: sum(s.canonical(name) is not None for name in names))
     for name in names:
         if spelling.canonical(name) is not None or spelling.reason(name) is not None:
             continue
-        at = source.tensors.entries[whole(name)]["path"]
+        file = source.tensors.entries[name_in_file(name)]["path"]
         canonical = next((c for other in layout.spellings if (c := other.canonical(name)) is not None), None)
         if canonical is None:
-            raise ValueError(f"{at}: tensor {name!r} is in no row of the {layout.name!r} layout")
+            raise ValueError(f"{file}: tensor {name!r} is in no row of the {layout.name!r} layout")
         twin = spelling.foreign(canonical)
         if twin in source.tensors.entries:
-            raise ValueError(f"{at}: tensors {twin!r} and {name!r} are both {canonical!r}")
-        raise ValueError(f"{at}: tensor {name!r} is spelled otherwise than the rest, where it would be {twin!r}")
+            raise ValueError(f"{file}: tensors {twin!r} and {name!r} are both {canonical!r}")
+        raise ValueError(f"{file}: tensor {name!r} is spelled otherwise than the rest, where it would be {twin!r}")
     return spelling

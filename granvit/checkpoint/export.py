@@ -33,7 +33,7 @@ from typing import Any, Literal
 import numpy as np
 from tokenizers import Tokenizer
 
-from granvit.checkpoint.card import Exported, model_card, shown
+from granvit.checkpoint.card import Exported, model_card, short_path
 from granvit.checkpoint.contents import EMBEDDING, HEAD, RESAMPLE, open_contents, read_contents
 from granvit.checkpoint.convert import Bar, Plan, ProgressCallback, Report, lines, make_plan, write_plan
 from granvit.checkpoint.detect import detect
@@ -50,6 +50,7 @@ from granvit.checkpoint.tensors import StoredTensors, set_digest, shape_differen
 from granvit.data.chat import SYSTEM, TEMPLATES, Chat, load_chat
 from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, GLOBAL
 from granvit.models import PARTS, Shapes, VisionConfig, parameter_shapes, part_of, vision_shapes
+from granvit.stages import Task
 
 EXAMPLES = """examples:
   python scripts/export_hf.py runs/stage1 granvit-encoder --as encoder --top start
@@ -60,7 +61,7 @@ EXAMPLES = """examples:
 IMAGE_TOKEN = "<image>"
 RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>")  # Llama 3: tokens whose rows nothing uses
 POOLING = re.compile(r"(?:vision_model\.)?(head\..*)")  # SigLIP's pooling head in a publisher's file
-QUESTIONS = {"global": GLOBAL, "bbox2caption": BBOX2CAPTION, "caption2bbox": CAPTION2BBOX}
+QUESTIONS: dict[Task, str] = {"global": GLOBAL, "bbox2caption": BBOX2CAPTION, "caption2bbox": CAPTION2BBOX}
 LOAD_ENCODER = """\
 # picture: a PIL image
 from transformers import AutoImageProcessor, AutoModel
@@ -131,7 +132,7 @@ class Work:
 
     checkpoint: Checkpoint
     runs: list[PastRun]
-    gone: str | None
+    missing_origin: str | None
     source: Source
     pooling: Members = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
@@ -140,6 +141,7 @@ class Work:
 
     @property
     def vision(self) -> VisionConfig:
+        assert self.source.vision is not None  # a run's source states its model
         return self.source.vision
 
     def add(self, members: Members, rows: dict[str, int]) -> None:
@@ -206,7 +208,7 @@ def export(
         **card,
     )
     shapes = parameter_shapes(work.checkpoint.vision, work.checkpoint.language)
-    texts["README.md"] = model_card(exported, work.runs, work.gone, shapes)
+    texts["README.md"] = model_card(exported, work.runs, work.missing_origin, shapes)
 
     def accompany(folder: Path) -> None:
         for name, text in texts.items():
@@ -225,17 +227,17 @@ def _open(run: Path) -> Work:
         raise ValueError(f"{run}: not a run's directory, nor one of its checkpoints (parity/convert.py converts other files)")
     checkpoint = open_checkpoint(source.path)
     stage = checkpoint.config.stage_spec
-    if stage.blind:
+    if stage.zero_image_tokens:
         raise ValueError(f"{source.path}: stage {stage.name!r} trains a decoder that never sees the image: no GranViT to export")
-    runs, gone = history(checkpoint)
-    work = Work(checkpoint, runs, gone, source)
+    runs, missing_origin = history(checkpoint)
+    work = Work(checkpoint, runs, missing_origin, source)
     work.record = {
         "stage": stage.name,
         "step": checkpoint.step,
         "parts": {name: part.hash for name, part in checkpoint.parts.items()},
     }
-    if gone is not None:
-        work.notes.append(f"no checkpoint in {gone} (model.init_from): the card begins with the run after it")
+    if missing_origin is not None:
+        work.notes.append(f"no checkpoint in {missing_origin} (model.init_from): the card begins with the run after it")
     return work
 
 
@@ -244,6 +246,7 @@ def _plan(work: Work, target: Layout, report: Report) -> Plan:
     contents = read_contents(work.source, *detect(work.source, None))
     plan = make_plan(work.source, contents, target, report)
     report.notes = work.notes  # the conversion's own speak of what is settled here
+    assert plan.config is not None  # a run's source states its model
     plan.config["granvit"] = plan.config.get("granvit", {}) | work.record
     return plan
 
@@ -276,8 +279,9 @@ def _encoder(
     if start is not None:
         _take_top(work, tower, start, above)
         taken = [tower.layout.spellings[0].foreign(name) for name in above]
-        work.record["top"] |= {"weights": shown(start), "tensors": taken}
+        work.record["top"] |= {"weights": short_path(start), "tensors": taken}
     plan = _plan(work, tower.layout, report)
+    assert plan.config is not None
     if work.pooling:
         work.add(work.pooling, {})
         plan.names |= {f"vision_model.{name}": [name] for name in work.pooling}
@@ -289,7 +293,7 @@ def _encoder(
     work.remarks += [
         f"The features are `{features}`, what projector and decoder were trained to read: {built.patches} patches row by "
         f"row{without_class}.",
-        *_about_top(work, tower, above, top, start),
+        *_about_top(work, tower, above, start),
         _about_pixels(built),
     ]
     about = (
@@ -305,19 +309,19 @@ def _encoder(
 def _above(vision: VisionConfig) -> Shapes:
     """What the whole tower has above the blocks that a run built."""
     built = vision_shapes(vision)
-    return {name: shape for name, shape in vision_shapes(vision.whole).items() if name not in built}
+    return {name: shape for name, shape in vision_shapes(vision.with_all_blocks).items() if name not in built}
 
 
 def _find_start(work: Work, given: Path | None) -> Path:
     """The publisher's directory that the first run started from; `ValueError` says where it was looked for."""
     first = work.runs[0].checkpoint
     instead = "name the directory with --start-weights DIR, or use --top blank"
-    if given is None and work.gone is not None:
+    if given is None and work.missing_origin is not None:
         raise ValueError(
-            f"--top start: the first run's configuration names the start weights, but {work.gone} (model.init_from of "
+            f"--top start: the first run's configuration names the start weights, but {work.missing_origin} (model.init_from of "
             f"{first.path}) is not there; {instead}"
         )
-    if work.gone is None and first.config.model.init == "random":
+    if work.missing_origin is None and first.config.model.init == "random":
         raise ValueError(f"--top start: {first.path} started from random weights (model.init): none to take; use --top blank")
     path = given or Path(first.config.model.weights_vision)
     if not path.is_dir():
@@ -336,10 +340,10 @@ def _take_top(work: Work, tower: Tower, path: Path, above: Shapes) -> None:
     """
     start, _, contents = open_contents(path)
     found = {name: start.tensors.shapes[foreign] for name, foreign in contents.names.items() if part_of(name) == "vision"}
-    wrong = shape_differences(found, vision_shapes(work.vision.whole))
+    wrong = shape_differences(found, vision_shapes(work.vision.with_all_blocks))
     if wrong:
         raise ValueError(f"{path} does not hold a whole {work.vision.name}: " + "; ".join(wrong))
-    if work.gone is None:
+    if work.missing_origin is None:
         first = work.runs[0].checkpoint
         digest = set_digest({name: start.tensors.digest(contents.names[name]) for name in vision_shapes(first.vision)})
         if digest != first.parts["vision"].start:
@@ -348,28 +352,28 @@ def _take_top(work: Work, tower: Tower, path: Path, above: Shapes) -> None:
                 f"{first.parts['vision'].start[:16]})"
             )
     else:
-        work.notes.append(f"whether the first run started from {path} could not be checked: {work.gone} is not there")
+        work.notes.append(f"whether the first run started from {path} could not be checked: {work.missing_origin} is not there")
     work.add({name: (start.tensors, contents.names[name]) for name in above}, {})
-    work.source.vision = work.vision.whole
+    work.source.vision = work.vision.with_all_blocks
     if tower.layout is SIGLIP:
         work.pooling = {m[1]: (start.tensors, name) for name in contents.left_out if (m := POOLING.fullmatch(name))}
 
 
-def _about_top(work: Work, tower: Tower, above: Shapes, top: Top | None, start: Path | None) -> list[str]:
+def _about_top(work: Work, tower: Tower, above: Shapes, start: Path | None) -> list[str]:
     """The card's words on what is above the features."""
     blocks = work.vision.layers - work.checkpoint.vision.built_layers
-    said = []
+    sentences = []
     if above:
         which = f"The last of {work.vision.layers} blocks and the closing norm" if blocks else "The closing norm's weights"
-        if top == "start":
-            how = f"those of the start weights, `{shown(start)}`, and were not trained with what is below them"
+        if start is not None:
+            how = f"those of the start weights, `{short_path(start)}`, and were not trained with what is below them"
         else:
             how = "zeros and norms of one, which pass their input on: above the features there is nothing more to read"
-        said.append(f"{which}, which the training left out, are {how}.")
+        sentences.append(f"{which}, which the training left out, are {how}.")
     if tower.layout is SIGLIP:
         head = "is that of the start weights, untrained" if work.pooling else "is left out: there is no `pooler_output`"
-        said.append(f"SigLIP's pooling head {head}.")
-    return said
+        sentences.append(f"SigLIP's pooling head {head}.")
+    return sentences
 
 
 def _about_pixels(vision: VisionConfig) -> str:
@@ -406,6 +410,7 @@ def _llava(work: Work, tower: Tower, for_transformers_4: bool, report: Report) -
     `ValueError` for the level `final`, unless the LLaVA is stated to be for transformers 4.57.
     """
     vision, language, config = work.vision, work.source.language, work.checkpoint.config
+    assert language is not None  # a run's source states its model
     if vision.level == "final":
         if not for_transformers_4:
             raise ValueError(
@@ -414,7 +419,7 @@ def _llava(work: Work, tower: Tower, for_transformers_4: bool, report: Report) -
         work.notes.append(f"load it with transformers 4.57 alone: {FINAL_DIFFERS}")
         work.remarks.append(f"**Load it with transformers 4.57 alone**: {FINAL_DIFFERS}.")
     chat = load_chat(config, language)
-    tokenizer, image_token, image_id, said = _image_token(chat, language.vocab)
+    tokenizer, image_token, image_id, about_image_token = _image_token(chat, language.vocab)
     appended = list(range(language.vocab, image_id + 1))
     if appended:
         work.source.language = language.model_copy(update={"vocab": image_id + 1})
@@ -422,6 +427,7 @@ def _llava(work: Work, tower: Tower, for_transformers_4: bool, report: Report) -
         work.add({}, dict.fromkeys(tables, image_id + 1))
     work.record["top"] = {"from": "blank" if _above(vision) else "trained"}
     plan = _plan(work, LLAVA, report)
+    assert plan.config is not None
     plan.config["image_token_index"] = image_id
     template = TEMPLATES[chat.family]
     texts = {
@@ -453,12 +459,13 @@ def _llava(work: Work, tower: Tower, for_transformers_4: bool, report: Report) -
         }),
     }  # fmt: skip
     blank = "blocks and the closing norm above it, which nothing reads, are zeros and norms of one"
-    asked = [f"`{q}`" for task, q in QUESTIONS.items() if any(r.checkpoint.config.stage_spec.mix.get(task) for r in work.runs)]
+    mixes = [run.checkpoint.config.stage_spec.mix for run in work.runs]
+    questions = [f"`{question}`" for task, question in QUESTIONS.items() if any(mix.get(task) for mix in mixes)]
     work.remarks += [
-        f"Ask one question about one picture, in the words of the training: {', '.join(asked)}. "
+        f"Ask one question about one picture, in the words of the training: {', '.join(questions)}. "
         f"Boxes are `[x1, y1, x2, y2]`, divided by the picture's own width and height, with three decimals.",
         f"The chat template is that of the training (`{chat.family}`), its system message `{SYSTEM}` included.",
-        said,
+        about_image_token,
         f"The projector reads `hidden_states[{plan.config['vision_feature_layer']}]`" + (f"; {blank}." if plan.fillers else "."),
         _about_pixels(vision),
     ]

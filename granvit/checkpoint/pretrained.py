@@ -33,8 +33,8 @@ from granvit.models import (
 
 log = logging.getLogger("granvit")
 INSTEAD = "model.init=random runs without published weights"
-BEFORE = {"stage1": "projector", "stage2": "stage1", "continued": "stage2", "sft": "stage2"}  # the paper's order
-OWN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|model\.sha256\.json")
+STAGE_BEFORE = {"stage1": "projector", "stage2": "stage1", "continued": "stage2", "sft": "stage2"}  # the paper's order
+OUR_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|model\.sha256\.json")
 Tensors = Iterator[tuple[str, np.ndarray]]
 
 
@@ -82,7 +82,7 @@ def _seeded(shapes: Shapes, seed: int) -> Tensors:
 
 def _above(vision: VisionConfig) -> set[str]:
     """Names of the encoder's blocks above the highest level that this configuration builds: stated, known, not used."""
-    return vision_shapes(vision.whole).keys() - vision_shapes(vision).keys()
+    return vision_shapes(vision.with_all_blocks).keys() - vision_shapes(vision).keys()
 
 
 def _from_run(config: RunConfig, vision: VisionConfig, language: LanguageConfig, origin: Checkpoint | None) -> Tensors:
@@ -91,7 +91,7 @@ def _from_run(config: RunConfig, vision: VisionConfig, language: LanguageConfig,
     checkpoint = origin or newest_checkpoint(run)
     without = f"model.init_from=null starts without it, {_without(config)}"
     if checkpoint is None:
-        before = BEFORE.get(config.stage)
+        before = STAGE_BEFORE.get(config.stage)
         make = f"scripts/{before}.py makes it, with the --config that has this output" if before else "run that stage first"
         raise ValueError(
             f"model.init_from {run}: no checkpoint in {run / 'checkpoints'} (looked for in {Path.cwd()}); {make}. {without}"
@@ -185,9 +185,9 @@ def open_pretrained(directory: str | Path, *parts: str) -> Opened:
     """
     path = Path(directory)
     source, layout, contents = open_contents(path)
-    lacking = set(parts) - {part_of(name) for name in contents.names}
-    if lacking:
-        raise ValueError(f"{path}: holds no {' and no '.join(sorted(lacking))} (its layout is {layout.name!r})")
+    missing = set(parts) - {part_of(name) for name in contents.names}
+    if missing:
+        raise ValueError(f"{path}: holds no {' and no '.join(sorted(missing))} (its layout is {layout.name!r})")
     if not contents.stated:
         raise ValueError(f"{path}: no config.json says what model this is (how many heads, say): put the publisher's there")
     other = {n: f"of the {part_of(c)}, which was not asked for" for c, n in contents.names.items() if part_of(c) not in parts}
@@ -214,6 +214,6 @@ def write_pretrained(directory: str | Path, vision: VisionConfig | None, languag
         for name in new:
             os.replace(Path(folder) / name, directory / name)
         for old in directory.iterdir():
-            if OWN.fullmatch(old.name) and old.name not in new:
+            if OUR_FILES.fullmatch(old.name) and old.name not in new:
                 old.unlink()
     sync_directory(directory)

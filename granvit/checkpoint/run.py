@@ -32,7 +32,7 @@ from granvit.config import RunConfig, validate
 from granvit.engine import Group
 from granvit.models import PARTS, LanguageConfig, Shapes, Strict, VisionConfig, parameter_shapes, part_of, vision_shapes
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Checkpoint:
 
     def check_architecture(self, vision: VisionConfig, language: LanguageConfig) -> None:
         """`ValueError` naming the first keys in which the checkpoint is of another architecture."""
-        expected = {"model": parameter_shapes(vision, language)}
+        expected: dict[Group, Shapes] = {"model": parameter_shapes(vision, language)}
         trained = {n: s for n, s in expected["model"].items() if self.parts[part_of(n)].trained}
         expected |= {"first_moment": trained, "second_moment": trained}
         if self.config.stage_spec.distill:
@@ -133,6 +133,7 @@ class Checkpoint:
 def open_part(run: Path, name: str, digest: str) -> TensorSet:
     """A part in RUN/parts, its checksums compared with the hash it is referred to by."""
     tensors = TensorSet(run / "parts" / f"{name}-{digest[:16]}", "model", checked=True)
+    assert tensors.digests is not None  # they are checked
     if set_digest(tensors.digests) != digest:
         raise ValueError(f"{tensors.directory}: its checksums do not add up to the hash it is referred to by; it is damaged")
     return tensors
@@ -162,7 +163,7 @@ def newest_checkpoint(run: str | Path) -> Checkpoint | None:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint's state; `ValueError` where it is damaged or of a later format."""
+    """Reads a checkpoint's state, of this format or of format 1; `ValueError` where it is damaged or of a later format."""
     if path.parent.name != "checkpoints":
         path = path.resolve()  # its run's directory is two above, also where the path is `.`
     file = path / "state.json"
@@ -173,8 +174,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise ValueError(f"{file}: cannot be read ({error}); the checkpoint is damaged") from None
     if state_digest(tree) != stated:
         raise ValueError(f"{file}: its contents are not those that were written (checksum)")
-    if tree.get("format") != FORMAT:
-        raise ValueError(f"{file}: checkpoint format {tree.get('format')!r}; this version of granvit reads format {FORMAT}")
+    if tree.get("format") == 1:
+        _count_rows(tree)
+    elif tree.get("format") != FORMAT:
+        raise ValueError(f"{file}: checkpoint format {tree.get('format')!r}; this version of granvit reads formats 1 to {FORMAT}")
     state = validate(State, tree, str(file))
     return Checkpoint(
         path=path,
@@ -189,6 +192,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
         ranks=state.ranks,
         fingerprints=state.fingerprints,
     )
+
+
+def _count_rows(state: dict) -> None:
+    """In format 1 `train.global_batch` counted questions, `data.regions_per_row` for every row; it counts rows since."""
+    config = state["config"]
+    config["train"]["global_batch"] //= config["data"]["regions_per_row"]
 
 
 def state_digest(state: dict) -> str:

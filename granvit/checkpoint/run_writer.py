@@ -13,7 +13,7 @@ import numpy as np
 from granvit.checkpoint.run import FORMAT, Checkpoint, Part, open_checkpoint, open_part, saved_steps, state_digest, step_directory
 from granvit.checkpoint.tensors import TensorWriter, set_digest, sync_directory, tensor_digest, write_set, write_synced
 from granvit.config import RunConfig
-from granvit.engine import TrainEngine
+from granvit.engine import Group, TrainEngine
 from granvit.models import PARTS, LanguageConfig, VisionConfig, parameter_shapes, part_of, vision_shapes
 
 
@@ -142,7 +142,7 @@ class CheckpointWriter:
 
     def _write_rest(self, engine: TrainEngine, folder: Path) -> None:
         trained = {n: s for n, s in self.model_shapes.items() if part_of(n) in self.trains}
-        moments = ("first_moment", "second_moment")
+        moments: tuple[Group, ...] = ("first_moment", "second_moment")
         shapes = {f"{group}.{name}": shape for group in moments for name, shape in trained.items()}
         write_set(folder, "optimizer", shapes, ((f"{g}.{n}", a) for g in moments for n, a in engine.tensors(g)))
         if self.config.stage_spec.distill:
@@ -167,6 +167,6 @@ class CheckpointWriter:
     def _thin(self) -> None:
         for step in saved_steps(self.run)[: -self.config.train.keep_checkpoints]:
             old = step_directory(self.run, step)
-            going = old.with_name(f".tmp-old-{old.name}")
-            os.rename(old, going)  # a reader sees all of it or nothing
-            shutil.rmtree(going)
+            leaving = old.with_name(f".tmp-old-{old.name}")
+            os.rename(old, leaving)  # a reader sees all of it or nothing
+            shutil.rmtree(leaving)

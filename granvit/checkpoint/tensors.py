@@ -249,9 +249,9 @@ class StoredTensors:
         file.seek(offset)
         done = 0
         while done < len(raw):
-            if not (more := file.readinto(raw.data[done:])):
+            if not (count := file.readinto(raw.data[done:])):
                 raise ValueError(f"{file.name}: truncated inside tensor {name!r}")
-            done += more
+            done += count
 
 
 class TensorSet(StoredTensors):
@@ -301,8 +301,8 @@ class TensorSet(StoredTensors):
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: cannot be read ({error}); the checkpoint is damaged") from None
         if digests.keys() != self.entries.keys():
-            odd = sorted(digests.keys() ^ self.entries.keys())[0]
-            raise ValueError(f"{path}: does not list the tensors of {self.stem}.safetensors (first difference: {odd!r})")
+            first = sorted(digests.keys() ^ self.entries.keys())[0]
+            raise ValueError(f"{path}: does not list the tensors of {self.stem}.safetensors (first difference: {first!r})")
         return digests
 
     def read(self, name: str) -> np.ndarray:

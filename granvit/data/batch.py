@@ -83,7 +83,7 @@ class Question:
         return question_text(self.task, region.box, region.caption), answer_text(self.task, region.box, region.caption)
 
 
-def picture(record: ImageRecord | Conversation, max_pixels: int) -> np.ndarray:
+def record_pixels(record: ImageRecord | Conversation, max_pixels: int) -> np.ndarray:
     """The record's image, uint8 `[H, W, 3]`; `ValueError` with the reason where it cannot be used."""
     image_HW3 = decode(record.image, max_pixels)
     if image_HW3.shape[:2] != (record.height, record.width):
@@ -109,7 +109,7 @@ class Packer:
         be used, or a row without any question left, is a row of weight zero.
         """
         try:
-            image_HW3 = picture(record, self.max_pixels)
+            image_HW3 = record_pixels(record, self.max_pixels)
         except ValueError as error:
             return self.empty(bucket, ((record.id, str(error)),))
         image_ids = self._image_ids(record.width, record.height)
@@ -152,16 +152,17 @@ class Packer:
         cannot be used is a row of weight zero.
         """
         try:
-            image = self._image(picture(record, self.max_pixels)) if record.image else self._no_image()
+            image = self._image(record_pixels(record, self.max_pixels)) if record.image else self._no_image()
             turns = self.chat.conversation_ids(record.turns, bool(record.image))
         except ValueError as error:
             return self.empty(bucket, ((record.id, str(error)),))
         image_ids = self._image_ids(record.width, record.height) if record.image else None
-        text, (kept,) = self._lay_out(image_ids, [turns], bucket)
-        skipped = tuple((f"{record.id} turn {turn}", _too_long("conversation", bucket)) for turn in range(kept, len(turns)))
-        if not kept:
+        text, (turns_placed,) = self._lay_out(image_ids, [turns], bucket)
+        left_out = range(turns_placed, len(turns))
+        skipped = tuple((f"{record.id} turn {turn}", _too_long("conversation", bucket)) for turn in left_out)
+        if not turns_placed:
             return self.empty(bucket, skipped)
-        return Batch(**image, **text, **self._no_boxes(), record_ids=(record.id,), questions=kept, skipped=skipped)
+        return Batch(**image, **text, **self._no_boxes(), record_ids=(record.id,), questions=turns_placed, skipped=skipped)
 
     def empty(self, bucket: Bucket, skipped: tuple[tuple[str, str], ...] = ()) -> Batch:
         """A row of weight zero: a prefix, nothing supervised, nothing distilled, no division by zero in any attention row."""
@@ -192,7 +193,7 @@ class Packer:
         segments_BS[0, : len(prefix)] = 0
         end, answered, number, placed = len(prefix), 0, 0, []
         for turns in segments:
-            start, kept = end, 0
+            start, turns_placed = end, 0
             for question_ids, answer_ids in turns:
                 ids = question_ids + answer_ids[:-1]
                 if end + len(ids) > bucket.length or answered + len(answer_ids) > bucket.answers:
@@ -202,11 +203,11 @@ class Packer:
                 answers_BA[0, 0, supervised] = end + len(question_ids) - 1 + np.arange(len(answer_ids))
                 answers_BA[1, 0, supervised] = answer_ids
                 weights_BA[0, supervised] = 1
-                end, answered, kept = turn.stop, supervised.stop, kept + 1
-            number += kept > 0
+                end, answered, turns_placed = turn.stop, supervised.stop, turns_placed + 1
+            number += turns_placed > 0
             positions_BS[0, start:end] = len(prefix) + np.arange(end - start)
             segments_BS[0, start:end] = number
-            placed.append(kept)
+            placed.append(turns_placed)
         return {
             "token_ids_BS": token_ids_BS,
             "positions_BS": positions_BS,

@@ -91,7 +91,7 @@ def build_store(
 
     def items() -> Iterator[Item]:
         def done(chunk: list[tuple[int, bytes]]) -> None:
-            if progress:
+            if progress and task is not None:
                 progress.advance(task, sum(len(line) for _, line in chunk))
 
         with open(jsonl, "rb") as file:

@@ -236,8 +236,8 @@ class Chat:
             answer_ids = self.answer_ids(answer)
             if self.tokenizer.decode(answer_ids[:-1], skip_special_tokens=False) != self._normalised(answer):
                 raise ValueError("an answer's supervised tokens do not decode to its text")
-            spoken = [(template.after_question, answer)] + ([] if self.plain else [(before, question)])
-            if not all(self._reads_apart(pieces, text) for pieces, text in spoken):
+            joints = [(template.after_question, answer)] + ([] if self.plain else [(before, question)])
+            if not all(self._reads_apart(pieces, text) for pieces, text in joints):
                 raise ValueError("a turn's tokens change when they are read together with the template before them")
             before = template.next_turn
             ids.append((self._next_turn * (number > 0) + self.question_ids(question), answer_ids))
@@ -249,9 +249,9 @@ class Chat:
         answers = iter(self.answer_lengths([answer for turns in conversations for _, answer in turns]))
         lengths = []
         for turns in conversations:
-            asked, supervised = sum(islice(questions, len(turns))), sum(islice(answers, len(turns)))
-            between = (len(turns) - 1) * (len(self._next_turn) - 1)  # the end of turn in it is counted with the answer
-            lengths.append((asked + supervised - 1 + between, supervised))
+            question_tokens, answer_tokens = sum(islice(questions, len(turns))), sum(islice(answers, len(turns)))
+            tokens_between = (len(turns) - 1) * (len(self._next_turn) - 1)  # the end of turn in it is counted with the answer
+            lengths.append((question_tokens + answer_tokens - 1 + tokens_between, answer_tokens))
         return lengths
 
     def _reads_apart(self, pieces: tuple[Piece, ...], text: str) -> bool:
@@ -269,12 +269,12 @@ class Chat:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of generated ids up to the first stop token, control tokens dropped."""
-        kept = []
+        answer_ids = []
         for index in map(int, ids):
             if index == self.stop_token:
                 break
-            kept.append(index)
-        return self.tokenizer.decode(kept, skip_special_tokens=True)
+            answer_ids.append(index)
+        return self.tokenizer.decode(answer_ids, skip_special_tokens=True)
 
 
 def byte_tokenizer(family: str) -> Tokenizer:

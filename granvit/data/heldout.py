@@ -3,7 +3,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from granvit.data.batch import PromptBatch, Question, picture, prompt_batch
+from granvit.data.batch import PromptBatch, Question, prompt_batch, record_pixels
 from granvit.data.chat import Chat
 from granvit.data.images import image_tokens, to_views
 from granvit.data.prompts import Box
@@ -33,7 +33,7 @@ def held_out(
     """
     if store.kind != REGIONS:
         raise ValueError(f"eval.source {store.path} is a {store.kind.format} store; held-out questions are about regions")
-    chosen = np.unique(np.linspace(0, store.images - 1, min(images, store.images)).round().astype(int)).tolist()
+    chosen = np.unique(np.linspace(0, store.records - 1, min(images, store.records)).round().astype(int)).tolist()
     items: list[tuple[int, HeldOut]] = []
     sizes: dict[int, tuple[int, int]] = {}
     for image in chosen:
@@ -41,10 +41,10 @@ def held_out(
         sizes[image] = record.width, record.height
         for task in tasks:
             if task == "global":
-                asked = [Question(task)] if record.global_caption is not None else []
+                questions_of_task = [Question(task)] if record.global_caption is not None else []
             else:
-                asked = [Question(task, region) for region in range(len(record.regions))]
-            for question in asked:
+                questions_of_task = [Question(task, region) for region in range(len(record.regions))]
+            for question in questions_of_task:
                 box = None if question.region is None else record.regions[question.region].box
                 items.append((image, (record.id, task, *question.turn(record), box)))
     if not items:
@@ -59,16 +59,18 @@ def held_out(
         for image, (record_id, *_) in part:
             if image not in pixels:
                 try:
-                    pixels[image] = to_views(picture(_held_out_record(store, image), max_pixels), vision)
+                    pixels[image] = to_views(record_pixels(_held_out_record(store, image), max_pixels), vision)
                 except ValueError as error:
                     raise ValueError(f"store {store.path}: held-out record {record_id}: {error}") from None
         pixels_B3RR = np.stack([pixels[image] for image, _ in rows])
-        shown, asked = [sizes[image] for image, _ in rows], [item[2] for _, item in rows]
-        yield prompt_batch(pixels_B3RR, asked, chat, vision, length, shown), [item for _, item in part]
+        row_sizes, questions = [sizes[image] for image, _ in rows], [item[2] for _, item in rows]
+        yield prompt_batch(pixels_B3RR, questions, chat, vision, length, row_sizes), [item for _, item in part]
 
 
 def _held_out_record(store: Store, image: int) -> ImageRecord:
     try:
-        return store.record(image)
+        record = store.record(image)
     except ValueError as error:
         raise ValueError(f"store {store.path}: held-out image {image}: {error}") from None
+    assert isinstance(record, ImageRecord)  # the store is one of regions
+    return record

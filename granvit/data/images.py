@@ -105,8 +105,8 @@ def tile_grids(widths: ArrayLike, heights: ArrayLike, vision: VisionConfig) -> n
     width, height = np.asarray(widths, np.int64)[..., None], np.asarray(heights, np.int64)[..., None]
     rows, columns = grids_P2.T * vision.image_size
     # The share of its side that an image keeps is min(1, columns / width, rows / height): here times width x height.
-    kept = np.minimum(width * height, np.minimum(columns * height, rows * width))
-    return grids_P2[kept.argmax(-1)]
+    kept_pixels = np.minimum(width * height, np.minimum(columns * height, rows * width))
+    return grids_P2[kept_pixels.argmax(-1)]
 
 
 def image_tokens(widths: ArrayLike, heights: ArrayLike, vision: VisionConfig) -> np.ndarray:
@@ -128,8 +128,8 @@ def token_places(width: int, height: int, vision: VisionConfig) -> np.ndarray:
     first, side = vision.view_tokens, vision.grid // 2
     places = np.full((vision.views, side, side), -1, np.int32)
     places[0] = np.arange(first).reshape(side, side)
-    whole = first + np.arange(rows * columns * first).reshape(rows, side, columns, side)
-    places[1 : 1 + rows * columns] = whole.transpose(0, 2, 1, 3).reshape(-1, side, side)
+    map_places = first + np.arange(rows * columns * first).reshape(rows, side, columns, side)
+    places[1 : 1 + rows * columns] = map_places.transpose(0, 2, 1, 3).reshape(-1, side, side)
     return places.ravel()
 
 
@@ -146,7 +146,8 @@ def _canvas(width: int, height: int, vision: VisionConfig) -> tuple[tuple[int, i
 def box_to_canvas(box: Box, width: int, height: int, vision: VisionConfig) -> Box:
     """Image frame -> canvas frame: x' = (x * fitted width + pad_x) / canvas width."""
     side, fitted, pad = _canvas(width, height, vision)
-    return tuple((box[i] * fitted[i % 2] + pad[i % 2]) / side[i % 2] for i in range(4))
+    x1, y1, x2, y2 = ((box[i] * fitted[i % 2] + pad[i % 2]) / side[i % 2] for i in range(4))
+    return x1, y1, x2, y2
 
 
 def to_canvas(image_HW3: np.ndarray, vision: VisionConfig) -> np.ndarray:
@@ -177,9 +178,9 @@ def box_to_features(box: Box, width: int, height: int, vision: VisionConfig) -> 
     tiling the canvas. A box may end beyond the last patch (at 1.016 for SigLIP's 27 of 14 pixels in 384): ROIAlign clamps."""
     if vision.tiles:
         return box_to_canvas(box, width, height, vision)
-    beyond = vision.image_size / vision.seen
+    enlargement = vision.image_size / vision.covered_pixels
     x1, y1, x2, y2 = box_to_square(box, width, height)
-    return x1 * beyond, y1 * beyond, x2 * beyond, y2 * beyond
+    return x1 * enlargement, y1 * enlargement, x2 * enlargement, y2 * enlargement
 
 
 def crop(image_HW3: np.ndarray, box: Box, scale: float, size: int, resize: str) -> np.ndarray:

@@ -21,7 +21,7 @@ from granvit.data.store import CONVERSATIONS, Store
 from granvit.models import VisionConfig
 from granvit.stages import TASKS, Task
 
-_CHUNK = 8192  # images encoded at a time
+_CHUNK = 8192  # records encoded at a time
 _SHARE = 1 << 17  # texts that one process counts at a time
 _LONGEST = np.iinfo(np.uint16).max  # a longer text fits no bucket either
 Role = Literal["answer", "question", "conversation"]
@@ -29,16 +29,16 @@ _COLUMNS = {"answer": 1, "question": 1, "conversation": 2}
 
 
 def _shares(store: Store) -> list[tuple[int, int]]:
-    """First and last image (exclusive) of consecutive shares of the store, of about `_SHARE` texts each."""
-    images = max(_SHARE * store.images // (store.images + store.regions), 1)
-    return list(pairwise([*range(0, store.images, images), store.images]))
+    """First and last record (exclusive) of consecutive shares of the store, of about `_SHARE` texts each."""
+    records = max(_SHARE * store.records // (store.records + store.regions), 1)
+    return list(pairwise([*range(0, store.records, records), store.records]))
 
 
-def _encode(store: Store, chat: Chat, role: Role, images: tuple[int, int]) -> Iterator[bytes]:
-    """Lengths of the texts of some images in order: as answers, inside caption2bbox questions (0 for global captions, never asked
-    so), or of conversations: tokens after the prefix, and supervised tokens among them."""
-    for first in range(*images, _CHUNK):
-        last = min(first + _CHUNK, images[1])
+def _encode(store: Store, chat: Chat, role: Role, records: tuple[int, int]) -> Iterator[bytes]:
+    """Lengths of the texts of some records in order: as answers, inside caption2bbox questions (0 for global captions, never
+    asked so), or of conversations: tokens after the prefix, and supervised tokens among them."""
+    for first in range(*records, _CHUNK):
+        last = min(first + _CHUNK, records[1])
         numbers = store.region_starts[first : last + 1] + np.arange(first, last + 1)
         texts = store.texts(int(numbers[0]), int(numbers[-1]))
         if role == "answer":
@@ -52,14 +52,14 @@ def _encode(store: Store, chat: Chat, role: Role, images: tuple[int, int]) -> It
 
 
 def text_lengths(store: Store, chat: Chat, role: Role) -> np.ndarray:
-    """uint16 `[images + regions]`, mapped: `len(answer_ids(text))` of each text of the store, or the length of the
-    caption2bbox question that holds it. Role conversation: `[images, 2]`, tokens after the prefix and supervised ones.
+    """uint16 `[records + regions]`, mapped: `len(answer_ids(text))` of each text of the store, or the length of the
+    caption2bbox question that holds it. Role conversation: `[records, 2]`, tokens after the prefix and supervised ones.
 
     Computed once per store, tokenizer and template, and kept beside the store, or in `~/.cache/granvit` where the store is
     read-only. All processes that ask at once share the work (`make_in_shares`), each with as many threads as the tokenizer takes.
     """
     columns, shares = _COLUMNS[role], _shares(store)
-    texts = store.images + store.regions
+    texts = store.records + store.regions
     name = f"lengths-{store.fingerprint}-{chat.fingerprint}-{role}.u2"
     for folder in (store.path / "lengths", Path("~/.cache/granvit")):
         path = folder.expanduser() / name
@@ -93,17 +93,17 @@ class PrefixLengths:
             raise ValueError(f"store {store.path}: was built before image sizes were kept, which vision.tiling needs; rebuild it")
         self._store, self._chat, self._vision = store, chat, vision
 
-    def of(self, images: np.ndarray) -> np.ndarray:
-        """int64, for images of these numbers in the store."""
+    def tokens_of(self, records: np.ndarray) -> np.ndarray:
+        """int64: the prefix lengths of the records of these numbers in the store."""
         if self._store.sizes is None:
-            return np.full(len(images), self._chat.prefix_length(self._vision.image_tokens))
-        widths, heights = self._store.sizes[images].T
+            return np.full(len(records), self._chat.prefix_length(self._vision.image_tokens))
+        widths, heights = self._store.sizes[records].T
         with_image = self._chat.prefix_length(0) + image_tokens(np.maximum(widths, 1), np.maximum(heights, 1), self._vision)
         return np.where(widths > 0, with_image, len(self._chat.prefix_before))
 
-    def pictured(self, images: np.ndarray) -> np.ndarray:
+    def has_image(self, records: np.ndarray) -> np.ndarray:
         """bool: whether records of these numbers have an image."""
-        return np.ones(len(images), bool) if self._store.sizes is None else self._store.sizes[images, 0] > 0
+        return np.ones(len(records), bool) if self._store.sizes is None else self._store.sizes[records, 0] > 0
 
 
 class TurnLengths:
@@ -133,21 +133,21 @@ class TurnLengths:
             digest.update(lengths.data)
         return digest.hexdigest()
 
-    def of(self, task: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def tokens_of(self, task: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For turns of `task` (indices of TASKS) about text number `text`: input tokens after the prefix, and supervised tokens
         among them."""
         tokens, answers = np.zeros(len(task), np.int64), np.zeros(len(task), np.int64)
         for index, name in enumerate(TASKS):
-            mine = task == index
-            if not mine.any():
+            selected = task == index
+            if not selected.any():
                 continue
             if name == "conversation":
-                tokens[mine], answers[mine] = self._conversations[text[mine]].astype(np.int64).T
+                tokens[selected], answers[selected] = self._conversations[text[selected]].astype(np.int64).T
                 continue
             if name == "caption2bbox":
                 assert self._questions is not None
-                question, answers[mine] = self._questions[text[mine]].astype(np.int64), self._longest_box
+                question, answers[selected] = self._questions[text[selected]].astype(np.int64), self._longest_box
             else:
-                question, answers[mine] = self._fixed[name], self._answers[text[mine]]
-            tokens[mine] = question + answers[mine] - 1  # the end-of-turn token is a target only
+                question, answers[selected] = self._fixed[name], self._answers[text[selected]]
+            tokens[selected] = question + answers[selected] - 1  # the end-of-turn token is a target only
         return tokens, answers

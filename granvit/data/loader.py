@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 
 import grain
@@ -74,9 +74,9 @@ class Loader:
         self, config: RunConfig, vision: VisionConfig, chat: Chat, rank: int, world: int, compose: Compose = Packer.row
     ):
         stage = config.stage_spec
-        wrong = {task: share for task, share in stage.mix.items() if not 0 <= share <= 1}
-        if wrong:
-            raise ValueError(f"data.mix states shares between 0 and 1, not {wrong}")
+        out_of_range = {task: share for task, share in stage.mix.items() if not 0 <= share <= 1}
+        if out_of_range:
+            raise ValueError(f"data.mix states shares between 0 and 1, not {out_of_range}")
         for which, bucket, tokens in (("shortest", 0, int(image_tokens(1, 1, vision))), ("longest", -1, vision.image_tokens)):
             length, prefix = config.data.buckets[bucket].length, chat.prefix_length(tokens)
             if length <= prefix:
@@ -93,12 +93,12 @@ class Loader:
             if asked and not asked.intersection(store.kind.tasks):
                 kind = store.kind.format
                 raise ValueError(f"data.sources: {store.path} is a {kind} store and holds none of the tasks mixed: {stage.mix}")
-        held = {task for store in stores for task in store.kind.tasks}
-        if never := [task for task in TASKS if task in asked - held]:
+        tasks_held = {task for store in stores for task in store.kind.tasks}
+        if never_asked := [task for task in TASKS if task in asked - tasks_held]:
             paths = ", ".join(str(store.path) for store in stores)
             raise ValueError(
-                f"data.mix asks {', '.join(never)}, which no store of data.sources ({paths}) holds; name a store that does, or "
-                f"set the share to 0"
+                f"data.mix asks {', '.join(never_asked)}, which no store of data.sources ({paths}) holds; name a store that "
+                f"does, or set the share to 0"
             )
         self.plan = Plan(
             stores,
@@ -106,7 +106,7 @@ class Loader:
             [source.rate for source in config.data.sources],
             stage.mix,
             config.data.regions_per_row,
-            config.train.global_batch // config.data.regions_per_row,
+            config.train.global_batch,
             config.data.buckets,
             [PrefixLengths(store, chat, vision) for store in stores],
             config.seed,
@@ -122,7 +122,7 @@ class Loader:
             *(compose, rank, world, config.train.micro_batch, self.micro_batches),
         )
 
-    def batches(self, start_step: int = 0) -> Iterator[list[Batch]]:
+    def batches(self, start_step: int = 0) -> Generator[list[Batch], None, None]:
         """Micro-batches of steps `start_step`, `start_step` + 1, ... to the last, read and decoded ahead.
 
         Close the iterator (or let it run out) to end its reading processes; they also end when this process is gone.

@@ -118,13 +118,13 @@ def make_record(
     refused: list[tuple[str, str]] = []
     if not isinstance(regions, Sequence) or isinstance(regions, str):
         raise ValueError("regions is not a list")
-    kept = []
+    valid_regions = []
     for number, region in enumerate(regions):
         try:
             if not isinstance(region, Mapping):
                 raise ValueError("region is not a mapping with box and caption")
             box = image_box(region.get("box"), width, height, unit, frame)
-            kept.append(Region(box, _caption(region.get("caption"))))
+            valid_regions.append(Region(box, _caption(region.get("caption"))))
         except ValueError as error:
             refused.append((f"region {number}", str(error)))
     if global_caption is not None:
@@ -133,6 +133,6 @@ def make_record(
         except ValueError as error:
             refused.append(("global", f"global {error}"))
             global_caption = None
-    if not kept and global_caption is None:
+    if not valid_regions and global_caption is None:
         raise ValueError(f"nothing left to ask: {refused[0][1]}" if refused else "no region and no global caption")
-    return ImageRecord(record_id, width, height, image, global_caption, tuple(kept)), refused
+    return ImageRecord(record_id, width, height, image, global_caption, tuple(valid_regions)), refused

@@ -84,7 +84,7 @@ class Plan:
         self._arguments = (stores, lengths, rates, mix, regions_per_row, rows_per_step, buckets, prefixes, seed)
         self.stores, self.lengths, self.prefixes, self.rates, self.mix = stores, lengths, prefixes, rates, mix
         self.K, self.rows_per_step, self.buckets, self.seed = regions_per_row, rows_per_step, buckets, seed
-        self._image_starts = np.cumsum([0] + [store.images for store in stores])
+        self._record_starts = np.cumsum([0] + [store.records for store in stores])
         self._region_starts = np.cumsum([0] + [store.regions for store in stores])
         self._tasks = [(index, task) for index, task in enumerate(TASKS) if mix.get(task, 0) > 0]
         self._lock = threading.RLock()  # the reading threads share the tables below
@@ -152,7 +152,7 @@ class Plan:
         number = store.region_starts[images] + images
         present = store.text_ends[number + 1] > store.text_ends[number]
         rate = self.rates[source] if task == "conversation" else 1.0
-        return present & self._asked(epoch, TASKS.index(task), self._image_starts[source] + images, rate)
+        return present & self._asked(epoch, TASKS.index(task), self._record_starts[source] + images, rate)
 
     def _row_starts(self, epoch: int) -> np.ndarray:
         """int64 `[images + 1]`: the epoch's first row of each image, over all sources."""
@@ -167,9 +167,9 @@ class Plan:
     def _count_rows(self, epoch: int, source: int) -> np.ndarray:
         """int64 `[images]`: rows of each image of one source."""
         store, rate = self.stores[source], self.rates[source]
-        asked, whole = np.zeros(store.images, np.int64), np.zeros(store.images, bool)
+        asked, whole = np.zeros(store.records, np.int64), np.zeros(store.records, bool)
         first = 0
-        while first < store.images:
+        while first < store.records:
             limit = int(store.region_starts[first]) + _CHUNK
             last = max(int(np.searchsorted(store.region_starts, limit, "right")) - 1, first + 1)
             starts = store.region_starts[first : last + 1].astype(np.int64)
@@ -186,40 +186,40 @@ class Plan:
         """For each row number: source, image in it, and the chunk of that image's questions."""
         row_starts = self._row_starts(epoch)
         image = np.searchsorted(row_starts, rows, "right") - 1
-        source = np.searchsorted(self._image_starts, image, "right") - 1
-        return source, image - self._image_starts[source], rows - row_starts[image]
+        source = np.searchsorted(self._record_starts, image, "right") - 1
+        return source, image - self._record_starts[source], rows - row_starts[image]
 
     def _questions(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All questions of some rows, sorted by row: index into `rows`, task, region in the image (-1: none, always last)."""
         sources, images, chunks = self._images(epoch, rows)
-        found = []
+        questions = []
         for source in np.unique(sources):
             store, members = self.stores[source], np.flatnonzero(sources == source)
             image, chunk = images[members], chunks[members]
             starts = store.region_starts[image].astype(np.int64)
             counts = store.region_starts[image + 1].astype(np.int64) - starts
-            at = np.repeat(np.arange(len(members)), counts)  # row of each region
-            region = np.arange(len(at)) - np.repeat(np.cumsum(counts) - counts, counts)
-            counters = self._region_starts[source] + starts[at] + region
+            member = np.repeat(np.arange(len(members)), counts)  # of each region: index into `members`
+            region = np.arange(len(member)) - np.repeat(np.cumsum(counts) - counts, counts)
+            counters = self._region_starts[source] + starts[member] + region
             candidates = []
-            for task, name in self._tasks:
+            for index, name in self._tasks:
                 if name not in WHOLE:
-                    asked = self._asked(epoch, task, counters, self.rates[source])
-                    order = splitmix64(counters[asked], self.seed, epoch, task, _ORDER)
-                    candidates.append((at[asked], np.full(asked.sum(), task), region[asked], order))
-            asked = np.zeros(len(members), np.int64)  # region questions of each row's image
+                    asked = self._asked(epoch, index, counters, self.rates[source])
+                    order = splitmix64(counters[asked], self.seed, epoch, index, _ORDER)
+                    candidates.append((member[asked], np.full(asked.sum(), index), region[asked], order))
+            asked_regions = np.zeros(len(members), np.int64)  # region questions of each row's image
             if candidates:
-                at, task, region, order = map(np.concatenate, zip(*candidates, strict=True))
-                sort = np.lexsort((order, at))
-                at, task, region = at[sort], task[sort], region[sort]
-                asked = np.bincount(at, minlength=len(members))
-                place = np.arange(len(at)) - np.repeat(np.cumsum(asked) - asked, asked)
-                mine = place // self.K == chunk[at]
-                found.append((members[at[mine]], task[mine], region[mine]))
-            whole = self._asked_whole(epoch, source, image) & (chunk == (asked if self.K == 1 else 0))
-            task = TASKS.index(self._whole_task(source))
-            found.append((members[whole], np.full(whole.sum(), task), np.full(whole.sum(), -1)))
-        row, task, region = map(np.concatenate, zip(*found, strict=True))
+                member, task, region, order = map(np.concatenate, zip(*candidates, strict=True))
+                sort = np.lexsort((order, member))
+                member, task, region = member[sort], task[sort], region[sort]
+                asked_regions = np.bincount(member, minlength=len(members))
+                place = np.arange(len(member)) - np.repeat(np.cumsum(asked_regions) - asked_regions, asked_regions)
+                in_chunk = place // self.K == chunk[member]
+                questions.append((members[member[in_chunk]], task[in_chunk], region[in_chunk]))
+            whole = self._asked_whole(epoch, source, image) & (chunk == (asked_regions if self.K == 1 else 0))
+            whole_task = TASKS.index(self._whole_task(source))
+            questions.append((members[whole], np.full(whole.sum(), whole_task), np.full(whole.sum(), -1)))
+        row, task, region = map(np.concatenate, zip(*questions, strict=True))
         sort = np.argsort(row, kind="stable")
         return row[sort], task[sort], region[sort]
 
@@ -228,18 +228,19 @@ class Plan:
         of the smallest bucket that holds it; the largest where none does (what is too long is counted there)."""
         sources, images, _ = self._images(epoch, rows)
         row, task, region = self._questions(epoch, rows)
-        tokens, answers, pictured = (np.zeros(len(rows), np.int64) for _ in range(3))
+        tokens, answers, has_image = (np.zeros(len(rows), np.int64) for _ in range(3))
         for source in np.unique(sources):
             own = sources == source
-            tokens[own], pictured[own] = self.prefixes[source].of(images[own]), self.prefixes[source].pictured(images[own])
-            mine = sources[row] == source
-            image = images[row[mine]]
-            text = self.stores[source].region_starts[image] + image + 1 + region[mine]  # region -1: the global caption
-            turn_tokens, turn_answers = self.lengths[source].of(task[mine], text)
-            np.add.at(tokens, row[mine], turn_tokens)
-            np.add.at(answers, row[mine], turn_answers)
+            tokens[own] = self.prefixes[source].tokens_of(images[own])
+            has_image[own] = self.prefixes[source].has_image(images[own])
+            of_source = sources[row] == source
+            image = images[row[of_source]]
+            text = self.stores[source].region_starts[image] + image + 1 + region[of_source]  # region -1: the global caption
+            turn_tokens, turn_answers = self.lengths[source].tokens_of(task[of_source], text)
+            np.add.at(tokens, row[of_source], turn_tokens)
+            np.add.at(answers, row[of_source], turn_answers)
         asked = np.bincount(row * len(TASKS) + task, minlength=len(rows) * len(TASKS)).reshape(len(rows), -1)
-        classes = np.unique(np.column_stack([sources, pictured, asked]), axis=0, return_inverse=True)[1].reshape(-1)
+        classes = np.unique(np.column_stack([sources, has_image, asked]), axis=0, return_inverse=True)[1].reshape(-1)
         fits = [(tokens <= bucket.length) & (answers <= bucket.answers) for bucket in self.buckets]
         return classes, np.argmax([*fits[:-1], np.ones(len(rows), bool)], axis=0)
 

@@ -32,7 +32,7 @@ def make_in_shares(path: Path, sizes: Sequence[int], make: Callable[[int], Itera
     progress line. The file appears whole or not at all."""
     parts = path.with_suffix(".parts")
     files = {f"{n:06d}": size for n, size in enumerate(sizes)}
-    own = f"partial-{socket.gethostname()}-{os.getpid()}"
+    unfinished = f"partial-{socket.gethostname()}-{os.getpid()}"
     first = random.randrange(len(sizes))  # few meet at one lock, and where locks do not reach, few make the same share
     with ExitStack() as stack:
         progress = None
@@ -40,11 +40,11 @@ def make_in_shares(path: Path, sizes: Sequence[int], make: Callable[[int], Itera
             parts.mkdir(parents=True, exist_ok=True)
             try:
                 progress = progress or stack.enter_context(_Progress(parts, files, what))
-                there = _there(parts, files)
-                for name in sorted(files.keys() - there, key=lambda name: (int(name) < first, name)):
-                    _claim(parts / name, parts / own, partial(progress.counted, make, int(name)), path)
-                if _there(parts, files) == files.keys():
-                    _claim(path, parts / own, partial(_joined, parts, files), path, parts / "join.lock")
+                finished = _finished(parts, files)
+                for name in sorted(files.keys() - finished, key=lambda name: (int(name) < first, name)):
+                    _claim(parts / name, parts / unfinished, partial(progress.counted, make, int(name)), path)
+                if _finished(parts, files) == files.keys():
+                    _claim(path, parts / unfinished, partial(_joined, parts, files), path, parts / "join.lock")
             except OSError as error:  # `parts` is removed by who saw the result first; ESTALE is what NFS says of it
                 if error.errno not in _REMOVED or (not path.exists() and parts.exists()):
                     raise
@@ -57,8 +57,8 @@ def make_in_shares(path: Path, sizes: Sequence[int], make: Callable[[int], Itera
 
 def _claim(file: Path, unfinished: Path, content: Callable[[], Iterable[bytes]], result: Path, lock: Path | None = None) -> None:
     """Writes `file`, unless another process is at it or it is there."""
-    with _locked(lock or file.with_suffix(".lock")) as mine:
-        if not mine or file.exists() or result.exists():
+    with _locked(lock or file.with_suffix(".lock")) as held:
+        if not held or file.exists() or result.exists():
             return
         with open(unfinished, "wb") as out:
             for data in content():
@@ -83,7 +83,7 @@ def _locked(path: Path) -> Iterator[bool]:
         yield True
 
 
-def _there(parts: Path, files: Mapping[str, int]) -> set[str]:
+def _finished(parts: Path, files: Mapping[str, int]) -> set[str]:
     """The shares that are finished, by one reading of the directory: many processes look, and often. None once it is removed."""
     try:
         return files.keys() & set(os.listdir(parts))
@@ -105,13 +105,13 @@ class _Progress:
 
     def __init__(self, parts: Path, files: Mapping[str, int], what: str):
         self._parts, self._files, self._what = parts, files, what
-        self._found, self._total = self._done(), sum(files.values())
+        self._finished_before, self._total = self._done(), sum(files.values())
         self._began = self._logged = time.monotonic()
         self._live: Live | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> "_Progress":
-        _log.info("%s: %d of %d are there, of earlier or other processes", self._what, self._found, self._total)
+        _log.info("%s: %d of %d are there, of earlier or other processes", self._what, self._finished_before, self._total)
         if sys.stderr.isatty() and self._stack.enter_context(_locked(self._parts / "shown.lock")):
             self._live = self._stack.enter_context(Live(console=Console(stderr=True), transient=True))
         return self
@@ -135,10 +135,10 @@ class _Progress:
                 _log.info(self._line(now - self._began))
 
     def _done(self) -> int:
-        return sum(self._files[name] for name in _there(self._parts, self._files))
+        return sum(self._files[name] for name in _finished(self._parts, self._files))
 
     def _line(self, seconds: float) -> str:
         done, total = self._done(), self._total
-        rate = (done - self._found) / max(seconds, 1e-9)
+        rate = (done - self._finished_before) / max(seconds, 1e-9)
         left = f"{(total - done) / rate / 60:.0f} min left" if rate else "no share finished yet"
         return f"{self._what}: {done:,} of {total:,} ({done / total:.0%}), {rate:,.0f} a second by all processes, {left}"

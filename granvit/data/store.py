@@ -130,10 +130,10 @@ def _check_manifest(manifest: Manifest, kind: Kind) -> None:
             raise ValueError(f"manifest.json names {name!r}, which is not the name of a file in the store")
     if len(set(shards)) < len(shards):
         raise ValueError("manifest.json names a shard twice")
-    if lacking := [name for name in (*shards, *_TEXT_SIDE) if name not in manifest.bytes]:
-        raise ValueError(f"manifest.json states no size of {lacking[0]!r} under 'bytes'")
-    if odd := [name for name in manifest.bytes if name not in (*shards, *_TEXT_SIDE, "sizes.u4")]:
-        raise ValueError(f"manifest.json states the size of {odd[0]!r}, which is no file of a store")
+    if sizeless := [name for name in (*shards, *_TEXT_SIDE) if name not in manifest.bytes]:
+        raise ValueError(f"manifest.json states no size of {sizeless[0]!r} under 'bytes'")
+    if unknown := [name for name in manifest.bytes if name not in (*shards, *_TEXT_SIDE, "sizes.u4")]:
+        raise ValueError(f"manifest.json states the size of {unknown[0]!r}, which is no file of a store")
     count = kind.counts[0]
     records, stated = sum(shard.images for shard in manifest.shards), getattr(manifest, count)
     if records != stated:
@@ -143,10 +143,10 @@ def _check_manifest(manifest: Manifest, kind: Kind) -> None:
 class Store:
     """A store opened for reading; cheap to send to another process.
 
-    `images` counts records (images, or conversations with and without one), `regions` and `globals` what can be asked about
-    them beside; `kind` says which tasks there are. `region_starts` int64 `[images + 1]` and `text_ends` uint64
-    `[images + regions + 1]` are mapped. The texts of image i are numbers `region_starts[i] + i` (its global caption) and the
-    following (its regions). `sizes` uint32 `[images, 2]`, mapped too, are widths and heights; None in a store that was built
+    `records` counts the records (images, or conversations with and without one), `regions` and `globals` what can be asked about
+    them beside; `kind` says which tasks there are. `region_starts` int64 `[records + 1]` and `text_ends` uint64
+    `[records + regions + 1]` are mapped. The texts of record i are numbers `region_starts[i] + i` (its global caption) and the
+    following (its regions). `sizes` uint32 `[records, 2]`, mapped too, are widths and heights; None in a store that was built
     before they were kept. Raises `ValueError`, with the path and the remedy, for a directory that is missing, empty, of
     another format or version, whose manifest does not hold together, or that has a file which is missing, not of the size
     that the manifest states, or damaged.
@@ -166,16 +166,16 @@ class Store:
             if found != size:
                 state = "is missing" if found is None else f"has {found} bytes instead of {size} (truncated?)"
                 raise ValueError(f"store {path}: {name} {state}; copy it again or rebuild the store")
-        self.images = getattr(manifest, self.kind.counts[0])
+        self.records = getattr(manifest, self.kind.counts[0])
         self.regions, self.globals = getattr(manifest, "regions", 0), getattr(manifest, "globals", 0)
         self.region_starts = np.memmap(path / "region_starts.i8", "<i8", "r")
         self.text_ends = np.memmap(path / "text_ends.u8", "<u8", "r")
-        if len(self.region_starts) != self.images + 1 or len(self.text_ends) != self.images + self.regions + 1:
+        if len(self.region_starts) != self.records + 1 or len(self.text_ends) != self.records + self.regions + 1:
             raise ValueError(f"store {path}: the text side does not match the manifest's counts; rebuild the store")
         self.sizes = None
         if "sizes.u4" in manifest.bytes:
             self.sizes = np.memmap(path / "sizes.u4", "<u4", "r").reshape(-1, 2)
-            if len(self.sizes) != self.images:
+            if len(self.sizes) != self.records:
                 raise ValueError(f"store {path}: sizes.u4 does not match the manifest's counts; rebuild the store")
         if check:
             self._check_rising("region_starts.i8", self.region_starts, self.regions)

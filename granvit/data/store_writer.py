@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -38,7 +38,7 @@ class Summary:
 
 def _header(record: Record) -> str:
     """All of a record but its image, as JSON."""
-    tree = {"id": record.id, "width": record.width, "height": record.height}
+    tree: dict[str, Any] = {"id": record.id, "width": record.width, "height": record.height}
     if isinstance(record, Conversation):
         tree["turns"] = record.turns
     else:
@@ -126,8 +126,8 @@ class _Writer:
         }
         (self.folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for name in [*names, "manifest.json"]:
-            with open(self.folder / name, "rb") as file:
-                os.fsync(file.fileno())
+            with open(self.folder / name, "rb") as written:
+                os.fsync(written.fileno())
 
 
 Item = tuple[Record | None, list[tuple[str, str]]]  # a record, and what was refused of it as (what, reason)
@@ -149,8 +149,8 @@ def write_items(items: Iterable[Item], out: str | Path, kind: Kind, frame: BboxF
             if record is not None:
                 writer.add(record)
         if not writer.shards:
-            refused = dict(writer.summary.refused) or "the input is empty"
-            raise ValueError(f"store {out}: no usable {kind.counts[0][:-1]}; refused: {refused}")
+            reasons = dict(writer.summary.refused) or "the input is empty"
+            raise ValueError(f"store {out}: no usable {kind.counts[0][:-1]}; refused: {reasons}")
         writer.finish(frame)
         os.rename(partial_out, out)
     except BaseException:

@@ -83,8 +83,8 @@ class Demo:
         """Changes with whatever the part's result depends on: its configuration, and the part before it."""
         names = list(PARTS)
         before = self.key(names[names.index(part) - 1]) if part != "data" else ""
-        own = dump_config(self.config(part)) if part in RUNS else repr((SCENES, TOKENIZER_SCENES, self.seed))
-        return hashlib.sha256(f"{before}\0{self.framework if part in RUNS else ''}\0{own}".encode()).hexdigest()[:16]
+        contents = dump_config(self.config(part)) if part in RUNS else repr((SCENES, TOKENIZER_SCENES, self.seed))
+        return hashlib.sha256(f"{before}\0{self.framework if part in RUNS else ''}\0{contents}".encode()).hexdigest()[:16]
 
     def run(self, parts: list[str]) -> None:
         """Runs what is not finished of `parts`."""
@@ -92,11 +92,12 @@ class Demo:
             if part != "report" and self.finished.get(part, {}).get("key") == self.key(part):
                 print(f"== {part}: finished before, in {self.finished[part]['seconds']:.0f} s", flush=True)
                 continue
-            left = sum(PARTS[p] for p in parts[number:] if p == part or self.finished.get(p, {}).get("key") != self.key(p))
-            print(f"== {part} ({number + 1} of {len(parts)}); about {left / 60:.0f} min left in all on 2 cores", flush=True)
-            began = time.monotonic()
+            unfinished = [p for p in parts[number:] if p == part or self.finished.get(p, {}).get("key") != self.key(p)]
+            minutes = sum(PARTS[p] for p in unfinished) / 60
+            print(f"== {part} ({number + 1} of {len(parts)}); about {minutes:.0f} min left in all on 2 cores", flush=True)
+            start = time.monotonic()
             self._make(part)
-            seconds = time.monotonic() - began
+            seconds = time.monotonic() - start
             print(f"== {part}: {seconds:.0f} s", flush=True)
             if part != "report":
                 self.finished[part] = {"key": self.key(part), "seconds": seconds}
@@ -147,8 +148,8 @@ class Demo:
         # Two ranks share the cores; MindSpore's workers warn at every attempt to reach each other (hundreds of lines), and
         # leave in steps of 3 to 5 s (2 s instead of 7 to 10 with steps of 1 s); msrun starts the first `python` of PATH.
         search = f"{bin_directory}{os.pathsep}{os.environ['PATH']}"
-        own = {"OMP_NUM_THREADS": "1", "GLOG_v": "3", "MS_RETRY_INTERVAL_LOWER": "0", "MS_RETRY_INTERVAL_UPPER": "1"}
-        environment = {**own, **os.environ, "PATH": search}
+        defaults = {"OMP_NUM_THREADS": "1", "GLOG_v": "3", "MS_RETRY_INTERVAL_LOWER": "0", "MS_RETRY_INTERVAL_UPPER": "1"}
+        environment = {**defaults, **os.environ, "PATH": search}
         child = subprocess.Popen(command, env=environment)
         try:
             status = child.wait()

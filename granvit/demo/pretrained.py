@@ -52,13 +52,13 @@ def text_map(record: ImageRecord, chat: Chat, grid: int) -> list[int]:
                  np.clip(np.minimum(x2, edges[1:]) - np.maximum(x1, edges[:-1]), 0, None)).ravel()
         for x1, y1, x2, y2 in boxes
     ]) * grid**2  # fmt: skip
-    owner = covered.argmax(0)
+    owner_of_cell = covered.argmax(0)
     for number, region in enumerate(record.regions):
         words = rng.permutation(_content_tokens(region.caption, chat))
-        own = np.where(owner == number, covered[number], 0)
-        by_share = np.argsort(-own, kind="stable")
-        taken = [c for rank, c in enumerate(by_share) if own[c] > 0.4 or (own[c] > 0 and rank < len(words))]
-        cells[taken] = np.resize(words, len(taken))
+        own_share = np.where(owner_of_cell == number, covered[number], 0)
+        by_share = np.argsort(-own_share, kind="stable")
+        written_cells = [c for rank, c in enumerate(by_share) if own_share[c] > 0.4 or (own_share[c] > 0 and rank < len(words))]
+        cells[written_cells] = np.resize(words, len(written_cells))
     return cells.tolist()
 
 

@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
+from granvit.checkpoint.run import newest_checkpoint
 from granvit.config import load_config
 from granvit.data.images import decode
 from granvit.data.prompts import parse_box
@@ -23,6 +24,7 @@ from granvit.stages import Task
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import Rectangle
 
 PREDICTED, TRUE = "#14c414", "#f02020"
@@ -69,9 +71,9 @@ def evaluations(run: Path) -> list[Evaluation]:
         raise ValueError(f"{run}: no evaluation in {run / 'eval'}; `python scripts/demo.py` makes it")
     for evaluation in found:
         for task, scores in evaluation.table.items():
-            if lacking := set(SCORES[task]) - scores.keys():
+            if missing := set(SCORES[task]) - scores.keys():
                 file = evaluation_file(run, evaluation.step)
-                raise ValueError(f"{file}: no {min(lacking)} of {task}: an earlier version wrote it; name another --out")
+                raise ValueError(f"{file}: no {min(missing)} of {task}: an earlier version wrote it; name another --out")
     return found
 
 
@@ -94,7 +96,7 @@ def write_report(root: Path, framework: str, seconds: dict[str, float]) -> Path:
     source = load_config(root / "stage1" / "config.yaml").eval.source
     assert source is not None
     store = Store(source)
-    records = {record.id: record for record in map(store.record, range(store.images)) if isinstance(record, ImageRecord)}
+    records = {record.id: record for record in map(store.record, range(store.records)) if isinstance(record, ImageRecord)}
     _draw_boxes(records, last, root / "caption2bbox.png")
     _draw_captions(records, last, root / "bbox2caption.png")
     _draw_small(records, last, root / "answers_small.png")
@@ -104,8 +106,10 @@ def write_report(root: Path, framework: str, seconds: dict[str, float]) -> Path:
 
 
 def _text(root: Path, last: dict[str, Evaluation], framework: str, seconds: dict[str, float]) -> str:
-    configs = {name: load_config(root / name / "config.yaml") for name in ("pretrain_text", "pretrain_image", *COLUMNS)}
-    images = {split: Store(root / "data" / split) for split in ("train", "heldout")}
+    parts = ("pretrain_text", "pretrain_image", *COLUMNS)
+    checkpoints = {name: newest_checkpoint(root / name) for name in parts}
+    configs = {name: checkpoint.config for name, checkpoint in checkpoints.items() if checkpoint is not None}
+    stores = {split: Store(root / "data" / split) for split in ("train", "heldout")}
     row = lambda name, values, unit="": f"| {name} | " + " | ".join(f"{v:.1f}{unit}" for v in values) + " |"  # noqa: E731
     stage1, mixed, stage2, guesser = (last[name] for name in ("stage1", "stage1_mixed", "stage2", "guesser"))
     samples = int(stage1.table["bbox2caption"]["samples"])
@@ -143,10 +147,10 @@ def _text(root: Path, last: dict[str, Evaluation], framework: str, seconds: dict
         "![captions](bbox2caption.png)",
         "",
         "## What was trained on what",
-        f"Data: {images['train'].images} training and {images['heldout'].images} held-out scenes of four "
+        f"Data: {stores['train'].records} training and {stores['heldout'].records} held-out scenes of four "
         "objects (granvit/demo/scenes.py).",
         "",
-        "| Part | Trained | Questions | Steps | Questions a step |",
+        "| Part | Trained | Questions | Steps | Rows a step |",
         "|---|---|---|---|---|",
     ]
     content = {
@@ -304,6 +308,8 @@ def _draw_small(records: dict[str, ImageRecord], last: dict[str, Evaluation], pa
     for sample, axes in zip(boxes, grid[1], strict=True):
         _draw_boxes_of_one(axes, records[sample["record"]], sample, last, "stage2", fontsize=9)
     figure.subplots_adjust(left=0.01, right=0.99, top=0.96, bottom=0.01, wspace=0.06, hspace=0.4)
-    figure.canvas.draw()
-    Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]).quantize(256).save(path, optimize=True)
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    canvas.draw()
+    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).quantize(256).save(path, optimize=True)
     plt.close(figure)

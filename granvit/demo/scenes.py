@@ -133,18 +133,18 @@ def _background(rng: np.random.Generator, split: str, width: int, height: int) -
 
 def _place(rng: np.random.Generator, stamps: list[Stamp], width: int, height: int) -> list[tuple[int, int]] | None:
     """Top left corners without overlap, the largest first; None where no place was found in 40 attempts for one of them."""
-    taken: list[tuple[float, float, float, float]] = []
+    occupied: list[tuple[float, float, float, float]] = []
     corners: dict[int, tuple[int, int]] = {}
     for index in sorted(range(len(stamps)), key=lambda i: -max(stamps[i].extent)):
         w, h = stamps[index].extent
         for _ in range(40):
             x = int(rng.integers(MARGIN, width - int(np.ceil(w)) - MARGIN))
             y = int(rng.integers(MARGIN, height - int(np.ceil(h)) - MARGIN))
-            if all(x > b[2] + MARGIN or x + w + MARGIN < b[0] or y > b[3] + MARGIN or y + h + MARGIN < b[1] for b in taken):
+            if all(x > b[2] + MARGIN or x + w + MARGIN < b[0] or y > b[3] + MARGIN or y + h + MARGIN < b[1] for b in occupied):
                 break
         else:
             return None
-        taken.append((x, y, x + w, y + h))
+        occupied.append((x, y, x + w, y + h))
         corners[index] = (x, y)
     return [corners[i] for i in range(len(stamps))]
 

@@ -1,4 +1,7 @@
-"""Attention: one signature, several implementations, chosen by device when the model is built."""
+"""Attention: one signature, several implementations, chosen by device when the model is built.
+
+Layout letters: B rows, H query heads, G key-value heads, S queries, L keys, D head width.
+"""
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
@@ -6,7 +9,7 @@ from mindspore import Tensor, nn, ops
 def shared_prefix_mask(segments_BS: Tensor) -> Tensor:
     """Boolean `[B, 1, S, S]`, true where query i may see key j: j <= i and the key's segment is 0 (the prefix) or i's own.
 
-    What is compared is widened first: on CPU a comparison that broadcasts takes several times as long.
+    What is compared is broadcast first: on CPU a comparison that broadcasts takes several times as long.
     """
     B, S = segments_BS.shape
     keys = ops.broadcast_to(ops.expand_dims(segments_BS, 1), (B, S, S))
@@ -38,14 +41,14 @@ class Composed(nn.Cell):
         dout, _ = gradients
         product = ops.cast(dout, ms.float32) * ops.cast(out, ms.float32)
         B, H, _, D = product.shape
-        minus = ops.cast(self.nn(product, ops.full((B, H, D, 1), -1.0, dtype=ms.float32)), dout.dtype)
-        dscores = p_BHSL * self.nt(ops.cat((dout, minus), -1), ops.cat((v_BHLD, ops.ones_like(v_BHLD[..., :1])), -1))
+        minus_D = ops.cast(self.nn(product, ops.full((B, H, D, 1), -1.0, dtype=ms.float32)), dout.dtype)
+        dscores = p_BHSL * self.nt(ops.cat((dout, minus_D), -1), ops.cat((v_BHLD, ops.ones_like(v_BHLD[..., :1])), -1))
         return self.nn(dscores, k_BHLD), self.tn(dscores, q_BHSD), self.tn(p_BHSL, dout), ops.zeros_like(bias)
 
 
 def composed(q_BHSD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, mask: Tensor | None) -> Tensor:
     """`Composed` for any number of key heads. The mask is added, -1e30 where a key is not seen (which swallows any score, as
-    the lowest float32 does): masked_fill is slow on CPU, and so is a broadcast, so it is widened once for all layers."""
+    the lowest float32 does): masked_fill is slow on CPU, and so is a broadcast, so the mask is broadcast once for all layers."""
     B, H, S, D = q_BHSD.shape
     G, L = k_BGLD.shape[1], k_BGLD.shape[2]
     if G < H:
@@ -66,7 +69,7 @@ def flash(q_BHSD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, mask: Tensor | None) -
     width = q_BHSD.shape[-1]
     padding = -width % 16
     if padding:
-        q_BHSD, k_BGLD, v_BGLD = widened(q_BHSD, padding), widened(k_BGLD, padding), widened(v_BGLD, padding)
+        q_BHSD, k_BGLD, v_BGLD = zero_padded(q_BHSD, padding), zero_padded(k_BGLD, padding), zero_padded(v_BGLD, padding)
     discarded = None if mask is None else ops.logical_not(mask)
     out = ops.flash_attention_score(
         q_BHSD, k_BGLD, v_BGLD, q_BHSD.shape[1], attn_mask=discarded, scalar_value=width**-0.5, input_layout="BNSD"
@@ -74,9 +77,9 @@ def flash(q_BHSD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, mask: Tensor | None) -
     return out[..., :width] if padding else out
 
 
-def widened(x_BHSD: Tensor, by: int) -> Tensor:
-    """`x` with zeros appended along its last axis (`ops.pad` does not compile in bfloat16)."""
-    return ops.cat((x_BHSD, ops.zeros((*x_BHSD.shape[:-1], by), x_BHSD.dtype)), -1)
+def zero_padded(x_BHSD: Tensor, padding: int) -> Tensor:
+    """`x` with `padding` zeros appended along its last axis (`ops.pad` does not compile in bfloat16)."""
+    return ops.cat((x_BHSD, ops.zeros((*x_BHSD.shape[:-1], padding), x_BHSD.dtype)), -1)
 
 
 COMPOSED = Composed()

@@ -24,9 +24,9 @@ def tile_matrix(low_BK: Tensor, high_BK: Tensor, grid: int, cells: int, tiles_BT
     tiles of `cells` cells; a tile beyond the last has none."""
     B, T = tile_BT.shape
     whole = ops.cast(tiles_BT * cells, ms.float32).reshape(B, T, 1, 1)
-    at = sample_points(ops.expand_dims(low_BK, 1), ops.expand_dims(high_BK, 1), grid, whole)
-    at = ops.minimum(ops.maximum(at, 0.0), whole - 1)
-    return average_weights(at - ops.cast(tile_BT * cells, ms.float32).reshape(B, T, 1, 1), cells)
+    points = sample_points(ops.expand_dims(low_BK, 1), ops.expand_dims(high_BK, 1), grid, whole)
+    points = ops.minimum(ops.maximum(points, 0.0), whole - 1)
+    return average_weights(points - ops.cast(tile_BT * cells, ms.float32).reshape(B, T, 1, 1), cells)
 
 
 def sample_points(low: Tensor, high: Tensor, grid: int, cells: int | Tensor) -> Tensor:
@@ -35,10 +35,10 @@ def sample_points(low: Tensor, high: Tensor, grid: int, cells: int | Tensor) -> 
     return (ops.expand_dims(low, -1) + ops.expand_dims(high - low, -1) * ticks) * cells - 0.5
 
 
-def average_weights(at: Tensor, cells: int) -> Tensor:
-    """Bilinear weights of samples at `at` `[..., p]`, averaged over each bin, `[..., p / 2, cells]`."""
-    weights = ops.relu(1 - ops.abs(ops.expand_dims(at, -1) - ops.arange(cells, dtype=ms.float32)))
-    return ops.mean(weights.reshape(*at.shape[:-1], at.shape[-1] // SAMPLES, SAMPLES, cells), -2)
+def average_weights(points: Tensor, cells: int) -> Tensor:
+    """Bilinear weights of samples at `points` `[..., p]`, averaged over each bin, `[..., p / 2, cells]`."""
+    weights = ops.relu(1 - ops.abs(ops.expand_dims(points, -1) - ops.arange(cells, dtype=ms.float32)))
+    return ops.mean(weights.reshape(*points.shape[:-1], points.shape[-1] // SAMPLES, SAMPLES, cells), -2)
 
 
 def roi_align(features_BHWC: Tensor, boxes_BK4: Tensor, grid: int) -> Tensor:

@@ -1,9 +1,12 @@
-"""Attention: one signature, several implementations, chosen by device when the model is built."""
+"""Attention: one signature, several implementations, chosen by device when the model is built.
+
+Layout letters: B rows, H query heads, G key-value heads, S queries, L keys, D head width.
+"""
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pt_granvit.layers import wide
+from pt_granvit.layers import to_float32_or_wider
 
 
 def shared_prefix_mask(segments_BS: Tensor) -> Tensor:
@@ -16,7 +19,7 @@ def shared_prefix_mask(segments_BS: Tensor) -> Tensor:
 
 def composed(q_BHSD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, mask: Tensor | None) -> Tensor:
     """Matrix product, softmax in float32, matrix product."""
-    scores = wide(torch.matmul(q_BHSD, k_BHLD.transpose(-1, -2)) * q_BHSD.shape[-1] ** -0.5)
+    scores = to_float32_or_wider(torch.matmul(q_BHSD, k_BHLD.transpose(-1, -2)) * q_BHSD.shape[-1] ** -0.5)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return torch.matmul(scores.softmax(-1).to(v_BHLD.dtype), v_BHLD)
@@ -52,12 +55,13 @@ def choose(name: str, device: str, dtype: torch.dtype) -> str:
     return name
 
 
-def attention(q_BHSD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, mask: Tensor | None, implementation: str) -> Tensor:
+def attention(q_BHSD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, mask: Tensor | None, implementation: str) -> Tensor:
     """`softmax(q k^T / sqrt(D)) v`, `[B, H, S, D]`; boolean mask `[B, 1, S, L]`, true where attention is allowed.
 
-    Fewer key heads than query heads means grouped-query attention: query head h uses key head h // (H / KV).
+    Fewer key heads than query heads means grouped-query attention: query head h uses key head h // (H / G).
     """
-    groups = q_BHSD.shape[1] // k_BHLD.shape[1]
-    if groups > 1:
-        k_BHLD, v_BHLD = (t.repeat_interleave(groups, dim=1) for t in (k_BHLD, v_BHLD))
+    group_size = q_BHSD.shape[1] // k_BGLD.shape[1]
+    k_BHLD, v_BHLD = k_BGLD, v_BGLD
+    if group_size > 1:
+        k_BHLD, v_BHLD = (heads.repeat_interleave(group_size, dim=1) for heads in (k_BGLD, v_BGLD))
     return IMPLEMENTATIONS[implementation](q_BHSD, k_BHLD, v_BHLD, mask)

@@ -23,8 +23,8 @@ def tile_matrix(low_BK: Tensor, high_BK: Tensor, grid: int, cells: int, tiles_BT
     """The columns `[B, T, K, grid, cells]` that fall into tile number `tile_BT` of the `sampling_matrix` of an axis of `tiles_BT`
     tiles of `cells` cells; a tile beyond the last has none."""
     whole = (tiles_BT * cells)[..., None, None]
-    at = sample_points(low_BK[:, None], high_BK[:, None], grid, whole).clamp(min=0).minimum(whole - 1)
-    return average_weights(at - (tile_BT * cells)[..., None, None], cells)
+    points = sample_points(low_BK[:, None], high_BK[:, None], grid, whole).clamp(min=0).minimum(whole - 1)
+    return average_weights(points - (tile_BT * cells)[..., None, None], cells)
 
 
 def sample_points(low: Tensor, high: Tensor, grid: int, cells: int | Tensor) -> Tensor:
@@ -33,10 +33,10 @@ def sample_points(low: Tensor, high: Tensor, grid: int, cells: int | Tensor) -> 
     return (low[..., None] + (high - low)[..., None] * ticks) * cells - 0.5
 
 
-def average_weights(at: Tensor, cells: int) -> Tensor:
-    """Bilinear weights of samples at `at` `[..., p]`, averaged over each bin, `[..., p / 2, cells]`."""
-    index = torch.arange(cells, device=at.device, dtype=at.dtype)
-    weights = (1 - (at[..., None] - index).abs()).clamp(min=0)
+def average_weights(points: Tensor, cells: int) -> Tensor:
+    """Bilinear weights of samples at `points` `[..., p]`, averaged over each bin, `[..., p / 2, cells]`."""
+    index = torch.arange(cells, device=points.device, dtype=points.dtype)
+    weights = (1 - (points[..., None] - index).abs()).clamp(min=0)
     return weights.unflatten(-2, (-1, SAMPLES)).mean(-2)
 
 

@@ -4,7 +4,7 @@ import pytest
 from granvit.checkpoint.pretrained import start_weights
 from granvit.checkpoint.run_writer import CheckpointWriter
 from granvit.config import language_config, vision_config
-from granvit.engine import Scalars
+from granvit.engine import StepInputs
 from tests.helpers import run_config
 from tests.toy import ToyEngine, toy_batch
 
@@ -18,7 +18,7 @@ def as_bytes(tensors) -> dict[str, tuple]:
 def engine_after(config, steps: int) -> ToyEngine:
     engine = ToyEngine(config, VISION, LANGUAGE, start_weights(config, VISION, LANGUAGE))
     for step in range(1, steps + 1):
-        engine.step([toy_batch(step)], Scalars(step, 0.01, 0.9, 8, 2))
+        engine.step([toy_batch(step)], StepInputs(step, 0.01, 0.9, 8, 2))
     return engine
 
 

@@ -410,7 +410,7 @@ def replace(name, value):
         ("llava-llama", lambda t: None, {"vision_feature_layer": -3}, "config.json: vision_feature_layer -3"),
         ("llava-clip", lambda t: None, {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy 'full'"),
         ("llava-llama", lambda t: [t.pop(n) for n in list(t) if ".layers.2." in n and "vision_tower" in n],
-         {"vision_feature_layer": -1}, "vision.top 'penultimate' is below vision.level 'final'"),
+         {"vision_feature_layer": -1}, "vision.built_level 'penultimate' is below vision.level 'final'"),
         ("llava-llama", lambda t: None, {"vision_config": {"model_type": "sam"}}, "vision_config.model_type 'sam'"),
         ("llava-clip", lambda t: None, {"vision_config": {"num_hidden_layers": 10**9}}, "1000000000 layers, but"),
         ("siglip-tower", lambda t: t.update({"embeddings.position_embedding.weight":

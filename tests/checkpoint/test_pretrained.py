@@ -4,10 +4,10 @@ import json
 import numpy as np
 import pytest
 
-from granvit.checkpoint.pretrained import start_weights
+from granvit.checkpoint.pretrained import open_pretrained, start_weights, write_pretrained
 from granvit.checkpoint.run_writer import CheckpointWriter
 from granvit.init import initial_value, initial_values
-from granvit.models import LanguageConfig, VisionConfig, parameter_shapes
+from granvit.models import LanguageConfig, VisionConfig, parameter_shapes, vision_shapes
 from tests.helpers import run_config
 from tests.toy import ToyEngine
 
@@ -132,6 +132,22 @@ def test_a_config_json_of_another_model_names_the_field(published, part, key, va
     path.write_text(json.dumps(tree))
     with pytest.raises(ValueError, match=rf"{part}/config\.json describes another model.*: {field} is"):
         start_weights(configuration(published), VISION, QWEN)
+
+
+@pytest.mark.parametrize("top", [None, "final"])
+def test_a_directory_that_still_calls_the_built_level_top_is_read(published, top):
+    written = VisionConfig(**{**VISION.model_dump(exclude={"built_level"}), "top": top})
+    shapes = vision_shapes(written)
+    for path in (published / "vision").iterdir():
+        path.unlink()
+    write_pretrained(published / "vision", written, None, shapes, initial_values(shapes, 0).items())
+    path = published / "vision" / "config.json"
+    tree = json.loads(path.read_text())
+    del tree["vision"]["built_level"]
+    tree["vision"]["top"] = top
+    path.write_text(json.dumps(tree))
+    assert open_pretrained(published / "vision", "vision").vision == written
+    assert {n: a.shape for n, a in start_weights(configuration(published), VISION, QWEN)} == parameter_shapes(VISION, QWEN)
 
 
 def test_transformers_5_writes_rope_parameters(published):

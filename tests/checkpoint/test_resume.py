@@ -7,8 +7,8 @@ import pytest
 from granvit.checkpoint.resume import check_same_data, check_same_run
 from granvit.checkpoint.run import newest_checkpoint, open_checkpoint, state_digest
 from granvit.models import VisionConfig
-from tests.checkpoint.conftest import LANGUAGE, VISION
-from tests.helpers import run_config
+from tests.checkpoint.conftest import LANGUAGE, VISION, as_bytes
+from tests.helpers import rewrite_as_format_1, run_config
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,15 @@ def test_a_checkpoint_from_before_ranks_and_fingerprints_were_kept_is_read(run):
     checkpoint = open_checkpoint(path.parent)
     assert (checkpoint.ranks, checkpoint.fingerprints) == (None, {})
     check_same_data(checkpoint, {"store": "1"})
+
+
+def test_a_run_of_checkpoint_format_1_goes_on(run):
+    today = newest_checkpoint(run[0])
+    rewrite_as_format_1(today.path)
+    former = newest_checkpoint(run[0])
+    assert (former.config, former.vision, former.step) == (today.config, today.vision, today.step)
+    assert check_same_run(former, run[1], VISION, LANGUAGE, 1) == []
+    assert as_bytes(former.tensors("model")) == as_bytes(today.tensors("model"))
 
 
 @pytest.mark.parametrize(

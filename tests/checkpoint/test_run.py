@@ -169,9 +169,9 @@ def test_a_checkpoint_of_a_later_format_is_refused(run):
     path = run[0] / "checkpoints/step_0000004/state.json"
     state = json.loads(path.read_text())
     del state["sha256"]
-    state["format"] = 2
+    state["format"] = 3
     path.write_text(json.dumps({"sha256": state_digest(state)} | state))
-    with pytest.raises(ValueError, match="checkpoint format 2"):
+    with pytest.raises(ValueError, match="checkpoint format 3"):
         open_checkpoint(path.parent)
 
 

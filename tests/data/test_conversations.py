@@ -27,7 +27,7 @@ def built(folder, trees, **options):
     """A store of some JSON, and its records by id."""
     summary = build_conversations(*write_spoken(folder, trees), folder / "store", **options)
     store = Store(folder / "store")
-    return summary, {record.id: record for record in map(store.record, range(store.images))}
+    return summary, {record.id: record for record in map(store.record, range(store.records))}
 
 
 def test_every_form_of_a_conversation_is_read(tmp_path):
@@ -233,10 +233,10 @@ def test_an_epoch_shows_every_conversation_once_in_fixed_shapes(chat_store, chat
 def test_lengths_are_those_of_the_packed_rows(chat_store, vision, chat):
     lengths = TurnLengths(chat_store, chat, frozenset(TASKS))
     loader = Loader(run("sft", chat_store), vision, chat, 0, 1)
-    prefixes = PrefixLengths(chat_store, chat, vision).of(np.arange(chat_store.images))
+    prefixes = PrefixLengths(chat_store, chat, vision).tokens_of(np.arange(chat_store.records))
     packer, bucket = loader._assemble.packer, loader.plan.buckets[-1]
-    tokens, answers = lengths.of(np.full(chat_store.images, TASKS.index("conversation")), np.arange(chat_store.images))
-    for image in range(chat_store.images):
+    tokens, answers = lengths.tokens_of(np.full(chat_store.records, TASKS.index("conversation")), np.arange(chat_store.records))
+    for image in range(chat_store.records):
         row = packer.conversation_row(chat_store.record(image), bucket)
         assert (row.segments_BS >= 0).sum() == prefixes[image] + tokens[image]
         assert row.tokens == answers[image]
@@ -253,9 +253,10 @@ def test_with_tiling_a_row_is_as_long_as_its_image_makes_it(tmp_path, vision, ch
     build_conversations(path, images, tmp_path / "store")
     store = Store(tmp_path / "store")
     loader = Loader(run("sft", store), tiled, chat, 0, 1)
-    packer, bucket, numbers = loader._assemble.packer, loader.plan.buckets[-1], np.arange(store.images)
-    tokens, answers = TurnLengths(store, chat, frozenset(TASKS)).of(np.full(store.images, TASKS.index("conversation")), numbers)
-    prefixes = PrefixLengths(store, chat, tiled).of(numbers)
+    packer, bucket, numbers = loader._assemble.packer, loader.plan.buckets[-1], np.arange(store.records)
+    tasks = np.full(store.records, TASKS.index("conversation"))
+    tokens, answers = TurnLengths(store, chat, frozenset(TASKS)).tokens_of(tasks, numbers)
+    prefixes = PrefixLengths(store, chat, tiled).tokens_of(numbers)
     before = len(chat.prefix_before)
     for image, name in enumerate([*views, "talk"]):
         record = store.record(image)

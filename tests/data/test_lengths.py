@@ -29,7 +29,7 @@ def test_lengths_bound_the_packers_rows_closely(store, records, chat):
             first = int(store.region_starts[image]) + image
             for number, region in enumerate(record.regions):
                 for task, box in ((1, (0.123, 0.456, 0.678, 0.789)), (2, (0.123, 0.456, 0.678, 0.789)), (1, region.box)):
-                    tokens, answers = lengths.of(np.array([task]), np.array([first + 1 + number]))
+                    tokens, answers = lengths.tokens_of(np.array([task]), np.array([first + 1 + number]))
                     asked = question_text(TASKS[task], box, region.caption)
                     answer = speaker.answer_ids(format_box(box) if task == 2 else region.caption)
                     true = len(speaker.question_ids(asked)) + len(answer) - 1, len(answer)

@@ -36,7 +36,7 @@ def run(store_path: Path, stage: str = "stage1", mix=None, regions_per_row=4, ra
                 "buckets": BUCKETS,
                 **(data or {}),
             },
-            "train": {"global_batch": 4 * regions_per_row, "micro_batch": 1, **train},
+            "train": {"global_batch": 4, "micro_batch": 1, **train},
             "distill": {"crop_size": 16},
         },
         "test",

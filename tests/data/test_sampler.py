@@ -91,7 +91,7 @@ def many(tmp_path: Path) -> tuple[list[dict], Path]:
 def test_every_step_holds_tasks_and_sources_in_their_shares(tmp_path, vision, chat, stage, regions_per_row, mix, buckets):
     """Within what plain sampling would give, though lengths are grouped (those of packed rows follow from what they ask)."""
     data = {"sources": many(tmp_path), "buckets": [{"length": length, "answers": length // 2} for length in buckets]}
-    config = run("", stage, mix=mix, regions_per_row=regions_per_row, data=data, global_batch=32 * regions_per_row)
+    config = run("", stage, mix=mix, regions_per_row=regions_per_row, data=data, global_batch=32)
     plan = Loader(config, vision, chat, 0, 1).plan
     counts, lengths = [], []
     for step in range(plan.epoch_steps(0) - 1):  # all but the one that is filled up

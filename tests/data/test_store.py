@@ -12,12 +12,12 @@ from tests.conftest import random_record
 
 def test_reads_back_what_was_written(store, records):
     assert len(list(store.path.glob("*.array_record"))) > 1
-    assert (store.images, store.regions) == (len(records), sum(len(record.regions) for record in records))
+    assert (store.records, store.regions) == (len(records), sum(len(record.regions) for record in records))
     assert store.globals == sum(record.global_caption is not None for record in records)
     reopened = pickle.loads(pickle.dumps(store))
     for index in (0, len(records) - 1, *range(len(records))):
         assert reopened.record(index) == records[index]
-    texts = store.texts(0, store.images + store.regions)
+    texts = store.texts(0, store.records + store.regions)
     assert texts == [t for r in records for t in (r.global_caption or "", *(region.caption for region in r.regions))]
     first = int(store.region_starts[5]) + 5
     assert store.texts(first, first + 1) == [records[5].global_caption or ""]

@@ -182,8 +182,8 @@ def test_every_row_fits_the_bucket_that_its_images_size_asks_for(sizes_store, ti
             lengths[batch.token_ids_BS.shape[1]] += 1
             questions += batch.questions
     assert questions == sum(len(record.regions) for record in records) and len(lengths) > 1
-    images = np.arange(store.images)
-    prefixes = loader.plan.prefixes[0].of(images)
+    images = np.arange(store.records)
+    prefixes = loader.plan.prefixes[0].tokens_of(images)
     assert prefixes.tolist() == [chat.prefix_length(int(image_tokens(r.width, r.height, tiled))) for r in records]
 
 

@@ -8,7 +8,7 @@ ms = pytest.importorskip("mindspore")
 torch = pytest.importorskip("torch")
 
 from granvit.config import resolve_models  # noqa: E402
-from granvit.engine import Scalars  # noqa: E402
+from granvit.engine import StepInputs  # noqa: E402
 from granvit.init import initial_values  # noqa: E402
 from granvit.models import parameter_shapes  # noqa: E402
 from ms_granvit.arrays import to_numpy, to_tensor  # noqa: E402
@@ -57,7 +57,7 @@ def test_one_compilation_per_bucket_whatever_else_changes(engine):
             batch = replace(batch, box_weights_BK=0 * batch.box_weights_BK, answer_weights_BA=0 * batch.answer_weights_BA)
         micro_batches = [batch] * (1 + step % 3)
         n = len(micro_batches)
-        result = engine.step(micro_batches, Scalars(step, 1e-3 * step, 0.9 - 0.1 * step, n * batch.tokens, n * batch.boxes))
+        result = engine.step(micro_batches, StepInputs(step, 1e-3 * step, 0.9 - 0.1 * step, n * batch.tokens, n * batch.boxes))
         assert (result.loss == 0) == (step > 3)
     assert engine.compilations == {"micro_batch": len(BUCKETS), "reduce": 1, "update": 1, "ema": 1}
 
@@ -66,7 +66,7 @@ def test_recomputation_changes_no_value(engine):
     results, found = [], []
     for one in (restarted(engine), make_engine(runtime={"recompute": True})):
         batch = batches(one, *BUCKETS[0], seed=0)
-        results.append(one.step([batch], Scalars(1, 1e-3, 0.9, batch.tokens, batch.boxes)))
+        results.append(one.step([batch], StepInputs(1, 1e-3, 0.9, batch.tokens, batch.boxes)))
         found.append(gradients(one))
     assert results[0] == results[1]
     for name, gradient in found[0].items():
@@ -81,7 +81,7 @@ def test_cosine_on_final_features_with_small_crops_equals_the_torch_twin():
     for kind in (Engine, TorchEngine):
         one = make_engine(kind, **sections)
         batch = batches(one, *BUCKETS[0], seed=0, crop=16)
-        results.append(one.step([batch], Scalars(1, 1e-3, 0.9, batch.tokens, batch.boxes)))
+        results.append(one.step([batch], StepInputs(1, 1e-3, 0.9, batch.tokens, batch.boxes)))
         found.append(gradients(one))
     assert results[0].loss_distill == pytest.approx(results[1].loss_distill, rel=1e-5)
     assert results[0].feature_std == pytest.approx(results[1].feature_std, rel=1e-5)

@@ -7,7 +7,7 @@ ms = pytest.importorskip("mindspore")
 from mindspore import Tensor, nn, ops  # noqa: E402
 
 from granvit.config import RunConfig, resolve_models  # noqa: E402
-from granvit.engine import Scalars  # noqa: E402
+from granvit.engine import StepInputs  # noqa: E402
 from granvit.init import initial_values  # noqa: E402
 from granvit.models import LanguageConfig, VisionConfig, parameter_shapes  # noqa: E402
 from ms_granvit import distributed  # noqa: E402
@@ -45,7 +45,7 @@ def graphs(engine: Engine) -> dict[str, tuple[nn.Cell, list]]:
     caches = [
         Tensor(np.zeros((language.layers, 2, language.kv_heads, PROMPT + NEW, language.head_dim)), ms.bfloat16) for _ in range(2)
     ]
-    inputs = engine.inputs(batch, Scalars(1, 1e-3, 0.9, batch.tokens, batch.boxes))
+    inputs = engine.inputs(batch, StepInputs(1, 1e-3, 0.9, batch.tokens, batch.boxes))
     two, three = (Tensor(np.ones(size, np.float32)) for size in (2, 3))
     return {
         "micro_batch": (engine.micro_batch, [three, *inputs]),

@@ -9,10 +9,10 @@ import pytest
 from parity import check, peers
 from parity.capture import Request, compute, load_record
 from parity.compare import compare_records
+from parity.fault_trials import Trial
 from parity.faults import FAULTS
 from parity.fixture import make_fixture
 from parity.preconditions import CouldNotTell, check_comparable, check_deterministic
-from parity.trials import Trial
 
 pytest.importorskip("mindspore")
 pytest.importorskip("torch")

@@ -17,7 +17,7 @@ def missing(found) -> list[str]:
     for stage in words()["run.stage"]:
         spec = STAGES[stage]
         asked = {part: "trained" if part in spec.trains else "frozen" for part in PARTS}
-        asked |= {"distillation": str(spec.distill), "blind": str(spec.blind)}
+        asked |= {"distillation": str(spec.distill), "zero image tokens": str(spec.zero_image_tokens)}
         lacking += [f"{stage}'s {pair}" for pair in pairs(asked) if not any(set(pair) <= set(v.items()) for v in found.values())]
     return lacking
 
@@ -47,7 +47,7 @@ def test_a_new_field_has_words_of_its_own(monkeypatch):
 @pytest.mark.parametrize("name, lost", [
     ("pooled", {"ROI grid: below", "run.distill.features: final", "vision.activation: quick_gelu", "alpha: warm-up"}),
     ("resampled", {"pixels beyond the patches: some"}),
-    ("blind", {"blind: True"}),
+    ("guesser", {"zero image tokens: True"}),
 ])  # fmt: skip
 def test_a_configuration_left_out_is_missed(name, lost):
     left = {other: values for other, values in configurations().items() if other != name}
@@ -60,7 +60,7 @@ def test_a_stage_that_trains_hides_and_distils_as_none_does_is_named(monkeypatch
 
 
 def test_words_of_a_loss_that_is_not_there_are_not_counted():
-    assert "run.distill.loss" not in configurations()["tuned"] and "vision.activation" not in configurations()["blind"]
+    assert "run.distill.loss" not in configurations()["tuned"] and "vision.activation" not in configurations()["guesser"]
 
 
 def test_three_quarters_of_all_pairs_stand_together():
@@ -76,10 +76,10 @@ def test_the_batches_reach_the_corners():
     assert batch.pixels_B3RR.shape == (2, 5, 3, 32, 32) and batch.crops_BK3rr.shape[-1] == 16
     batch = made["resampled"].batches[0]
     assert batch.image_weights_B.tolist() == [1, 0] and batch.box_weights_BK.tolist() == [[1, 1, 1], [0, 0, 0]]
-    assert made["resampled"].vision.seen == 32 < batch.pixels_B3RR.shape[-1]
-    for name, alpha, means in (("pooled", 0, 0), ("resampled", 0.8, 0), ("tuned", 0.9, 2)):
-        scalars = made[name].scalars(1, made[name].step_batches(1))
-        assert (scalars.alpha, scalars.means) == (pytest.approx(alpha), means)
+    assert made["resampled"].vision.covered_pixels == 32 < batch.pixels_B3RR.shape[-1]
+    for name, alpha, averaged in (("pooled", 0, 0), ("resampled", 0.8, 0), ("tuned", 0.9, 2)):
+        step_inputs = made[name].step_inputs(1, made[name].step_batches(1))
+        assert (step_inputs.alpha, step_inputs.averaged_micro_batches) == (pytest.approx(alpha), averaged)
 
 
 def test_the_table_says_which_configuration_has_a_value(capsys):

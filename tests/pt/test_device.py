@@ -11,7 +11,7 @@ from torch import nn  # noqa: E402
 from granvit.checkpoint.run_writer import CheckpointWriter  # noqa: E402
 from granvit.config import Bucket, RunConfig, resolve_models  # noqa: E402
 from granvit.data.batch import Batch, Packer, Question, join  # noqa: E402
-from granvit.engine import Scalars  # noqa: E402
+from granvit.engine import StepInputs  # noqa: E402
 from granvit.evaluate import Evaluator, evaluation_file  # noqa: E402
 from granvit.stages import STAGES  # noqa: E402
 from parity.capture import Request, compute  # noqa: E402
@@ -54,12 +54,12 @@ def rows_for(config: RunConfig) -> Batch:
     return random_batch(vision, language, 2, 2, 64, 16, 0, config.crop_size(vision))
 
 
-def scalars(step: int, batch: Batch, micro_batches: int = 1) -> Scalars:
-    return Scalars(step, 1e-3, 0.9, micro_batches * batch.tokens, micro_batches * batch.boxes)
+def step_inputs(step: int, batch: Batch, micro_batches: int = 1) -> StepInputs:
+    return StepInputs(step, 1e-3, 0.9, micro_batches * batch.tokens, micro_batches * batch.boxes)
 
 
 def step(engine: Engine, batch: Batch, number: int = 1):
-    return engine.step([batch], scalars(number, batch))
+    return engine.step([batch], step_inputs(number, batch))
 
 
 def close_to(result, expected) -> None:
@@ -85,14 +85,14 @@ def test_a_training_step_runs_and_the_host_waits_as_often_as_stated(device, sect
     config = on_device(**sections)
     engine, batch = make_engine(config), rows_for(config)
     device.reads.clear()
-    result = engine.step([batch, batch], scalars(1, batch, 2))
+    result = engine.step([batch, batch], step_inputs(1, batch, 2))
     assert len(device.reads) == READS_PER_STEP, device.reads
     assert all(tensor.device.type == "npu" for tensor in held_by(engine).values())
-    close_to(result, make_engine(on_host(config)).step([batch, batch], scalars(1, batch, 2)))
+    close_to(result, make_engine(on_host(config)).step([batch, batch], step_inputs(1, batch, 2)))
 
 
 def test_a_tiled_step_runs(device, chat):
-    config = on_device(vision={"tiling": 4}, data={"regions_per_row": 3}, train={"global_batch": 6})
+    config = on_device(vision={"tiling": 4}, data={"regions_per_row": 3}, train={"global_batch": 2})
     vision, _ = resolve_models(config)
     packer = Packer(vision, chat, 3, vision.image_size, 1.0, 10**6)
     asked = [Question("bbox2caption", 1), Question("bbox2caption", 0), Question("global")]

@@ -1,8 +1,8 @@
 """Foreign checkpoint layouts: one small table each, read in both directions.
 
 A table's row pairs a foreign name with the canonical one; `{i}` stands for a block's number, `{p}` for `weight` or `bias`, `{*}`
-for anything, and what follows an `@` for a part of the tensor (see `granvit.checkpoint.pieces`). A name that no row meets is an
-error that names it: nothing is skipped in silence.
+for anything, and what follows an `@` for a part of the tensor (see `granvit.checkpoint.combined_tensors`). A name that no row
+meets is an error that names it: nothing is skipped in silence.
 """
 import re
 from collections.abc import Callable, Collection, Iterable
@@ -12,7 +12,7 @@ from typing import Any
 
 from granvit.models import LanguageConfig, VisionConfig, part_of
 
-CHOSEN = ("name", "level", "top", "tiles", "mean", "std", "resize", "chat")
+CHOSEN = ("name", "level", "built_level", "top", "tiles", "mean", "std", "resize", "chat")  # `top`: `built_level` before
 PLACEHOLDERS = {"{i}": r"(\d+)", "{p}": r"(weight|bias)", "{*}": r"(.*)"}
 Pairs = tuple[tuple[str, str], ...]
 
@@ -37,8 +37,8 @@ def pattern_matches(pattern: str, name: str) -> bool:
 
 
 def _fill(pattern: str, values: Iterable[str]) -> str:
-    left = iter(values)
-    return re.sub(r"\{.\}", lambda placeholder: next(left, placeholder.group()), pattern)
+    remaining = iter(values)
+    return re.sub(r"\{.\}", lambda placeholder: next(remaining, placeholder.group()), pattern)
 
 
 @dataclass(frozen=True)

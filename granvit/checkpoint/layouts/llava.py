@@ -58,8 +58,8 @@ def _read_config(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if isinstance(layer, list) or layer not in LEVELS[tower]:
         raise ValueError(f"vision_feature_layer {layer!r} has no counterpart; known: {', '.join(map(str, LEVELS[tower]))}")
     fields = TOWERS[tower].read_config(vision)
-    kept = {"default" if fields.get("class_token") else "full": ""}  # default drops the first token, which is the class token
-    one_of(kept, tree.get("vision_feature_select_strategy", "default"), "vision_feature_select_strategy")
+    strategies = {"default" if fields.get("class_token") else "full": ""}  # default drops the first token, the class token
+    one_of(strategies, tree.get("vision_feature_select_strategy", "default"), "vision_feature_select_strategy")
     return {
         "vision": fields | PIXELS[tower] | {"level": LEVELS[tower][layer]},
         "language": _read_text(tree.get("text_config", {}), tree.get("tie_word_embeddings")),

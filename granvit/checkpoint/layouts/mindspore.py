@@ -105,11 +105,11 @@ class CkptFile(StoredTensors):
         self.path, self.entries = path, {}
         with open(path, "rb") as file:
             end = self._without_checksum(file)
-            last = None
-            for number, at, length in self._fields(file, 0, end, "the file"):
+            previous = None
+            for number, offset, length in self._fields(file, 0, end, "the file"):
                 if number != 1:
                     self._damaged("a field that no checkpoint has")
-                last = self._take(file, at, at + length, last)
+                previous = self._take(file, offset, offset + length, previous)
         for name, entry in self.entries.items():
             self._check_size(name, entry)
 
@@ -143,39 +143,40 @@ class CkptFile(StoredTensors):
                 break
         return number
 
-    def _fields(self, file: BinaryIO, at: int, end: int, where: str) -> Iterator[tuple[int, int, int]]:
+    def _fields(self, file: BinaryIO, offset: int, end: int, where: str) -> Iterator[tuple[int, int, int]]:
         """(number, offset, length) of every length-delimited field between two offsets; of a varint: (number, its value, -1)."""
-        while at < end:
-            file.seek(at)
+        while offset < end:
+            file.seek(offset)
             key = self._varint(file, where)
             number, kind = key >> 3, key & 7
             if kind not in (VARINT, LENGTH) or not 1 <= number <= 3:
                 self._damaged(f"a field that no checkpoint has, in {where}")
             value = self._varint(file, where)
-            at = file.tell()
+            offset = file.tell()
             if kind == VARINT:
                 yield number, value, -1
                 continue
-            if at + value > end:
-                self._damaged(f"{where} needs {at + value - end} bytes more")
-            yield number, at, value
-            at += value
-        if at != end:
+            if offset + value > end:
+                self._damaged(f"{where} needs {offset + value - end} bytes more")
+            yield number, offset, value
+            offset += value
+        if offset != end:
             self._damaged(f"{where} has another length than stated")
 
-    def _text(self, file: BinaryIO, at: int, length: int) -> str:
+    def _text(self, file: BinaryIO, offset: int, length: int) -> str:
         if length > SMALL:
             self._damaged("a name of impossible length")
-        file.seek(at)
+        file.seek(offset)
         try:
             return file.read(length).decode()
         except UnicodeDecodeError:
             self._damaged("a name that is no text")
 
-    def _take(self, file: BinaryIO, at: int, end: int, last: str | None) -> str:
-        """Enters one value, a tensor or its next slice, and returns its name; `last` is the name before it."""
+    def _take(self, file: BinaryIO, start: int, end: int, previous: str | None) -> str:
+        """Enters one value, a tensor or its next slice, and returns its name; `previous` is the name before it."""
         name, tensor = None, None
-        for number, offset, length in self._fields(file, at, end, f"the value behind {last!r}" if last else "the first value"):
+        where = f"the value behind {previous!r}" if previous else "the first value"
+        for number, offset, length in self._fields(file, start, end, where):
             if number == 1:
                 name = self._text(file, offset, length)
             elif number == 2:
@@ -188,7 +189,7 @@ class CkptFile(StoredTensors):
         entry = self.entries.get(name)
         if entry is None:
             self.entries[name] = {"tag": tag, "shape": shape, "spans": [span], "path": self.path}
-        elif last != name or self._complete(entry):
+        elif previous != name or self._complete(entry):
             raise ValueError(f"{self.path}: tensor {name!r} is there twice")
         elif (entry["tag"], entry["shape"]) != (tag, shape):
             self._damaged(f"slices of {name!r} of different kinds")
@@ -196,9 +197,9 @@ class CkptFile(StoredTensors):
             entry["spans"].append(span)
         return name
 
-    def _tensor(self, file: BinaryIO, at: int, end: int, name: str) -> tuple[tuple[int, ...], str, tuple[int, int]]:
+    def _tensor(self, file: BinaryIO, start: int, end: int, name: str) -> tuple[tuple[int, ...], str, tuple[int, int]]:
         dims, tag, span = [], None, None
-        for number, offset, length in self._fields(file, at, end, f"tensor {name!r}"):
+        for number, offset, length in self._fields(file, start, end, f"tensor {name!r}"):
             if number == 1 and length == -1:
                 dims.append(offset)
             elif number == 2:

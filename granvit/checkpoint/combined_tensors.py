@@ -14,34 +14,34 @@ from granvit.checkpoint.tensors import StoredTensors
 _PART, _AXES = re.compile(r"@(\d+)/(\d+)$"), re.compile(r"@\[([1,]+)\]$")
 
 
-def whole(name: str) -> str:
+def name_in_file(name: str) -> str:
     """The name of the tensor in the file."""
     return name.partition("@")[0]
 
 
-def parts_of(name: str) -> int:
-    """Of how many parts the tensor consists that `name` is a part of."""
+def count_parts(name: str) -> int:
+    """How many parts the tensor in the file has that `name` is a part of; 1 where it is the whole tensor."""
     found = _PART.search(name)
     return int(found[2]) if found else 1
 
 
-def whole_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def shape_in_file(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape in the file of the tensor that `name` of this shape belongs to."""
     if axes := _AXES.search(name):
         return (1,) * len(axes[1].split(",")) + shape
-    return (parts_of(name) * shape[0], *shape[1:]) if parts_of(name) > 1 else shape
+    return (count_parts(name) * shape[0], *shape[1:]) if count_parts(name) > 1 else shape
 
 
-def assemble(shape: tuple[int, ...], pieces: Sequence[np.ndarray]) -> np.ndarray:
+def combine(shape: tuple[int, ...], parts: Sequence[np.ndarray]) -> np.ndarray:
     """The tensor of this shape from its parts in order."""
-    return (pieces[0] if len(pieces) == 1 else np.concatenate(pieces)).reshape(shape)
+    return (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(shape)
 
 
-def piece_names(names: Iterable[str], layout: Layout) -> list[str]:
-    """A file's names as the layout's table has them."""
+def part_names(names: Iterable[str], layout: Layout) -> list[str]:
+    """The names in a file as the layout's table has them: those of combined tensors once for each part."""
     suffixes: dict[str, list[str]] = {}
     for pattern in (foreign for spelling in layout.spellings for foreign, _ in spelling.rows if "@" in foreign):
-        suffixes.setdefault(whole(pattern), []).append(pattern.partition("@")[2])
+        suffixes.setdefault(name_in_file(pattern), []).append(pattern.partition("@")[2])
     found = []
     for name in names:
         parts = next((parts for pattern, parts in suffixes.items() if pattern_matches(pattern, name)), None)
@@ -49,28 +49,32 @@ def piece_names(names: Iterable[str], layout: Layout) -> list[str]:
     return found
 
 
-class Pieces(StoredTensors):
-    """The same tensors under the names of a layout's table; nothing is read. `ValueError` for one that cannot be parted so."""
+class SeparatedTensors(StoredTensors):
+    """A file's tensors under the names of a layout's table, combined ones separated into their parts. Nothing is read when it is
+    made. `ValueError` names a tensor whose shape has no such parts."""
 
     def __init__(self, tensors: StoredTensors, layout: Layout):
         self.tensors, self.dtypes = tensors, tensors.dtypes
-        self.entries = {name: _piece(name, tensors.entries[whole(name)]) for name in piece_names(tensors.entries, layout)}
+        names = part_names(tensors.entries, layout)
+        self.entries = {name: _entry_of_part(name, tensors.entries[name_in_file(name)]) for name in names}
 
     def read(self, name: str) -> np.ndarray:
         return self.tensors.read(name) if name in self.tensors.entries else super().read(name)
 
 
-def _piece(name: str, entry: dict) -> dict:
+def _entry_of_part(name: str, entry: dict) -> dict:
+    """The entry (shape, spans of bytes) of the part called `name`; `entry` is that of the tensor in the file."""
     if "@" not in name:
         return entry
-    shape, count = entry["shape"], parts_of(name)
+    shape, count = entry["shape"], count_parts(name)
+    tensor = f"{entry['path']}: tensor {name_in_file(name)!r} is {list(shape)}"
     if axes := _AXES.search(name):
         ones = len(axes[1].split(","))
         if shape[:ones] != (1,) * ones:
-            raise ValueError(f"{entry['path']}: tensor {whole(name)!r} is {list(shape)}, expected {[1] * ones} before the rest")
+            raise ValueError(f"{tensor}, expected {[1] * ones} before the rest")
         return entry | {"shape": shape[ones:]}
     if not shape or shape[0] % count:
-        raise ValueError(f"{entry['path']}: tensor {whole(name)!r} is {list(shape)}, which has no {count} equal parts")
+        raise ValueError(f"{tensor}, which has no {count} equal parts")
     part = _PART.search(name)
     assert part is not None, name
     total, number = sum(length for _, length in entry["spans"]), int(part[1])
@@ -80,9 +84,9 @@ def _piece(name: str, entry: dict) -> dict:
 
 def _between(spans: Iterable[tuple[int, int]], first: int, last: int) -> Iterable[tuple[int, int]]:
     """Where the tensor's bytes from `first` to `last` lie."""
-    at = 0
+    start = 0  # of the span, counted in the tensor's bytes
     for offset, length in spans:
-        low, high = max(first, at), min(last, at + length)
+        low, high = max(first, start), min(last, start + length)
         if low < high:
-            yield offset + low - at, high - low
-        at += length
+            yield offset + low - start, high - low
+        start += length
