@@ -7,13 +7,15 @@ VENV := .venv
 READY := $(VENV)/.ready
 VENV5 := .venv-transformers5
 VENV_TORCH := .venv-torch
+# Two workers, a file of tests at a time, in the order of tests/conftest.py.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test lint test-torch transformers5 clean
 demo: $(READY)
 	$(VENV)/bin/python scripts/demo.py
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(WORKERS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
@@ -27,7 +29,7 @@ $(READY): requirements.txt pyproject.toml setup.py
 	touch $@
 
 test-torch: $(VENV_TORCH)/.ready
-	$(VENV_TORCH)/bin/python -m pytest
+	$(VENV_TORCH)/bin/python -m pytest $(WORKERS)
 
 $(VENV_TORCH)/.ready: pyproject.toml setup.py
 	test -x $(VENV_TORCH)/bin/python || $(PYTHON) -m venv $(VENV_TORCH)
