@@ -74,5 +74,5 @@ def test_a_decoder_comes_back_from_its_own_directory_in_either_package(package, 
 def test_an_encoder_is_no_decoder(package, tmp_path):
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32}
     transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**sizes)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"holds no language \(its layout is 'siglip'\)"):
+    with pytest.raises(ValueError, match=r"language.*'siglip'"):
         package.load_decoder(tmp_path)

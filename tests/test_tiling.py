@@ -303,7 +303,7 @@ def test_both_stages_train_evaluate_and_answer(framework, tmp_path):
                       str(tmp_path / "picture.png"))  # fmt: skip
     assert "Traceback" not in said
     plain = run_config(model={"init_from": str(tmp_path / "stage1")})
-    with pytest.raises(ValueError, match=r"another architecture.*projector\.linear_1\.weight"):
+    with pytest.raises(ValueError, match=r"projector\.linear_1\.weight"):
         start_weights(plain, *resolve_models(plain))
-    with pytest.raises(ValueError, match=r"trained with vision\.tiling"):
+    with pytest.raises(ValueError, match=r"vision\.tiling"):
         LLAVA.write_config(*resolve_models(config))

@@ -81,7 +81,7 @@ def test_a_configuration_of_ones_own_comes_before_the_shipped_one(tmp_path, monk
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "stage1.yaml").write_text("")
     assert shipped("configs/stage1.yaml") == Path("configs/stage1.yaml")
-    with pytest.raises(ValueError, match=f"configs/stage9.yaml: no such file, nor {CONFIGS}"):
+    with pytest.raises(ValueError, match=rf"configs/stage9\.yaml.*{CONFIGS}"):
         shipped("configs/stage9.yaml")
 
 

@@ -315,6 +315,21 @@ lengths.text_lengths(Store(sys.argv[1]), Chat(byte_tokenizer('qwen2.5'), 'qwen2.
 """
 
 
+def test_shares_whose_directory_goes_before_the_first_look_are_made_again(tmp_path, monkeypatch):
+    """Another process removes it once it sees the result, which this one may see later (NFS)."""
+    progress = shares_module._Progress
+
+    def gone(parts, *rest):
+        monkeypatch.setattr(shares_module, "_Progress", progress)
+        parts.rmdir()
+        return progress(parts, *rest)
+
+    monkeypatch.setattr(shares_module, "_Progress", gone)
+    monkeypatch.setattr(shares_module, "_POLL", 0.0)
+    shares_module.make_in_shares(tmp_path / "lengths.u2", [1, 1], lambda n: [bytes([n])], "two bytes")
+    assert (tmp_path / "lengths.u2").read_bytes() == b"\0\1" and shares_module._Progress is progress
+
+
 def test_processes_share_the_counting_and_finish_what_a_killed_one_began(tmp_path, chat):
     """The first stops for ever within a share and is killed; the second waits for it, counts the rest and joins it all."""
     write_store([random_record(f"r{i}", i % 7, i % 40) for i in range(300)], tmp_path / "store")
@@ -426,10 +441,10 @@ def test_compose_decides_what_a_row_holds(store, vision, chat):
     "changes, message",
     [
         ({"mix": {"global": 1.5}}, "between 0 and 1.*1.5"),
-        ({"data": {"buckets": [{"length": 40, "answers": 10}]}}, "no room after the prefix of 61"),
-        ({"data": {"buckets": [{"length": 100, "answers": 10}, {"length": 200, "answers": 5}]}}, "answers must not fall"),
-        ({"mix": {"global": 0.0}}, "no question of the tasks"),
-        ({"data": {"sources": [{"path": "/nowhere"}]}}, "/nowhere: no such directory"),
+        ({"data": {"buckets": [{"length": 40, "answers": 10}]}}, r"\b40\b.*\b61\b"),
+        ({"data": {"buckets": [{"length": 100, "answers": 10}, {"length": 200, "answers": 5}]}}, r"data\.buckets.*\[10, 5\]"),
+        ({"mix": {"global": 0.0}}, r"data\.sources.*'global': 0\.0"),
+        ({"data": {"sources": [{"path": "/nowhere"}]}}, "/nowhere"),
     ],
 )
 def test_what_cannot_be_loaded_is_named(store, vision, chat, changes, message):
