@@ -53,9 +53,10 @@ def test_each_stages_script_takes_its_own_configurations_and_refuses_the_others(
         status = train_command(script, ["--config", str(path), "--framework", "torch", f"output={tmp_path}/run"])
         said = capsys.readouterr().err
         assert status == 2
-        assert ("but this script runs" in said) == (stage != script), said
         if stage == script:
-            assert "no directory" in said or "no checkpoint in" in said, said
+            assert "model.init_from" in said or "model.weights_" in said, said
+        else:
+            assert repr(stage) in said and repr(script) in said, said
 
 
 def test_each_stage_trains_what_the_paper_trains():
@@ -99,15 +100,15 @@ def test_a_part_has_the_rates_it_states_and_else_the_others():
 @pytest.mark.parametrize(
     "stage, override, message",
     [
-        ("stage2", "train.freeze=[vision]", "names vision, which stage2 does not train; it trains projector, language"),
-        ("projector", "train.freeze=[projector]", "train.freeze leaves projector nothing to train"),
-        ("stage1", "train.freeze=[vision]", "self-distillation trains it; state distill.weight 0"),
-        ("sft", "train.freeze=[teacher]", r"train.freeze.0: Input should be 'vision', 'projector' or 'language'"),
-        ("stage2", "optimizer.parts.vision.lr=1e-6", r"optimizer\.parts\.vision is stated, but this stage2 trains projector, la"),
-        ("sft", "optimizer.parts={vison: {lr: 1e-6}}", "unknown key 'optimizer.parts.vison'; did you mean"),
-        ("projector", "data.mix={global: 1.0, bbox2caption: 0.1}", "without a question: .* cannot name bbox2caption"),
-        ("projector", "eval.source=data_store/held_out", "cannot name bbox2caption, caption2bbox"),
-        ("sft", "eval.tasks=[conversation]", "eval.tasks.0"),
+        ("stage2", "train.freeze=[vision]", "vision.*stage2.*projector, language"),
+        ("projector", "train.freeze=[projector]", r"train\.freeze.*projector"),
+        ("stage1", "train.freeze=[vision]", r"distill\.weight 0"),
+        ("sft", "train.freeze=[teacher]", r"train\.freeze\.0.*'vision', 'projector' or 'language'"),
+        ("stage2", "optimizer.parts.vision.lr=1e-6", r"optimizer\.parts\.vision.*stage2.*projector, language"),
+        ("sft", "optimizer.parts={vison: {lr: 1e-6}}", "'optimizer.parts.vison'.*'optimizer.parts.vision'"),
+        ("projector", "data.mix={global: 1.0, bbox2caption: 0.1}", r"data\.mix.*bbox2caption"),
+        ("projector", "eval.source=data_store/held_out", r"eval\.tasks.*bbox2caption, caption2bbox"),
+        ("sft", "eval.tasks=[conversation]", r"eval\.tasks\.0"),
     ],
 )
 def test_what_a_stage_cannot_do_is_said(stage, override, message):
@@ -131,7 +132,7 @@ def test_a_mistake_is_one_line_without_a_traceback(tmp_path):
     done = script("stage1.py", "--framework", "torch", f"output={tmp_path}", "optimizer.weight_decey=1")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
-    assert "unknown key 'optimizer.weight_decey'; did you mean 'optimizer.weight_decay'?" in done.stderr
+    assert "'optimizer.weight_decey'" in done.stderr and "'optimizer.weight_decay'" in done.stderr
 
 
 def test_the_log_has_the_traceback_of_a_mistake(tmp_path):

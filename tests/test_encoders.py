@@ -65,7 +65,7 @@ def test_features_of_every_level_are_those_of_transformers(published, package):
     if package is pt_granvit:
         np.testing.assert_array_equal(features(encoder, pixels), features(encoder, pixels, level="penultimate"))
     if not vision.closing_norm:
-        with pytest.raises(ValueError, match="level 'final' is not built in this encoder, which has penultimate, last"):
+        with pytest.raises(ValueError, match=r"'final'.*penultimate, last"):
             features(encoder, pixels, level="final")
 
 
@@ -81,9 +81,9 @@ def test_another_resolution_resamples_the_positions_as_transformers_does(row, pa
     encoder = package.load_encoder(tmp_path, resolution=48, device="cpu")
     np.testing.assert_allclose(features(encoder, pixels), expected.numpy(), rtol=1e-4, atol=2e-5)
     for other in (pixels[..., :32], pixels[..., :32, :32], np.concatenate([pixels, pixels], -1)):
-        with pytest.raises(ValueError, match=r"pixels of another size: this encoder takes \[B, 3, 48, 48\]; load_encoder"):
+        with pytest.raises(ValueError, match=r"\[B, 3, 48, 48\].*load_encoder"):
             features(encoder, other)
-    with pytest.raises(ValueError, match=r"resolution 7: .* looks at patches of 8 pixels"):
+    with pytest.raises(ValueError, match=r"resolution 7\b.*\b8\b"):
         package.load_encoder(tmp_path, resolution=7)
 
 
@@ -172,15 +172,15 @@ def edit(directory, change) -> None:
     "row, change, message",
     [
         ("sailvit-huge-448", lambda t: t.pop("trunk.blocks.1.attn.qkv.weight"),
-         r"trunk\.blocks\.1\.attn\.qkv\.weight is missing"),
+         r"trunk\.blocks\.1\.attn\.qkv\.weight"),
         ("sailvit-huge-448", lambda t: t.update({"trunk.blocks.1.attn.qkv.weight": torch.ones(71, 24)}),
-         r"model\.safetensors: tensor 'trunk\.blocks\.1\.attn\.qkv\.weight' is \[71, 24\], which has no 3 equal parts"),
+         r"model\.safetensors.*'trunk\.blocks\.1\.attn\.qkv\.weight'.*\[71, 24\].*\b3\b"),
         ("sailvit-huge-448", lambda t: t.update({"preprocessor.pos_embed": torch.ones(16, 24)}),
-         r"model\.safetensors: tensor 'preprocessor\.pos_embed' is \[16, 24\], expected \[1\] before the rest"),
+         r"model\.safetensors.*'preprocessor\.pos_embed'.*\[16, 24\].*\[1\]"),
         ("internvit-300m-448", lambda t: t.update({"encoder.layers.0.attn.q_norm.weight": torch.ones(24)}),
-         r"tensor 'encoder\.layers\.0\.attn\.q_norm\.weight' is in no row of the 'internvit-hub' layout"),
+         r"'encoder\.layers\.0\.attn\.q_norm\.weight'.*'internvit-hub'"),
         ("aimv2-huge-patch14-448", lambda t: t.update({"rms_norm.weight": torch.ones(23)}),
-         r"rms_norm\.weight is \[23\], expected \[24\]"),
+         r"rms_norm\.weight.*\[23\].*\[24\]"),
     ],
 )  # fmt: skip
 def test_a_file_that_does_not_fit_is_refused_by_its_own_names(row, change, message, tmp_path):
@@ -192,11 +192,11 @@ def test_a_file_that_does_not_fit_is_refused_by_its_own_names(row, change, messa
 
 @pytest.mark.parametrize(
     "row, key, value, message",
-    [("internvit-300m-448", "qk_normalization", True, "qk_normalization True has no counterpart"),
-     ("internvit-300m-448", "norm_type", "rms_norm", "norm_type 'rms_norm' has no counterpart"),
-     ("sailvit-huge-448", "use_bias", True, "use_bias True has no counterpart"),
-     ("siglip2-so400m-patch16-512", "hidden_act", "relu", "hidden_act 'relu' has no counterpart"),
-     ("clip-vit-large-patch14-336", "model_type", "dinov2", "model_type 'dinov2'; known: ")],
+    [("internvit-300m-448", "qk_normalization", True, "qk_normalization True"),
+     ("internvit-300m-448", "norm_type", "rms_norm", "norm_type 'rms_norm'"),
+     ("sailvit-huge-448", "use_bias", True, "use_bias True"),
+     ("siglip2-so400m-patch16-512", "hidden_act", "relu", "hidden_act 'relu'"),
+     ("clip-vit-large-patch14-336", "model_type", "dinov2", "model_type 'dinov2'")],
 )  # fmt: skip
 def test_a_structure_that_no_encoder_here_has_is_refused_by_its_key(row, key, value, message, tmp_path):
     encoders.publish(encoders.peer(tiny(row)), tmp_path, encoders.HUB.get(row))

@@ -287,7 +287,7 @@ def test_a_run_that_distils_no_region_is_told_so(tmp_path, configuration):
         (tmp_path / share).mkdir()
         job = Job(tmp_path / share, configuration, None, overrides=("train.steps=1", f"data.mix.bbox2caption={share}"))
         assert job.end() == 0
-        assert ("WARNING self-distillation has no part in this run" in job.said()) == said
+        assert ("WARNING self-distillation" in job.said()) == said
 
 
 def test_environments():
@@ -303,7 +303,7 @@ def test_environments():
     assert (torchrun.launcher, torchrun.rank, torchrun.world, torchrun.address) == ("torchrun", 1, 2, "h:5")
     with pytest.raises(ValueError, match="--framework torch"):
         check_launcher(torchrun, "mindspore")
-    with pytest.raises(ValueError, match="start with torchrun"):
+    with pytest.raises(ValueError, match="torchrun"):
         check_launcher(worker, "torch")
     check_launcher(single, "torch")
 

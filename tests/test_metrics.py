@@ -216,7 +216,7 @@ def test_what_a_held_out_store_cannot_answer_is_left_out_or_refused(store, chat_
     assert regions.held_out == {} and set(regions.table) == {"bbox2caption", "caption2bbox"}
     assert evaluator("stage1", store, rows=0)(1).held_out == {}
     assert evaluator("stage2", store, tasks=[])(1).table == {}
-    with pytest.raises(ValueError, match=r"eval\.source .* is a granvit-conversations store, on which a run that trains global"):
+    with pytest.raises(ValueError, match=r"eval\.source.*granvit-conversations"):
         evaluator("stage1", chat_store)
-    with pytest.raises(ValueError, match=r"eval\.rows 4 and eval\.tasks \[\] cannot be evaluated"):
+    with pytest.raises(ValueError, match=r"eval\.rows 4.*eval\.tasks \[\]"):
         evaluator("sft", store, tasks=[])

@@ -184,7 +184,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counts_as_no_update(tmp_path)
 def test_too_many_in_a_row_stop_the_run_and_the_same_command_goes_on_behind_them(tmp_path):
     change = poisoned(1, 4, 5, 6, 7)
     trainer, _ = trainer_in(tmp_path, configuration(), change)
-    stopped = r"^step 7: loss nan; from rank\(s\) 0; records of rank 0: image-6-0, image-6-1; .*3 in a row; saved as step 7"
+    stopped = r"step 7\b.*nan.*\b0\b.*image-6-0, image-6-1.*train\.skip_non_finite.*\b3\b.*step 7"
     with pytest.raises(TrainingStopped, match=stopped):
         trainer.run(None)
     trainer, checkpoint = trainer_in(tmp_path, configuration(), change)
@@ -197,11 +197,11 @@ def test_a_loss_that_is_never_finite_again_replaces_no_good_checkpoint(tmp_path)
     config, change = configuration(), poisoned(*range(4, STEPS + 1))
     config = config.model_copy(update={"train": config.train.model_copy(update={"skip_non_finite": 0})})
     trainer, _ = trainer_in(tmp_path, config, change)
-    with pytest.raises(TrainingStopped, match="saved as step 4"):
+    with pytest.raises(TrainingStopped, match="step 4"):
         trainer.run(None)
     for _ in range(2):
         trainer, checkpoint = trainer_in(tmp_path, config, change)
-        with pytest.raises(TrainingStopped, match=r"step 5: .*no step since .*step_0000004 was finite\. Nothing is saved"):
+        with pytest.raises(TrainingStopped, match=r"step 5.*step_0000004"):
             trainer.run(checkpoint)
         assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["step_0000003", "step_0000004"]
 
@@ -209,7 +209,7 @@ def test_a_loss_that_is_never_finite_again_replaces_no_good_checkpoint(tmp_path)
 def test_nothing_is_saved_where_no_step_was_ever_finite(tmp_path):
     """The start weights may be at fault: a checkpoint of them would be resumed instead of better ones."""
     trainer, _ = trainer_in(tmp_path, configuration(), poisoned(*range(1, STEPS + 1)))
-    with pytest.raises(TrainingStopped, match=r"step 4: .*since the start weights was finite\. Nothing is saved: check them"):
+    with pytest.raises(TrainingStopped, match=r"step 4.*runtime\.compute"):
         trainer.run(None)
     assert newest_checkpoint(tmp_path) is None
 
@@ -276,7 +276,7 @@ def test_bad_records_are_counted_named_and_bounded(tmp_path, monkeypatch):
     three = [("a", "truncated"), ("b", "truncated"), ("c", "box is inverted")]
     config = configuration(data={"max_bad_fraction": 0.5})
     trainer, _ = trainer_in(tmp_path, config, lambda step, batch: with_skipped(batch, three))
-    with pytest.raises(ValueError, match=r"step 4: 12 of 20 .* data\.max_bad_fraction 0\.5"):
+    with pytest.raises(ValueError, match=r"step 4\b.*12 of 20.*data\.max_bad_fraction 0\.5"):
         trainer.run(None)
     named = [f"skipped {record}: {reason}" for record, reason in three]
     counted = ["skipped 8 on 1 rank(s): truncated", "skipped 4 on 1 rank(s): box is inverted"]

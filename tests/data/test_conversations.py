@@ -169,7 +169,7 @@ def test_a_frame_must_be_stated_where_there_are_boxes_about_an_image(tmp_path):
     box = "[0.1, 0.35, 0.5, 0.7]"
     trees = [spoken("talk", "A box?", box), spoken("shown", "<image>", box, image="a.png")]
     path, images = write_spoken(tmp_path, trees)
-    with pytest.raises(ValueError, match=r"shown holds a box, \[0.1, 0.35, 0.5, 0.7\]; state .* --bbox-frame image, or padded"):
+    with pytest.raises(ValueError, match=r"shown.*\[0\.1, 0\.35, 0\.5, 0\.7\].*--bbox-frame"):
         build_conversations(path, images, tmp_path / "store")
     assert not (tmp_path / "store").exists()
     build_conversations(path, images, tmp_path / "as_they_are", frame="image")
@@ -197,7 +197,7 @@ def test_the_command_prints_counts_and_explains_bad_files(tmp_path, capsys):
         assert main([str(path), str(images), str(tmp_path / "other")]) == 2
         assert message in capsys.readouterr().err
     assert main(["absent.json", str(images), str(tmp_path / "other")]) == 2
-    assert "no such file" in capsys.readouterr().err
+    assert "absent.json" in capsys.readouterr().err
 
 
 def run(stage: str, *stores, **data) -> RunConfig:
@@ -330,14 +330,14 @@ def test_resuming_at_a_step_gives_the_identical_bytes(chat_store, vision, chat, 
 
 
 def test_a_store_of_the_other_kind_and_a_task_of_no_store_are_named(chat_store, store, vision, chat):
-    with pytest.raises(ValueError, match=r"is a granvit-regions store and holds none of the tasks mixed: {'conversation'"):
+    with pytest.raises(ValueError, match=f"{store.path}.*granvit-regions.*'conversation'"):
         Loader(run("sft", chat_store, store), vision, chat, 0, 1)
-    with pytest.raises(ValueError, match="is a granvit-conversations store and holds none"):
+    with pytest.raises(ValueError, match=f"{chat_store.path}.*granvit-conversations"):
         Loader(run("stage2", chat_store), vision, chat, 0, 1)
-    with pytest.raises(ValueError, match=rf"data\.mix asks conversation, which no store of .*{store.path}\) holds; name a store"):
+    with pytest.raises(ValueError, match=rf"data\.mix.*conversation.*{store.path}"):
         Loader(run("stage2", store, mix={"conversation": 0.1, "caption2bbox": 1.0}), vision, chat, 0, 1)
-    with pytest.raises(ValueError, match=r"data\.mix asks global, caption2bbox, which no store of"):
+    with pytest.raises(ValueError, match=r"data\.mix.*global, caption2bbox"):
         Loader(run("sft", chat_store, mix={"conversation": 1.0, "global": 1.0, "caption2bbox": 0.5}), vision, chat, 0, 1)
     Loader(run("sft", chat_store, mix={"conversation": 1.0, "caption2bbox": 0.0}), vision, chat, 0, 1)
-    with pytest.raises(ValueError, match=r"eval\.source .* is a granvit-conversations store"):
+    with pytest.raises(ValueError, match=r"eval\.source.*granvit-conversations"):
         next(held_out(chat_store, ("global",), chat, vision, 2, 2))

@@ -167,10 +167,10 @@ def test_compose_decides_what_a_row_holds(store, vision, chat):
     "changes, message",
     [
         ({"mix": {"global": 1.5}}, "between 0 and 1.*1.5"),
-        ({"data": {"buckets": [{"length": 40, "answers": 10}]}}, "no room after the prefix of 61"),
-        ({"data": {"buckets": [{"length": 100, "answers": 10}, {"length": 200, "answers": 5}]}}, "answers must not fall"),
-        ({"mix": {"global": 0.0}}, "no question of the tasks"),
-        ({"data": {"sources": [{"path": "/nowhere"}]}}, "/nowhere: no such directory"),
+        ({"data": {"buckets": [{"length": 40, "answers": 10}]}}, r"\b40\b.*\b61\b"),
+        ({"data": {"buckets": [{"length": 100, "answers": 10}, {"length": 200, "answers": 5}]}}, r"data\.buckets.*\[10, 5\]"),
+        ({"mix": {"global": 0.0}}, r"data\.sources.*'global': 0\.0"),
+        ({"data": {"sources": [{"path": "/nowhere"}]}}, "/nowhere"),
     ],
 )
 def test_what_cannot_be_loaded_is_named(store, vision, chat, changes, message):

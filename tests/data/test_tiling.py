@@ -206,20 +206,20 @@ def test_held_out_prompts_of_unlike_tilings_come_in_one_shape(sizes_store, tiled
 def test_what_tiling_cannot_use_is_named(sizes_store, tiled, chat, tmp_path):
     store, _ = sizes_store
     short, long = chat.prefix_length(8), chat.prefix_length(28)
-    with pytest.raises(ValueError, match=f"shortest, {short} tokens, leaves no room after the prefix of {short} "):
+    with pytest.raises(ValueError, match=rf"\b{short} .*\b{short} "):
         Loader(tiled_run(store, buckets=[{"length": short, "answers": 9}]), tiled, chat, 0, 1)
-    with pytest.raises(ValueError, match=f"longest, {long} tokens, leaves no room after the prefix of {long} "):
+    with pytest.raises(ValueError, match=rf"\b{long} .*\b{long} "):
         Loader(tiled_run(store, buckets=[{"length": long, "answers": 9}]), tiled, chat, 0, 1)
     write_store([random_record("r", 2, 0)], tmp_path / "old")
     manifest = json.loads((tmp_path / "old" / "manifest.json").read_text())
     del manifest["bytes"]["sizes.u4"]
     (tmp_path / "old" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"old: was built before image sizes were kept.*vision\.tiling.*rebuild"):
+    with pytest.raises(ValueError, match=r"old\b.*vision\.tiling"):
         Loader(tiled_run(Store(tmp_path / "old")), tiled, chat, 0, 1)
     Loader(tiled_run(Store(tmp_path / "old")), tiled.model_copy(update={"tiles": 0}), chat, 0, 1)
     (tmp_path / "odd.yaml").write_text("{image_size: 24, patch_size: 8, width: 8, layers: 2, heads: 1, mlp: 8}")
     odd = run_config(model={"vision": str(tmp_path / "odd.yaml")}, vision={"tiling": 2})
-    with pytest.raises(ValueError, match=r"vision\.tiling joins 2 x 2 patches.*3 x 3"):
+    with pytest.raises(ValueError, match=r"vision\.tiling.*2 x 2.*3 x 3"):
         resolve_models(odd)
 
 

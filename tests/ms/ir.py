@@ -21,10 +21,9 @@ def compiled(cell: nn.Cell, *inputs: Tensor | int) -> str:
 def faults(phase: str) -> list[str]:
     """One line for each operator of a compiled graph, and each constant tensor in it, that calls the host, is 64 bits wide, or
     has a shape that is not known. Numbers and tuples of numbers are not tensors: they are known when the graph is compiled."""
-    graph = ir.ModelProto()
-    graph.ParseFromString(executor._graph_executor.get_func_graph_proto(phase, "anf_ir", False))
+    graph = _graph(phase)
     found = []
-    for node in graph.graph.node:
+    for node in graph.node:
         attributes = {attribute.name: attribute.value for attribute in node.attribute}
         on_cpu = "primitive_target" in attributes and attributes["primitive_target"].str_val == "CPU"
         if on_cpu or any(word in node.op_type for word in HOST) or "pyfunc" in str(attributes.get("func_type", "")):
@@ -34,17 +33,21 @@ def faults(phase: str) -> list[str]:
                 found.append(f"{node.op_type} makes {ir.DataType.Name(tensor.elem_type)}: {node.full_name}")
             if any(axis.size < 0 for axis in tensor.shape.dim):
                 found.append(f"{node.op_type} has a dynamic shape: {node.full_name}")
-    for constant in graph.graph.const_vals:
+    for constant in graph.const_vals:
         if constant.value.dtype == ir.DT_TENSOR and constant.value.tensor_val.data_type in SLOW:
             found.append(f"constant {constant.key} is {ir.DataType.Name(constant.value.tensor_val.data_type)}")
     return found
 
 
-def operators(phase: str) -> int:
-    """How many operators a compiled graph has."""
-    graph = ir.ModelProto()
-    graph.ParseFromString(executor._graph_executor.get_func_graph_proto(phase, "anf_ir", False))
-    return len(graph.graph.node)
+def operators(phase: str, kind: str = "") -> int:
+    """How many operators a compiled graph has: all, or those of one kind (`Softmax`)."""
+    return sum(kind in ("", node.op_type) for node in _graph(phase).node)
+
+
+def _graph(phase: str) -> ir.GraphProto:
+    model = ir.ModelProto()
+    model.ParseFromString(executor._graph_executor.get_func_graph_proto(phase, "anf_ir", False))
+    return model.graph
 
 
 def _tensors(kind: ir.TypeProto) -> Iterator[ir.TypeProto.Tensor]:

@@ -145,9 +145,9 @@ def test_implementations_are_refused_by_name():
     assert attention_ops.choose("auto", "npu", ms.bfloat16) == "flash"
     assert attention_ops.choose("auto", "npu", ms.float32) == "composed"  # the fused kernel takes half precisions alone
     for device in ("cpu", "npu"):
-        with pytest.raises(ValueError, match=rf"'flash' runs on npu in bfloat16 and float16, not on {device} in Float32"):
+        with pytest.raises(ValueError, match=rf"'flash'.*{device}.*Float32"):
             attention_ops.choose("flash", device, ms.float32)
-    with pytest.raises(ValueError, match=r"runtime\.attention 'sdpa' is not one of auto, composed, flash"):
+    with pytest.raises(ValueError, match=r"runtime\.attention 'sdpa'.*composed"):
         attention_ops.choose("sdpa", "cpu", ms.float32)
     with pytest.raises(ValueError, match="--framework torch"):
         distributed.choose_device("cuda")
