@@ -69,7 +69,7 @@ class Evaluator:
             )
 
     def __call__(self, step: int) -> Evaluation | None:
-        """The evaluation after `step`. If an interrupted run has saved it already, rank 0 reads and returns it, other ranks None."""
+        """The evaluation after `step`. If an interrupted run has saved it, rank 0 returns the saved one and other ranks None."""
         rank, path = self.engine.rank, evaluation_file(self.run, step)
         kept = read_evaluation(path) if rank == 0 and path.exists() else None
         if kept is not None and kept.settings != self.settings:
@@ -91,7 +91,7 @@ class Evaluator:
         return Evaluation(losses, table, self.settings)
 
     def _losses(self) -> dict[str, float]:
-        """Losses over all ranks' held-out rows: sums divided by the counts of tokens and boxes. No losses if one is not finite."""
+        """Losses over all held-out rows: sums divided by the counts of tokens and boxes. No losses if one is not finite."""
         loader = self.loader
         assert loader is not None
         counts = np.zeros(4, np.float32)  # tokens, boxes, questions, skipped
@@ -106,7 +106,8 @@ class Evaluator:
         caption, distill, tokens, boxes, questions, skipped = self.engine.all_sum(np.concatenate([sums, counts])).tolist()
         if not tokens:
             raise ValueError(
-                f"eval.source {self.config.eval.source}: no supervised token in {self.config.eval.rows} rows; take longer data.buckets"
+                f"eval.source {self.config.eval.source}: no supervised token in {self.config.eval.rows} rows; "
+                f"take longer data.buckets"
             )
         caption, distill = caption / tokens, distill / max(boxes, 1)
         losses = {"loss": caption + self.config.distill.weight * distill, "loss_caption": caption, "loss_distill": distill}

@@ -27,7 +27,7 @@ FRAMEWORKS: dict[Framework, tuple[str, str]] = {"mindspore": ("ms_granvit", "Min
 
 @dataclass(frozen=True)
 class Launch:
-    """How this process was started. `launcher_pid` is the id of a launcher that outlives its ranks; 0: none, or one that does not."""
+    """How this process was started. `launcher_pid` is that of a launcher that outlives its ranks; 0: no launcher, or another one."""
 
     launcher: Literal["msrun", "torchrun"] | None
     scheduler: bool
@@ -100,8 +100,8 @@ def load_engine_class(framework: Framework) -> type[TrainEngine]:
 def check_port(launch: Launch) -> None:
     """`ValueError` if the port where the ranks meet is in use. Only the process that will listen on that port checks it.
 
-    This process is msrun's scheduler, or rank 0 under a torchrun whose agent does not listen itself. Without this check, a port in
-    use makes the start hang for minutes without a message.
+    This process is msrun's scheduler, or rank 0 under a torchrun whose agent does not listen itself. Without this check, a port
+    in use makes the start hang for minutes without a message.
     """
     agent_listens = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not (launch.scheduler or (launch.launcher == "torchrun" and launch.rank == 0 and not agent_listens)):

@@ -66,5 +66,6 @@ def memory_errors(where: Callable[[], str], run: Path, overrides: list[str], not
         message = (str(error).strip() or "MemoryError").splitlines()[0]
         saved = newest_step(run)
         resumes_from = "the start" if saved is None else f"step {saved}"
-        remedy = f"the same command with {' or '.join(overrides)} resumes from {resumes_from}, with the same results up to rounding"
+        options = " or ".join(overrides)
+        remedy = f"the same command with {options} resumes from {resumes_from}, with the same results up to rounding"
         raise TrainingStopped(f"out of memory {where()} ({message}): {remedy if overrides else nothing_smaller}") from error

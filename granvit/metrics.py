@@ -3,9 +3,9 @@
 Bbox2Caption and global captions: ROUGE-L and exact match. Caption2Bbox: ACC@IoU0.5; an answer that is not a box counts as 0.
 
 ROUGE-L is the F1 score of the longest common subsequence of tokens (beta 1; COCO's caption evaluation uses beta 1.2, which gives
-other values), computed by the rouge-score library without stemming. `rouge_l` uses tokens of any script (`words`). `rouge_l_ascii`
-uses the library's own tokens, which are runs of a-z and 0-9: captions in other scripts have no such token and score 0. For ASCII
-captions with at least one letter or digit both scores are equal.
+other values), computed by the rouge-score library without stemming. `rouge_l` uses tokens of any script (`words`).
+`rouge_l_ascii` uses the library's own tokens, which are runs of a-z and 0-9: captions in other scripts have no such token and
+score 0. For ASCII captions with at least one letter or digit both scores are equal.
 """
 import re
 import unicodedata
