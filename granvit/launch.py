@@ -27,7 +27,7 @@ FRAMEWORKS: dict[Framework, tuple[str, str]] = {"mindspore": ("ms_granvit", "Min
 
 @dataclass(frozen=True)
 class Launch:
-    """How this process was started. `launcher_pid` is that of a launcher that outlives its ranks; 0: no launcher, or another one."""
+    """How this process was started. `launcher_pid` is 0 without a launcher, or if it does not outlive its ranks."""
 
     launcher: Literal["msrun", "torchrun"] | None
     scheduler: bool

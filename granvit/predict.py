@@ -26,7 +26,7 @@ def predict_command(arguments: Sequence[str] | None = None) -> int:
     question = parser.add_mutually_exclusive_group()
     question.add_argument("--box", metavar="x1,y1,x2,y2", help="region to describe, relative to the picture's size: 0..1")
     question.add_argument("--text", help="what to find")
-    parser.add_argument("--draw", metavar="OUT.png", help="save the picture with the predicted box (green) or that of --box (blue)")
+    parser.add_argument("--draw", metavar="OUT.png", help="save the picture with the predicted box (green) or --box (blue)")
     parser.add_argument("--framework", choices=("mindspore", "torch"), default="mindspore", help="default: %(default)s")
     options = parser.parse_args(arguments)
     to_console(0)

@@ -40,7 +40,7 @@ from granvit.trainer import Trainer
 
 PAPER_STAGES = ("projector", "stage1", "stage2", "continued", "sft")
 ANY_TRAIN = "$(command -v granvit-train)"
-REPLACED = ("checkpoints", "parts", "eval", "tensorboard", "metrics.jsonl", "config.yaml")  # in a run's directory, moved away by --fresh
+REPLACED = ("checkpoints", "parts", "eval", "tensorboard", "metrics.jsonl", "config.yaml")  # what --fresh moves away
 
 
 def train_command(
@@ -75,7 +75,7 @@ def any_train_command(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="granvit-train",
         description="Trains one of GranViT's stages, as scripts/STAGE.py does in a checkout.",
-        epilog=f"`granvit-train STAGE --help` lists all options. msrun and torchrun need a file: msrun ... {ANY_TRAIN} stage1 ...",
+        epilog=f"`granvit-train STAGE --help` has all options. msrun and torchrun need a file: msrun ... {ANY_TRAIN} stage1 ...",
     )
     parser.add_argument("stage", choices=PAPER_STAGES, help="the stage, listed in the paper's order")
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="--config, --framework, --fresh, key=value")
@@ -96,7 +96,7 @@ def _train_options(stage: str, arguments: Sequence[str] | None, script: str) -> 
     )
     parser.add_argument("--config", default=default, help="YAML of the run (default: %(default)s)")
     parser.add_argument("--framework", choices=("mindspore", "torch"), default="mindspore", help="default: %(default)s")
-    parser.add_argument("--fresh", action="store_true", help="start over; earlier results in the run's directory are moved to a subdirectory")
+    parser.add_argument("--fresh", action="store_true", help="start over; earlier results are moved to a subdirectory of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the YAML, as in optimizer.lr=2e-5")
     return parser.parse_intermixed_args(arguments)
 
@@ -158,7 +158,7 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
     if checkpoint is not None:
         together(ranks, lambda: check_same_data(checkpoint, data_fingerprints))
     loader = together(
-        ranks, lambda: Loader(config, vision, chat, launch.rank, launch.world, compose), "the tokens of the stores are counted once"
+        ranks, lambda: Loader(config, vision, chat, launch.rank, launch.world, compose), "counting the tokens of the stores, once"
     )
     if ranks.world > 1:
         agree(ranks, together(ranks, lambda: order_facts(loader)))
@@ -180,7 +180,7 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
             hashes = loading.hashes() if writer is None else writer.start
         agree(ranks, weights_facts(hashes, config, language, source))
         loaded = ", ".join(f"{part} {digest[:12]}" for part, digest in hashes.items())
-        log.info(f"all {ranks.world} ranks have the same versions, configuration, tokenizer, stores and weights: {loaded}")
+        log.info(f"all {ranks.world} ranks hold the same versions, configuration, tokenizer, stores and weights: {loaded}")
     guard[0].take_signals()
     _log_start(config, engine, options.framework, chat, loader, writer)
     evaluator = None
@@ -216,7 +216,7 @@ def _join(Engine: type[TrainEngine], config: RunConfig, launch: Launch, guard: G
     ranks = Engine.join(config.runtime.device)
     guard.take_signals()
     if (ranks.rank, ranks.world) != (launch.rank, launch.world):
-        raise RuntimeError(f"rank {ranks.rank} of {ranks.world} in the framework, but {launch.rank} of {launch.world} in the launcher")
+        raise RuntimeError(f"the framework says rank {ranks.rank} of {ranks.world}, the launcher {launch.rank} of {launch.world}")
     return ranks
 
 

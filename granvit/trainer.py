@@ -41,7 +41,7 @@ class Batches(Protocol):
 
 
 class TrainingStopped(RuntimeError):
-    """The run cannot continue (loss not finite, out of memory, checkpoint not saved); the message has the reason and the remedy."""
+    """The run cannot continue (loss not finite, out of memory, checkpoint not saved); the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Trainer:
                 if self.in_a_row > config.train.skip_non_finite:
                     self._stop_non_finite(left_out, checkpoint)
                 stop = counts.stop > 0 and step < steps
-                due = due or step % config.train.checkpoint_every == 0  # not after a step that was left out: then at the next finite one
+                due = due or step % config.train.checkpoint_every == 0  # after a left-out step: at the next one
                 if (due and result is not None) or step == steps or stop:
                     self._save()
                     due = False
@@ -194,8 +194,8 @@ class Trainer:
         if counts.tokens == 0:
             self._log_skipped()
             raise ValueError(
-                f"step {step}: no supervised token in the whole global batch ({int(counts.skipped)} items skipped): use the model's "
-                f"tokenizer and chat template, or longer data.buckets"
+                f"step {step}: no supervised token in the whole global batch ({int(counts.skipped)} items skipped): use the "
+                f"model's tokenizer and chat template, or longer data.buckets"
             )
 
     def _record(self, result: StepResult | None, step_inputs: StepInputs, counts: Counts, seconds: float, waiting: float) -> None:
@@ -220,7 +220,7 @@ class Trainer:
         if result is not None:
             variance = result.feature_std**2
             record["feature_std"] = result.feature_std
-            if self.config.train.loss_reduction == "global":  # with per_device the loss is not the mean over boxes
+            if self.config.train.loss_reduction == "global":  # with per_device the loss is no mean over boxes
                 # With `mse`, a student whose cells all equal the mean of the teacher's cells in the box has the value 1.
                 record["distill_relative"] = result.loss_distill / variance if variance > 0 else 0.0
         shares = {part: rates.of_part(part)[0] / rates.lr for part in PARTS if part in self.config.stage_spec.trains}
@@ -278,8 +278,8 @@ class Trainer:
     def _stop_non_finite(self, what: str, checkpoint: Checkpoint | None) -> None:
         """Stops all ranks after too many consecutive steps were left out, and saves a checkpoint that counts these steps.
 
-        If every step since `checkpoint` (None: since the start weights) was left out, no checkpoint is saved. Then the weights may
-        be the cause, and a run that is restarted repeatedly would replace older, good checkpoints by copies of them.
+        If every step since `checkpoint` (None: since the start weights) was left out, no checkpoint is saved. Then the weights
+        may be the cause, and a run that is restarted repeatedly would replace older, good checkpoints by copies of them.
         """
         limit = f"train.skip_non_finite allows {self.config.train.skip_non_finite} in a row"
         self._log_skipped()

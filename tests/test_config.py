@@ -101,9 +101,9 @@ def test_a_part_has_the_rates_it_states_and_else_the_others():
     [
         ("stage2", "train.freeze=[vision]", "names vision, which stage2 does not train; it trains projector, language"),
         ("projector", "train.freeze=[projector]", "train.freeze leaves projector nothing to train"),
-        ("stage1", "train.freeze=[vision]", "self-distillation trains it; state distill.weight 0"),
+        ("stage1", "train.freeze=[vision]", r"train\.freeze names vision, .*distill\.weight=0"),
         ("sft", "train.freeze=[teacher]", r"train.freeze.0: Input should be 'vision', 'projector' or 'language'"),
-        ("stage2", "optimizer.parts.vision.lr=1e-6", r"optimizer\.parts\.vision is stated, but this stage2 trains projector, la"),
+        ("stage2", "optimizer.parts.vision.lr=1e-6", r"optimizer\.parts\.vision .*stage2 .*projector, language"),
         ("sft", "optimizer.parts={vison: {lr: 1e-6}}", "unknown key 'optimizer.parts.vison'; did you mean"),
         ("projector", "data.mix={global: 1.0, bbox2caption: 0.1}", "without a question: .* cannot name bbox2caption"),
         ("projector", "eval.source=data_store/held_out", "cannot name bbox2caption, caption2bbox"),

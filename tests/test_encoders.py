@@ -83,7 +83,7 @@ def test_another_resolution_resamples_the_positions_as_transformers_does(row, pa
     for other in (pixels[..., :32], pixels[..., :32, :32], np.concatenate([pixels, pixels], -1)):
         with pytest.raises(ValueError, match=r"pixels of another size: this encoder takes \[B, 3, 48, 48\]; load_encoder"):
             features(encoder, other)
-    with pytest.raises(ValueError, match=r"resolution 7: .* looks at patches of 8 pixels"):
+    with pytest.raises(ValueError, match=r"resolution 7 .*: 8 pixels"):
         package.load_encoder(tmp_path, resolution=7)
 
 

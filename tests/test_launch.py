@@ -147,7 +147,7 @@ def test_a_rank_killed_ends_all_and_the_log_says_which(tmp_path, configuration, 
     markers = [json.loads(p.read_text())["reason"] for p in job.run.glob(".failure-*rank_00001.json")]
     assert len(markers) == 1 and "killed" in markers[0]
     if not join:
-        assert "rank_00000 ends because rank_00001" in (job.run / "log/rank_00000.txt").read_text()
+        assert "rank_00000 is stopped because rank_00001" in (job.run / "log/rank_00000.txt").read_text()
 
 
 @pytest.mark.parametrize("launcher, join", [MSRUN_JOIN, MSRUN_NO_JOIN])
@@ -287,7 +287,7 @@ def test_a_run_that_distils_no_region_is_told_so(tmp_path, configuration):
         (tmp_path / share).mkdir()
         job = Job(tmp_path / share, configuration, None, overrides=("train.steps=1", f"data.mix.bbox2caption={share}"))
         assert job.end() == 0
-        assert ("WARNING self-distillation has no part in this run" in job.said()) == said
+        assert ("WARNING self-distillation has no effect in this run" in job.said()) == said
 
 
 def test_environments():

@@ -205,7 +205,7 @@ def test_out_of_memory_is_one_line_and_its_override_goes_on_with_the_same_result
     (line,) = (line for line in (tmp_path / "output.txt").read_text().splitlines() if "out of memory" in line)
     assert line == (
         "stopped: out of memory in step 5 (CUDA out of memory. Tried to allocate 2.00 GiB.): the same command with "
-        "train.micro_batch=1 or runtime.recompute=true goes on from step 3, with the same results to rounding"
+        "train.micro_batch=1 or runtime.recompute=true resumes from step 3, with the same results up to rounding"
     )
     resumed = Job(tmp_path, Path("run.yaml"), None, overrides=(*overrides, "train.micro_batch=1", "runtime.recompute=true"))
     assert (resumed.end(), whole.end()) == (0, 0), resumed.said()

@@ -125,7 +125,7 @@ def test_the_stages_follow_each_other_and_train_what_they_should(chat_store, cap
     picture.write_bytes(encoded_image(40, 20))
     asked = ["--run", projector.output, "--framework", "torch", str(picture)]
     assert predict_command([*asked, "--text", "a cup"]) == 2
-    assert "projector learned captions without questions" in capsys.readouterr().err
+    assert "leave out --box and --text" in capsys.readouterr().err
     assert predict_command(asked) == 0
 
     continued = conversation_run("continued", chat_store, tmp_path / "continued", {"init_from": projector.output})

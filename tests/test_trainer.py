@@ -201,7 +201,7 @@ def test_a_loss_that_is_never_finite_again_replaces_no_good_checkpoint(tmp_path)
         trainer.run(None)
     for _ in range(2):
         trainer, checkpoint = trainer_in(tmp_path, config, change)
-        with pytest.raises(TrainingStopped, match=r"step 5: .*no step since .*step_0000004 was finite\. Nothing is saved"):
+        with pytest.raises(TrainingStopped, match=r"step 5: .*no step since .*step_0000004 was finite"):
             trainer.run(checkpoint)
         assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["step_0000003", "step_0000004"]
 
@@ -209,7 +209,7 @@ def test_a_loss_that_is_never_finite_again_replaces_no_good_checkpoint(tmp_path)
 def test_nothing_is_saved_where_no_step_was_ever_finite(tmp_path):
     """The start weights may be at fault: a checkpoint of them would be resumed instead of better ones."""
     trainer, _ = trainer_in(tmp_path, configuration(), poisoned(*range(1, STEPS + 1)))
-    with pytest.raises(TrainingStopped, match=r"step 4: .*since the start weights was finite\. Nothing is saved: check them"):
+    with pytest.raises(TrainingStopped, match=r"step 4: .*since the start weights was finite"):
         trainer.run(None)
     assert newest_checkpoint(tmp_path) is None
 
