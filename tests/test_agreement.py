@@ -1,4 +1,4 @@
-"""What ranks tell each other: texts over a float sum, one rank's error or differing fact on all. Ranks are threads here."""
+"""Agreement of ranks: texts sent as float sums; an error or a differing fact of one rank stops all. Ranks are threads here."""
 import json
 import shutil
 import threading

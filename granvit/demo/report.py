@@ -65,7 +65,7 @@ class Evaluation:
 
 
 def evaluations(run: Path) -> list[Evaluation]:
-    """A run's evaluations in order of steps. `ValueError` if it has none, or if one lacks a score (an earlier version wrote it)."""
+    """A run's evaluations in order of steps. `ValueError` if it has none, or if one lacks a score (of an earlier version)."""
     found = [Evaluation(**json.loads(path.read_text())) for path in sorted((run / "eval").glob("step_*.json"))]
     if not found:
         raise ValueError(f"{run}: no evaluation in {run / 'eval'}; `python scripts/demo.py` makes it")
