@@ -59,7 +59,7 @@ class VisionSection(Strict):
 
 class DataSection(Strict):
     """`mix` replaces the stage's shares of the tasks; an override such as `data.mix.global=0.5` changes one share and keeps the
-    others. With `regions_per_row` 1 every row asks one question (the paper's literal reading). Above 1, up to that many region
+    others. With `regions_per_row` 1 every row has one question (the paper's literal reading). Above 1, up to that many region
     questions about an image and its global question share one row and its prefix."""
 
     sources: tuple[Source, ...]
@@ -73,7 +73,7 @@ class DataSection(Strict):
 
 class TrainSection(Strict):
     """`global_batch` counts the rows of one step over all ranks, `micro_batch` the rows of one forward pass on one rank. A row
-    asks up to `data.regions_per_row` region questions; a conversation is one row. `freeze` names parts that the stage trains by
+    has up to `data.regions_per_row` region questions; a conversation is one row. `freeze` names parts that the stage trains by
     default and this run keeps frozen (for example the encoder in sft: paper, Table 10).
 
     `loss_reduction` says how losses are averaged.
@@ -82,8 +82,8 @@ class TrainSection(Strict):
     other values of them.
     `per_device`: the mean over micro-batches of each micro-batch's mean. The LLaVA framework computes this: cross-entropy is
     averaged per device, gradients are averaged by DDP and over accumulation steps. A token in a micro-batch with few supervised
-    tokens has a larger weight. Here micro-batches hold rows of similar length (`granvit.data.sampler`), there rows are assigned
-    at random, so the means are over other rows. The paper trains with the LLaVA framework and does not say how it averages.
+    tokens has a larger weight. Micro-batches here hold rows of similar length (`granvit.data.sampler`), so the means are over
+    other rows than with random assignment. The paper trains with the LLaVA framework and does not say how it averages.
 
     `skip_non_finite`: up to this many consecutive steps with a non-finite loss or gradient are left out; one more stops the run.
     Left-out steps are counted in the checkpoint, so the same command continues after them."""

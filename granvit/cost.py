@@ -81,5 +81,5 @@ def activation_bytes(
     kept_bytes += copies["language"] - block_copies  # of embeddings and head
     kept_bytes += copies["projector"] + rows * vision.image_tokens * (4 * c + 2 * vision.token_width)
     logits = rows * answers * language.vocab
-    kept_bytes += 6 * logits + rows * length**2  # in bfloat16 and float32; the mask
+    kept_bytes += 6 * logits + rows * length**2  # logits in bfloat16 and float32; the mask
     return kept_bytes, max(12 * logits, language_block if recompute else 0, vision_block if recompute else 0)

@@ -16,7 +16,7 @@ class Stage:
     """One training stage.
 
     `trains` names the parts that are trained; the others are frozen. `mix` is the share of the available questions of each task
-    that an epoch asks. `distill` adds the self-distillation term. `zero_image_tokens` replaces the image tokens by zeros: the
+    that one epoch uses. `distill` adds the self-distillation term. `zero_image_tokens` replaces the image tokens by zeros: the
     decoder answers from the question alone, a baseline that a useful model must exceed. `plain` is LLaVA's name for rows of image
     and answer, without question and chat template (`granvit.data.chat`).
     """

@@ -43,7 +43,7 @@ def text_map(record: ImageRecord, chat: Chat, grid: int) -> list[int]:
 
     A cell belongs to the region that covers the largest share of it. The content words of the region's caption fill its cells,
     repeated, in a random order seeded by the record's id. A region fills the cells of which it covers more than 40%, and at least
-    as many cells as it has words, if it has that many. Other cells hold `GROUND`.
+    as many cells as it has words, if it has that many cells. Other cells hold `GROUND`.
     """
     rng = np.random.default_rng(list(record.id.encode()))
     edges = np.arange(grid + 1) / grid
