@@ -1,6 +1,6 @@
-"""GranViT's core: numpy and well-kept libraries, no framework."""
+"""GranViT's core: data, training loop, checkpoints and launching in numpy. It imports neither MindSpore nor PyTorch."""
 import os
 
-# MindSpore's generated protobuf code needs the pure Python implementation, and asks for it only as long as nobody has
-# imported protobuf; grain and TensorBoard do so before a framework is chosen.
+# MindSpore's generated protobuf code needs protobuf's pure Python implementation. MindSpore sets this variable itself, which is
+# too late where grain or TensorBoard have imported protobuf before.
 os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")

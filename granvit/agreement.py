@@ -1,8 +1,8 @@
-"""What the ranks tell each other in words: short texts over the one sum that every framework has.
+"""Agreement between ranks: texts sent from one rank to all, errors raised on all ranks together, values compared.
 
-Bytes travel as float32 numbers in vectors of one length, of which all ranks but the speaker's are zero: exact, and one graph in
-MindSpore, whose `ops.Broadcast` does not exist on CPU. An error that one rank meets, or a fact in which one rank differs, becomes
-the same line on every rank, and all stop.
+Texts are sent with the sum over ranks (`Ranks.all_sum`), because MindSpore's `ops.Broadcast` does not exist on CPU. The sending
+rank puts the bytes into a float32 vector of fixed length, the other ranks add zeros: the sum is exact, and MindSpore compiles one
+graph. If one rank fails, or holds another value than rank 0, all ranks log the same line and stop.
 """
 import json
 import logging
@@ -14,18 +14,18 @@ import numpy as np
 
 from granvit.engine import Ranks
 
-CHUNK = 4096  # bytes that one sum carries
-NAMED = 8  # differing facts, and ranks that differ, that one line names
+CHUNK = 4096  # bytes sent by one sum
+NAMED = 8  # at most so many differing facts, and so many differing ranks, are named in one line
 log = logging.getLogger("granvit")
 Result = TypeVar("Result")
 
 
 class Refused(ValueError):
-    """The ranks cannot begin together; every one of them has logged the same line."""
+    """The run cannot start, because one rank failed or differs. All ranks raise it with the same line and have logged it."""
 
 
 class Fact(NamedTuple):
-    """A value that all ranks must share, and the file that it was read from (empty: none)."""
+    """A value that must be equal on all ranks, and the file that it was read from (empty: no file)."""
 
     value: str
     path: str = ""
@@ -35,14 +35,14 @@ class Fact(NamedTuple):
 
 
 def ranks_where(ranks: Ranks, flag: bool) -> list[int]:
-    """The ranks whose flag is set, rising; the same list on every rank. All ranks must call it."""
+    """The ranks whose flag is set, in ascending order; the same list on every rank. All ranks must call it."""
     flags = np.zeros(ranks.world, np.float32)
     flags[ranks.rank] = flag
     return np.flatnonzero(ranks.all_sum(flags)).tolist()
 
 
 def broadcast(ranks: Ranks, text: str, speaker: int) -> str:
-    """The speaker's text, on every rank; what the others pass is not looked at. All ranks must call it."""
+    """The text of rank `speaker`, on every rank; the `text` of other ranks is ignored. All ranks must call it."""
     data = text.encode() if ranks.rank == speaker else b""
     message = len(data).to_bytes(8, "little") + data
     first = _sum_bytes(ranks, message[:CHUNK])
@@ -52,22 +52,24 @@ def broadcast(ranks: Ranks, text: str, speaker: int) -> str:
 
 
 def _sum_bytes(ranks: Ranks, data: bytes) -> bytes:
-    """The bytes of the one rank that has any, filled up with zeros."""
+    """`CHUNK` bytes: those of the one rank whose `data` is not empty, padded with zeros."""
     vector = np.zeros(CHUNK, np.float32)
     vector[: len(data)] = np.frombuffer(data, np.uint8)
     return ranks.all_sum(vector).astype(np.uint8).tobytes()
 
 
 def together(ranks: Ranks, work: Callable[[], Result], waiting: str = "") -> Result:
-    """What `work` returns, once it has returned on every rank. `Refused` on every rank where it raised `ValueError` or `OSError`
-    on any: the line is that of the failing rank with the lowest number. `waiting` says for the log what this rank waits for once
-    its own work is done, where that may take long."""
+    """Runs `work` on every rank and returns its result once all ranks have finished. All ranks must call it.
+
+    If `work` raises `ValueError` or `OSError` on any rank, every rank raises `Refused` with the message of the lowest failing
+    rank. `waiting` is a text for the log: what this rank is waiting for once its own work is done.
+    """
     if ranks.world == 1:
         return work()
     error: Exception | None = None
     try:
         result = work()
-    except (ValueError, OSError) as failure:  # told to the other ranks below
+    except (ValueError, OSError) as failure:  # sent to the other ranks below
         error = failure
     if waiting:
         log.info(f"waiting for the other ranks: {waiting}")
@@ -79,8 +81,11 @@ def together(ranks: Ranks, work: Callable[[], Result], waiting: str = "") -> Res
 
 
 def agree(ranks: Ranks, facts: Mapping[str, Fact]) -> None:
-    """`Refused` on every rank where one of them holds another value than rank 0: the line names that rank, what differs, both
-    values and where they were read. The ranks state the same facts, or a fact that is not stated is "nothing"."""
+    """Compares `facts` (name -> value) of every rank with those of rank 0. All ranks must call it.
+
+    If a rank differs, every rank raises `Refused`: the line names that rank, the differing facts, both values and the files that
+    they were read from. A fact that a rank lacks has the value "nothing".
+    """
     if ranks.world == 1:
         return
     stated = json.loads(broadcast(ranks, json.dumps(facts), 0))
@@ -103,8 +108,10 @@ def _here(ranks: Ranks) -> str:
 
 
 def _refuse(ranks: Ranks, line: str, cause: Exception | None) -> NoReturn:
-    """Logs the line on every rank, rank 0's on the console too, and raises it when all have: a launcher kills the ranks that are
-    left as soon as one has gone."""
+    """Logs the line on every rank (rank 0 also on the console) and raises `Refused` with it.
+
+    The ranks wait for each other in between: a launcher kills the remaining ranks as soon as one has ended.
+    """
     log.error(f"error: {line}", extra={"file_only": ranks.rank > 0})
     ranks_where(ranks, True)
     raise Refused(line) from cause

@@ -1,7 +1,8 @@
-"""A run's configuration: one YAML file plus `key=value` overrides; a key nobody knows is refused by name.
+"""A run's configuration: one YAML file plus `key=value` overrides. Unknown keys are errors.
 
-`load_config("configs/stage1.yaml", ["train.steps=50"])`. A file may name another as `base:` (relative to itself) and state
-only what differs. The resolved configuration is written to the run's directory and loads again to the same value.
+`load_config("configs/stage1.yaml", ["train.steps=50"])`. A file may name another file as `base:` (relative to itself) and hold
+only the keys that differ from it. The resolved configuration is written to the run's directory; loading that file gives an equal
+configuration.
 """
 import difflib
 from collections.abc import Mapping, Sequence
@@ -17,29 +18,29 @@ from granvit.stages import STAGES, RegionTask, Stage, Task
 
 Valid = TypeVar("Valid", bound=BaseModel)
 _HERE = Path(__file__).resolve().parent
-# Inside the package where a wheel was installed, beside it in a checkout.
+# In an installed wheel the configurations are inside the package, in a checkout beside it.
 CONFIGS = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"
 
 
 class Bucket(Strict):
-    """A row shape that is compiled once: `length` tokens, at most `answers` of them supervised."""
+    """A row shape, for which one graph is compiled: `length` tokens, at most `answers` of them supervised."""
 
     length: int = Field(gt=0)
     answers: int = Field(gt=0)
 
 
 class Source(Strict):
-    """One region store (`granvit.data.store`) or store of conversations (`granvit.data.conversations`), and the share of its
-    region questions or conversations that an epoch asks."""
+    """One store of regions (`granvit.data.store`) or of conversations (`granvit.data.conversations`). `rate` is the share of its
+    region questions or conversations that one epoch uses."""
 
     path: str
     rate: float = Field(1.0, ge=0, le=1)
 
 
 class ModelSection(Strict):
-    """`vision` and `language` name files of configs/models. `weights_*` are directories with config.json, *.safetensors
-    (and tokenizer.json for the decoder) as their publishers ship them; `init_from` is a run whose newest checkpoint is
-    the start."""
+    """`vision` and `language` name files in configs/models. `weights_*` are directories with published weights: config.json,
+    *.safetensors and, for the decoder, tokenizer.json. `init_from` is the directory of a run: training starts from its newest
+    checkpoint."""
 
     vision: str = "siglip2-so400m-patch16-512"
     language: str = "qwen2.5-1.5b"
@@ -51,39 +52,41 @@ class ModelSection(Strict):
 
 
 class VisionSection(Strict):
-    """`tiling` is the largest number of tiles that an image is cut into beside its global view (paper A.5); 0: no tiling."""
+    """`tiling` is the largest number of tiles per image, in addition to the global view (paper A.5); 0: no tiling."""
 
     tiling: int = Field(0, ge=0)
 
 
 class DataSection(Strict):
-    """`mix` stands in place of the stage's shares of the tasks (an override as `data.mix.global=0.5` changes one of them).
-    `regions_per_row` 1 asks one question a row (the paper's literal reading); above 1 the row shares its prefix among that many
-    region questions and the global one."""
+    """`mix` replaces the stage's shares of the tasks; an override such as `data.mix.global=0.5` changes one share and keeps the
+    others. With `regions_per_row` 1 every row has one question (the paper's literal reading). Above 1, up to that many region
+    questions about an image and its global question share one row and its prefix."""
 
     sources: tuple[Source, ...]
     mix: dict[Task, float] | None = None
     regions_per_row: int = Field(1, ge=1)
     buckets: tuple[Bucket, ...] = Field(min_length=1)
-    workers: int = Field(0, ge=0)  # processes that read and decode; 0: threads of this process
+    workers: int = Field(0, ge=0)  # processes that read and decode images; 0: threads of this process
     max_bad_fraction: float = Field(0.001, ge=0, le=1)
-    max_pixels: int = Field(89_478_485, gt=0)  # Pillow's own limit
+    max_pixels: int = Field(89_478_485, gt=0)  # Pillow's default limit
 
 
 class TrainSection(Strict):
     """`global_batch` counts the rows of one step over all ranks, `micro_batch` the rows of one forward pass on one rank. A row
-    asks up to `data.regions_per_row` region questions; a conversation is one row. `freeze` names parts that the stage would train
-    and this run does not (the encoder in sft: paper, Table 10).
+    has up to `data.regions_per_row` region questions; a conversation is one row. `freeze` names parts that the stage trains by
+    default and this run keeps frozen (for example the encoder in sft: paper, Table 10).
 
-    `loss_reduction` says how losses are averaged. `global`, the default: the sum over all supervised tokens (boxes) of the global
-    batch, divided by their number. Every token weighs the same, and neither the number of devices nor `micro_batch` enters the
-    result: a run may go on with other ones. `per_device`: the mean over micro-batches of each one's mean, as the LLaVA framework
-    computes it (cross-entropy averaged per device, gradients averaged by DDP and over accumulation steps). A token of a
-    micro-batch with few of them weighs more there. Micro-batches hold rows of like length here (`granvit.data.sampler`), so their
-    means are over other rows than with a random deal. The paper trains with that framework and does not say how it averages.
+    `loss_reduction` says how losses are averaged.
+    `global`, the default: the sum over all supervised tokens (boxes) of the global batch, divided by their number. Every token
+    has the same weight. The result does not depend on the number of devices or on `micro_batch`, so a run can be resumed with
+    other values of them.
+    `per_device`: the mean over micro-batches of each micro-batch's mean. The LLaVA framework computes this: cross-entropy is
+    averaged per device, gradients are averaged by DDP and over accumulation steps. A token in a micro-batch with few supervised
+    tokens has a larger weight. Micro-batches here hold rows of similar length (`granvit.data.sampler`), so the means are over
+    other rows than with random assignment. The paper trains with the LLaVA framework and does not say how it averages.
 
-    `skip_non_finite`: so many steps in a row whose loss or gradient is not finite are left out; one more stops the run. Those
-    steps are in the state, so the same command continues after them."""
+    `skip_non_finite`: up to this many consecutive steps with a non-finite loss or gradient are left out; one more stops the run.
+    Left-out steps are counted in the checkpoint, so the same command continues after them."""
 
     global_batch: int = Field(256, gt=0)
     micro_batch: int = Field(2, gt=0)
@@ -98,14 +101,14 @@ class TrainSection(Strict):
 
 
 class PartSection(Strict):
-    """What one part of the model does not share with the others."""
+    """Settings of one part of the model."""
 
     lr: float | None = Field(None, gt=0)
     weight_decay: float | None = Field(None, ge=0)
 
 
 class PartsSection(Strict):
-    """Learning rate and weight decay by part; what is not stated is `optimizer.lr` and `optimizer.weight_decay`."""
+    """Learning rate and weight decay by part; the defaults are `optimizer.lr` and `optimizer.weight_decay`."""
 
     vision: PartSection = PartSection()
     projector: PartSection = PartSection()
@@ -113,8 +116,9 @@ class PartsSection(Strict):
 
 
 class OptimizerSection(Strict):
-    """AdamW. The paper states the learning rate alone; the rest is SPEC's reading. Decay applies to matrices, never to
-    biases, norms and layer scales. `parts` states what differs for single parts; they share warm-up and schedule."""
+    """AdamW. The paper gives only the learning rate; the other defaults are SPEC's choice. Weight decay applies to matrices, not
+    to biases, norms and layer scales. `parts` overrides the learning rate and decay of single parts; warm-up and schedule are
+    common to all."""
 
     lr: float = Field(1e-5, gt=0)
     warmup: float = Field(0.03, ge=0, le=1)  # share of the steps
@@ -135,28 +139,30 @@ class OptimizerSection(Strict):
     @model_validator(mode="after")
     def _cools_from_a_constant(self) -> "OptimizerSection":
         if self.cooldown and self.schedule != "constant":
-            raise ValueError(f"optimizer.cooldown belongs to optimizer.schedule constant; {self.schedule!r} falls by itself")
+            raise ValueError(f"optimizer.cooldown needs optimizer.schedule=constant, not {self.schedule!r}; leave it out")
         return self
 
 
 class DistillSection(Strict):
-    """Self-distillation (paper section 4.3); `weight` is its lambda, `alpha` its EMA rate."""
+    """Self-distillation (paper section 4.3). `weight` is the paper's lambda, `alpha` the teacher's EMA rate."""
 
     weight: float = Field(1.0, ge=0)
     alpha: float = Field(0.9, ge=0, le=1)
     alpha_warmup: int = Field(0, ge=0)  # steps over which alpha rises linearly from 0
     loss: Literal["mse", "cosine"] = "mse"
     features: Literal["projector_input", "final"] = "projector_input"
-    grid: int | None = Field(None, gt=0)  # ROI output grid; default: the teacher's own
-    crop_size: int | None = Field(None, gt=0)  # default: what the encoder's patches cover of its image size
-    crop_scale: float = Field(1.0, gt=0)  # CLIPSelf enlarges its crops 1.5 times
+    grid: int | None = Field(None, gt=0)  # ROI output grid; default: the teacher's patch grid
+    crop_size: int | None = Field(None, gt=0)  # pixels; default: the side that the encoder's patches cover
+    crop_scale: float = Field(1.0, gt=0)  # crops are boxes enlarged by this factor (CLIPSelf: 1.5)
     max_boxes: int | None = Field(None, gt=0)  # default: data.regions_per_row
 
 
 class EvalSection(Strict):
-    """The model on a held-out store, every `every` steps (0: never) and at the end: the training's loss on about `rows` rows
-    (rounded up to whole global batches; 0: no loss), and answers to the questions of `tasks` about `images` images, scored (no
-    task: no answers). In MindSpore the loss has a graph of its own, compiled once for each bucket at the first evaluation."""
+    """Evaluation on the held-out store `source`, every `every` steps (0: never) and at the end of the run.
+
+    It computes the training loss on about `rows` rows (rounded up to whole global batches; 0: no loss), and generates and scores
+    answers to the questions of `tasks` about `images` images (no tasks: no answers). `batch` is the number of questions that one
+    rank answers at once. In MindSpore the held-out loss has its own graph, compiled once per bucket at the first evaluation."""
 
     source: str | None = None
     every: int = Field(0, ge=0)
@@ -168,9 +174,9 @@ class EvalSection(Strict):
 
 
 class RuntimeSection(Strict):
-    """`compute` is the precision of activations and frozen weights; trained weights (the masters), moments, teacher,
-    softmax, norms and losses are float32 always. float16 and float64 are for parity (its records, its golden reference): small
-    gradients vanish in float16, and no loss is scaled here."""
+    """`compute` is the dtype of activations and frozen weights. Trained weights (masters), moments, teacher, softmax, norms and
+    losses are always float32. float16 and float64 are for parity/ only: float64 is its reference, and training in float16 needs
+    loss scaling, which is not implemented."""
 
     compute: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     recompute: bool = False
@@ -196,8 +202,8 @@ class RunConfig(Strict):
 
     @property
     def stage_spec(self) -> Stage:
-        """The stage, with `data.mix` in place of its own mix where the run states one and without the parts of `train.freeze`. A
-        `distill.weight` of 0 is the paper's ablation without self-distillation (Table 3): no teacher is built."""
+        """The stage as this run trains it: with `data.mix` (where it is set) and without the parts in `train.freeze`. With
+        `distill.weight` 0 there is no self-distillation and no teacher is built (the paper's ablation, Table 3)."""
         stage = STAGES[self.stage]
         mix = stage.mix if self.data.mix is None else self.data.mix
         trains = stage.trains.difference(self.train.freeze)
@@ -205,20 +211,20 @@ class RunConfig(Strict):
 
     @property
     def boxes_per_row(self) -> int:
-        """Boxes distilled per row; 0 where the stage has no distillation."""
+        """Largest number of boxes distilled per row; 0 without distillation."""
         if not self.stage_spec.distill:
             return 0
         return min(self.distill.max_boxes or self.data.regions_per_row, self.data.regions_per_row)
 
     def crop_size(self, vision: VisionConfig) -> int:
-        """Side of the teacher's crops in pixels: what its patches cover, so that its grid lies over the whole box."""
+        """Side of the teacher's crops in pixels. Default: what its patches cover, so that its grid spans the whole box."""
         return self.distill.crop_size or vision.covered_pixels
 
     @model_validator(mode="after")
     def _fits(self) -> "RunConfig":
         lengths = [b.length for b in self.data.buckets]
         if lengths != sorted(set(lengths)):
-            raise ValueError(f"data.buckets must rise strictly in length, not {lengths}")
+            raise ValueError(f"data.buckets must be in ascending order of length, each length once, not {lengths}")
         return self
 
     @model_validator(mode="after")
@@ -229,9 +235,9 @@ class RunConfig(Strict):
             named = ", ".join(part for part in PARTS if part in trains)
             raise ValueError(f"train.freeze names {', '.join(foreign)}, which {self.stage} does not train; it trains {named}")
         if not self.stage_spec.trains:
-            raise ValueError(f"train.freeze leaves {self.stage} nothing to train")
+            raise ValueError(f"train.freeze leaves {self.stage} nothing to train; name fewer parts")
         if self.stage_spec.distill and "vision" in self.train.freeze:
-            raise ValueError("train.freeze names vision, but self-distillation trains it; state distill.weight 0 as well")
+            raise ValueError("train.freeze names vision, but self-distillation trains the encoder; set distill.weight=0 as well")
         return self
 
     @model_validator(mode="after")
@@ -240,7 +246,7 @@ class RunConfig(Strict):
         for part in PARTS:
             if getattr(self.optimizer.parts, part) != PartSection() and part not in trains:
                 named = ", ".join(part for part in PARTS if part in trains)
-                raise ValueError(f"optimizer.parts.{part} is stated, but this {self.stage} trains {named} alone; leave it out")
+                raise ValueError(f"optimizer.parts.{part} is set, but this {self.stage} run trains only {named}; leave it out")
         return self
 
     @model_validator(mode="after")
@@ -250,13 +256,13 @@ class RunConfig(Strict):
         about_regions = sorted({task for task in asked if task in ("bbox2caption", "caption2bbox")})
         if spec.plain and about_regions:
             raise ValueError(
-                f"{self.stage} shows an image and then its caption, without a question: data.mix and eval.tasks cannot name "
-                f"{', '.join(about_regions)}; eval.tasks=[] asks for the held-out loss alone"
+                f"{self.stage} rows are an image and its caption, without a question: data.mix and eval.tasks cannot name "
+                f"{', '.join(about_regions)}; with eval.tasks=[] only the held-out loss is computed"
             )
         return self
 
     def local_micro_batches(self, world: int) -> int:
-        """Micro-batches per rank and step; `ValueError` where the global batch does not divide."""
+        """Micro-batches per rank and step; `ValueError` where `world * micro_batch` does not divide the global batch."""
         rows = self.train.global_batch
         per_round = world * self.train.micro_batch
         if rows % per_round:
@@ -275,12 +281,12 @@ class RunConfig(Strict):
 
 
 def largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of a number up to a limit of at least 1."""
+    """The largest divisor of `number` that is at most `limit` (which is at least 1)."""
     return next(divisor for divisor in range(min(number, limit), 0, -1) if number % divisor == 0)
 
 
 def _unknown_keys(model: type[BaseModel], tree: Any, path: str = "") -> list[str]:
-    """Messages for keys that `model` does not have, each with the nearest valid one."""
+    """One message for each key that `model` does not have, with the nearest valid key."""
     if not isinstance(tree, Mapping):
         return []
     messages = []
@@ -303,7 +309,7 @@ def _unknown_keys(model: type[BaseModel], tree: Any, path: str = "") -> list[str
 
 
 def validate(model: type[Valid], tree: Mapping, origin: str) -> Valid:
-    """The tree as a `model`; `ValueError` in one line names every offending key, the nearest valid one, and `origin`."""
+    """The tree as a `model`. `ValueError`, in one line, names `origin`, every offending key and the nearest valid key."""
     unknown = _unknown_keys(model, tree)
     if unknown:
         raise ValueError(f"{origin}: " + "; ".join(unknown))
@@ -323,8 +329,8 @@ def _merge(below: dict, above: Mapping) -> dict:
 
 
 def find_config(path: str | Path) -> Path:
-    """The file at `path`, or, where there is none, the one of granvit's own that is so called: `configs/stage1.yaml` from any
-    directory. `ValueError` names both places where neither is there."""
+    """The file at `path` if it exists, else the file of that name that ships with granvit: `configs/stage1.yaml` is found from
+    any directory. `ValueError` names both paths if neither exists."""
     own = CONFIGS.joinpath(*Path(path).parts[1:]) if Path(path).parts[:1] == ("configs",) else None
     if Path(path).exists():
         return Path(path)
@@ -341,7 +347,7 @@ def read_yaml(path: str | Path) -> dict:
         tree = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"configuration {path}: no such file") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that there is not
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an impossible date
         raise ValueError(f"configuration {path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"configuration {path}: expected a mapping of keys, found {type(tree).__name__}")
@@ -355,7 +361,7 @@ def _read_with_base(path: Path) -> dict:
 
 
 def _state_mix(tree: dict) -> None:
-    """Writes the stage's own mix down where the tree states none: an override of one share leaves the others as they are."""
+    """Writes the stage's mix into a tree without `data.mix`, so that an override of one share keeps the others."""
     stage, data = STAGES.get(str(tree.get("stage"))), tree.setdefault("data", {})
     if stage is not None and isinstance(data, dict) and data.get("mix") is None:
         data["mix"] = dict(stage.mix)
@@ -377,12 +383,12 @@ def _override(tree: dict, assignment: str) -> None:
         node[leaf] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ValueError(
-            f"override {assignment!r}: {text!r} is not valid YAML; close its brackets, and put a text that holds signs in quotes"
+            f"override {assignment!r}: {text!r} is not valid YAML; close its brackets, and quote text with special characters"
         ) from None
 
 
 def parse_config(tree: Mapping, origin: str) -> RunConfig:
-    """Validates a tree of keys; `ValueError` names every offending key and `origin`."""
+    """Validates a tree of keys. `ValueError` names `origin` and every offending key."""
     return validate(RunConfig, tree, origin)
 
 
@@ -395,12 +401,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved configuration as YAML; `load_config` of it gives an equal value."""
+    """The resolved configuration as YAML; `load_config` of that file gives an equal configuration."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:
-    """`key: old -> new` for every leaf in which two configurations differ."""
+    """`key: old -> new` for every key in which two configurations differ."""
 
     def walk(x: Any, y: Any, path: str) -> list[str]:
         if isinstance(x, dict) and isinstance(y, dict):
@@ -411,8 +417,8 @@ def differences(a: RunConfig, b: RunConfig) -> list[str]:
 
 
 _NOT_OF_A_MODEL = {
-    "name": "the file's own name is the model's; rename the file",
-    "tiles": "tiling is the run's; state vision.tiling there",
+    "name": "a model is named after its file; rename the file",
+    "tiles": "tiling is set by the run, as vision.tiling",
 }
 
 
@@ -429,7 +435,7 @@ def _model_config(name: str, kind: type[VisionConfig] | type[LanguageConfig]):
         raise ValueError(f"{path}: not a {kind.__name__}: " + "; ".join(unknown))
     for key, remedy in _NOT_OF_A_MODEL.items():
         if key in tree:
-            raise ValueError(f"{path}: a model's file does not state {key!r}: {remedy}")
+            raise ValueError(f"{path}: a model's file cannot set {key!r}: {remedy}")
     try:
         return kind(name=path.stem, **tree)
     except ValidationError as error:
@@ -448,7 +454,10 @@ def language_config(name: str) -> LanguageConfig:
 
 
 def resolve_models(config: RunConfig) -> tuple[VisionConfig, LanguageConfig]:
-    """The run's encoder (built as high as `distill.features` needs, with the run's tiling) and decoder."""
+    """The run's encoder (with the blocks that `distill.features` needs and with the run's tiling) and decoder.
+
+    `ValueError` where `distill.crop_size`, `distill.grid` or `vision.tiling` do not fit the encoder's patches.
+    """
     vision = vision_config(config.model.vision)
     crop, grid = config.crop_size(vision), config.distill.grid
     if crop % vision.patch_size:
@@ -460,10 +469,10 @@ def resolve_models(config: RunConfig) -> tuple[VisionConfig, LanguageConfig]:
         vision = VisionConfig(**{**vision.model_dump(), "built_level": "final"})
     if config.vision.tiling:
         if vision.grid % 2:
-            own = f"{vision.name!r}'s grid of {vision.grid} x {vision.grid}"
-            raise ValueError(f"vision.tiling joins 2 x 2 patches to one image token, which {own} does not allow")
+            own = f"{vision.name!r} has {vision.grid} x {vision.grid} patches"
+            raise ValueError(f"vision.tiling joins 2 x 2 patches into one image token and needs an even grid, but {own}")
         if vision.covered_pixels < vision.image_size:
-            beyond = f"{vision.name!r}'s patches leave {vision.image_size - vision.covered_pixels} pixels out"
-            raise ValueError(f"vision.tiling puts tiles edge to edge, and {beyond} of each")
+            uncovered = f"{vision.name!r} ignores the last {vision.image_size - vision.covered_pixels} pixels of each"
+            raise ValueError(f"vision.tiling puts tiles edge to edge, but {uncovered}; use another encoder or vision.tiling=0")
         vision = vision.model_copy(update={"tiles": config.vision.tiling})
     return vision, language_config(config.model.language)

@@ -1,4 +1,4 @@
-"""The protocol that each framework implements and the one trainer drives."""
+"""The interface between the trainer (`granvit.trainer`) and the frameworks: each framework implements `TrainEngine`."""
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -16,12 +16,13 @@ Group = Literal["model", "teacher", "first_moment", "second_moment"]
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What changes from step to step without changing the graph.
+    """The numbers that differ between steps; they are inputs of the graph, so it is not recompiled.
 
-    `step` counts the updates made so far, this one included, for AdamW's bias correction: a step that was left out
-    (`NonFiniteLoss`) is none. `learning_rate` is that of `optimizer.lr`; parts with their own scale it. `tokens` and `boxes` are
-    the supervised tokens and valid boxes of the GLOBAL batch (all ranks, all micro-batches). `averaged_micro_batches` is 0
-    under `train.loss_reduction: global`, else the number of the global batch's micro-batches, whose losses are averaged.
+    `step` is the number of updates including this one, for AdamW's bias correction; steps that were left out (`NonFiniteLoss`) do
+    not count. `learning_rate` is the scheduled value of `optimizer.lr`; parts with an `lr` of their own scale it. `tokens` and
+    `boxes` are the numbers of supervised tokens and valid boxes in the GLOBAL batch (all ranks, all micro-batches).
+    `averaged_micro_batches` is 0 with `train.loss_reduction: global`, else the number of micro-batches in the global batch, whose
+    losses are averaged.
     """
 
     step: int
@@ -32,28 +33,28 @@ class StepInputs:
     averaged_micro_batches: int = 0
 
     def divisors(self, batch: Batch) -> tuple[float, float]:
-        """What the sums over one micro-batch's tokens and boxes are divided by, so that the micro-batches' shares add up to the
-        global batch's loss.
+        """Divisors of one micro-batch's loss sums over tokens and over boxes. The divided sums of all micro-batches add up to the
+        loss of the global batch.
 
-        `global`: the global counts. `per_device`: the micro-batch's own counts times the number of micro-batches, as a framework
-        does that averages gradients over devices and accumulation steps, each the gradient of a mean. A micro-batch without a
-        token or without a box adds 0 to that mean and counts as one of its members.
+        `global`: the counts of the global batch. `per_device`: the counts of the micro-batch times the number of micro-batches,
+        which gives the mean over micro-batches of their mean losses. A micro-batch without a token (box) counts in that mean
+        with loss 0.
         """
         if self.averaged_micro_batches:
             return max(batch.tokens, 1) * self.averaged_micro_batches, max(batch.boxes, 1) * self.averaged_micro_batches
         return max(self.tokens, 1), max(self.boxes, 1)
 
 
-UNDIVIDED = StepInputs(step=1, learning_rate=0.0, alpha=0.0, tokens=1, boxes=1)  # losses stay sums
+UNDIVIDED = StepInputs(step=1, learning_rate=0.0, alpha=0.0, tokens=1, boxes=1)  # divisors of 1: losses stay sums
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of the global batch, its losses averaged as `train.loss_reduction` says.
+    """Results of one step for the global batch. Losses are averaged according to `train.loss_reduction`.
 
-    `feature_std` is how far the teacher's features spread over the cells of a box: the root of their variance over the cells, per
-    channel, averaged over channels and valid boxes. 0 means that all cells of a box hold one vector: a collapsed teacher (or no
-    box in the batch, or an ROI grid of one cell).
+    `feature_std` is the spread of the teacher's features over the cells of a box: the root of the variance over the cells,
+    averaged over channels and valid boxes. It is 0 if all cells of a box have the same vector (a collapsed teacher), if the batch
+    has no box, and if the ROI grid has one cell.
     """
 
     loss: float
@@ -66,8 +67,8 @@ class StepResult:
 class NonFiniteLoss(ArithmeticError):
     """The loss or the gradient norm of the global batch is NaN or infinite; no weight was changed.
 
-    `micro_batches` lists the indices of this rank's micro-batches whose own loss was not finite (empty: another rank's, or
-    the gradient alone).
+    `micro_batches` are the indices of this rank's micro-batches with a non-finite loss. It is empty if only other ranks have
+    such micro-batches, or if only the gradient is not finite.
     """
 
     def __init__(self, message: str, micro_batches: Sequence[int]):
@@ -76,11 +77,11 @@ class NonFiniteLoss(ArithmeticError):
 
 
 class Ranks(Protocol):
-    """The processes of one run, joined before anything that takes long: this one's number, and sums over all."""
+    """The process group of a run: this process's rank, the number of ranks, and sums over all ranks."""
 
     rank: int
     world: int
-    device: str  # cpu, cuda or npu: what `runtime.device` chose
+    device: str  # cpu, cuda or npu, as chosen by `runtime.device`
 
     def all_sum(self, values: np.ndarray) -> np.ndarray:
         """Sum of a small float32 vector over the ranks; whole numbers below 2**24 are exact."""
@@ -90,21 +91,20 @@ class Ranks(Protocol):
 
 
 class TrainEngine(Protocol):
-    """One framework's model, optimizer and collectives behind numpy.
+    """One framework's model, optimizer and collectives. All arguments and results are numpy arrays.
 
-    `start` streams every parameter of `parameter_shapes` under its name. Without `ranks` it joins the launcher's process group,
-    or runs alone where there is none. `stage` replaces the configuration's (`granvit.stages.ANSWER`: no masters, no moments, no
-    teacher).
-    The teacher (where the stage has one) starts as the student; `load("teacher", ...)` replaces it. bfloat16 arrays are
-    `ml_dtypes.bfloat16`, in and out.
+    `start` yields every parameter of `parameter_shapes` as (name, array). Without `ranks` the engine joins the launcher's process
+    group, or runs as a single process if there is none. `stage` replaces the stage of `config` (`granvit.stages.ANSWER`: no
+    masters, no moments, no teacher). The teacher (where the stage has one) starts as a copy of the student;
+    `load("teacher", ...)` replaces it. bfloat16 arrays are `ml_dtypes.bfloat16`, as input and output.
     """
 
     ranks: Ranks
     rank: int
     world: int
     device: str
-    implementations: dict[str, str]  # operator -> the implementation that runs, for the log
-    compilations: dict[str, int]  # graph -> how often it was compiled
+    implementations: dict[str, str]  # operator -> name of the implementation in use, for the log
+    compilations: dict[str, int]  # graph -> number of compilations
 
     def __init__(self, config: RunConfig, vision: VisionConfig, language: LanguageConfig,
                  start: Iterable[tuple[str, np.ndarray]], ranks: Ranks | None = None,
@@ -112,11 +112,11 @@ class TrainEngine(Protocol):
 
     @staticmethod
     def memory(device: str) -> int:
-        """Bytes that one rank has on the device that `runtime.device` names."""
+        """Memory in bytes that one rank has on `device` (a value of `runtime.device`)."""
 
     @staticmethod
     def join(device: str) -> Ranks:
-        """Chooses the device that `runtime.device` names and joins the launcher's process group, where there is one."""
+        """Selects the device (a value of `runtime.device`) and joins the launcher's process group, if there is one."""
 
     def step(self, micro_batches: Sequence[Batch], step_inputs: StepInputs) -> StepResult:
         """Forward and backward over this rank's micro-batches, all-reduce (sum), clip, AdamW, EMA.
@@ -125,19 +125,19 @@ class TrainEngine(Protocol):
         """
 
     def loss_sums(self, micro_batches: Iterable[Batch]) -> np.ndarray:
-        """Caption and distillation loss summed over the supervised tokens and the valid boxes of some batches, undivided, `[2]`.
+        """Caption loss summed over the supervised tokens and distillation loss summed over the valid boxes, float32 `[2]`.
 
-        Of this rank alone, float32. Forward only: nothing changes.
+        Sums over this rank's batches only. Forward pass only: no weight and no state changes.
         """
 
     def all_sum(self, values: np.ndarray) -> np.ndarray:
         """Sum of a small float32 vector over the ranks; counts below 2**24 are exact."""
 
     def tensors(self, group: Group) -> Iterator[tuple[str, np.ndarray]]:
-        """This group's tensors one at a time under the parameters' names (`teacher.…` for the teacher; moments: trained only)."""
+        """Yields (parameter name, array) for one group. Teacher names begin with `teacher.`; only trained parts have moments."""
 
     def load(self, group: Group, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-        """Replaces the group's tensors; the caller has checked names and shapes against the architecture."""
+        """Replaces the group's tensors. Names and shapes are not checked: the caller has done that."""
 
     def generate(self, prompts: PromptBatch, max_new_tokens: int, stop_token: int) -> np.ndarray:
         """Greedy continuation of each row, int32 `[B, max_new_tokens]`, filled with `stop_token` after it first appears."""

@@ -1,4 +1,4 @@
-"""The model on held-out data: the training's loss, and answers that are scored. RUN/eval/step_XXXXXXX.json keeps both."""
+"""Evaluation on held-out data: training loss and scored answers, both saved in RUN/eval/step_XXXXXXX.json."""
 import json
 import os
 from collections.abc import Iterator
@@ -24,8 +24,8 @@ Table = dict[str, dict[str, float]]  # task -> "samples" and the mean of each sc
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`held_out`: loss, loss_caption, loss_distill and how many questions they are of, or nothing. `table`: scores of answers.
-    `settings`: the keys of `eval` that they depend on."""
+    """`held_out`: loss, loss_caption, loss_distill, and the numbers of questions and skipped items; empty without held-out loss.
+    `table`: scores of the answers by task. `settings`: the keys of `eval` that the results depend on."""
 
     held_out: dict[str, float]
     table: Table
@@ -33,11 +33,11 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates one run on `eval.source`, once after each step that it is asked for.
+    """Evaluates one run on `eval.source`. Call it with the number of the step that was just trained; all ranks must call it.
 
-    The losses are of the training's objective, parts and task shares, over `eval.rows` rows: the same ones at every step, for
-    every seed and any number of ranks. What cannot be done with the store is logged and left out: losses of the tasks that it
-    does not hold, answers where it holds conversations. `ValueError` where nothing is left.
+    The held-out losses have the loss terms and task shares of the training, over about `eval.rows` rows: the same rows at every
+    step, for every seed and any number of ranks. Losses of tasks that the store does not hold are left out, and so are answers
+    if the store holds conversations; the log says so. `ValueError` if neither a loss nor answers can be computed.
     """
 
     def __init__(self, engine: TrainEngine, config: RunConfig, vision: VisionConfig, chat: Chat, run: Path,
@@ -48,31 +48,32 @@ class Evaluator:
         store = Store(config.eval.source)
         self.answers = store.kind == REGIONS and bool(config.eval.tasks)
         if config.eval.tasks and not self.answers:
-            log.info(f"eval.source {store.path} is a {store.kind.format} store: held-out loss alone, no answers")
+            log.info(f"eval.source {store.path} is a {store.kind.format} store: held-out loss only, no answers")
         asked = {task: share for task, share in config.stage_spec.mix.items() if share > 0}
         held = {task: share for task, share in asked.items() if task in store.kind.tasks}
         self.loader: Loader | None = None
         if held and config.eval.rows:
             if len(held) < len(asked):
-                log.info(f"held-out loss of {', '.join(held)} alone: eval.source {store.path} does not hold the other tasks")
+                log.info(f"held-out loss of {', '.join(held)} only: eval.source {store.path} does not hold the other tasks")
             try:
                 self.loader = _held_out_rows(config, held, vision, chat, engine.rank, engine.world, compose)
             except ValueError as error:
                 raise ValueError(f"eval.source {store.path}: no held-out loss can be computed ({error})") from None
         elif config.eval.rows:
-            log.info(f"no held-out loss: eval.source {store.path} holds none of the tasks that are trained: {', '.join(asked)}")
+            log.info(f"no held-out loss: eval.source {store.path} holds none of the trained tasks: {', '.join(asked)}")
         if self.loader is None and not self.answers:
             raise ValueError(
                 f"eval.source {store.path} is a {store.kind.format} store, on which a run that trains {', '.join(asked)} with "
-                f"eval.rows {config.eval.rows} and eval.tasks {list(config.eval.tasks)} cannot be evaluated"
+                f"eval.rows {config.eval.rows} and eval.tasks {list(config.eval.tasks)} cannot be evaluated; name a "
+                f"store with these tasks, or set eval.source=null"
             )
 
     def __call__(self, step: int) -> Evaluation | None:
-        """The evaluation after `step`. One that was kept before an interruption is read, and rank 0 alone has it."""
+        """The evaluation after `step`. If an interrupted run has saved it, rank 0 returns the saved one and other ranks None."""
         rank, path = self.engine.rank, evaluation_file(self.run, step)
         kept = read_evaluation(path) if rank == 0 and path.exists() else None
         if kept is not None and kept.settings != self.settings:
-            log.info(f"{path} was made with other settings of eval: it is made again")
+            log.info(f"{path} was computed with other eval settings; evaluating again")
             kept = None
         if self.engine.all_sum(np.array([kept is not None], np.float32))[0]:
             return kept
@@ -90,7 +91,7 @@ class Evaluator:
         return Evaluation(losses, table, self.settings)
 
     def _losses(self) -> dict[str, float]:
-        """Losses over all held-out rows: sums over sums, each divided by its own count. A loss that is not finite is left out."""
+        """Losses over all held-out rows: sums divided by the counts of tokens and boxes. No losses if one is not finite."""
         loader = self.loader
         assert loader is not None
         counts = np.zeros(4, np.float32)  # tokens, boxes, questions, skipped
@@ -104,7 +105,10 @@ class Evaluator:
         sums = self.engine.loss_sums(rows())
         caption, distill, tokens, boxes, questions, skipped = self.engine.all_sum(np.concatenate([sums, counts])).tolist()
         if not tokens:
-            raise ValueError(f"eval.source {self.config.eval.source}: no supervised token in {self.config.eval.rows} rows")
+            raise ValueError(
+                f"eval.source {self.config.eval.source}: no supervised token in {self.config.eval.rows} rows; "
+                f"take longer data.buckets"
+            )
         caption, distill = caption / tokens, distill / max(boxes, 1)
         losses = {"loss": caption + self.config.distill.weight * distill, "loss_caption": caption, "loss_distill": distill}
         if not np.isfinite(list(losses.values())).all():
@@ -115,10 +119,10 @@ class Evaluator:
 
 def _held_out_rows(config: RunConfig, mix: dict, vision: VisionConfig, chat: Chat, rank: int, world: int,
                    compose: Compose) -> Loader:  # fmt: skip
-    """The training's loader turned to `eval.source`, for as many of the first steps of its first epoch as hold `eval.rows` rows.
+    """A loader of `eval.source` with the training's settings, which ends after the first steps that hold `eval.rows` rows.
 
-    Where the store holds fewer rows, the last step is filled up with rows of weight zero. Steps have the training's size, so that
-    graphs are of the training's shapes.
+    If the store has fewer rows, the last step is padded with rows of weight zero. Steps are as large as in training, so that
+    batches have the training's shapes.
     """
     sources = (Source(path=config.eval.source),)
     data = config.data.model_copy(update={"sources": sources, "mix": mix, "workers": 0})
@@ -131,10 +135,10 @@ def _held_out_rows(config: RunConfig, mix: dict, vision: VisionConfig, chat: Cha
 def _answer(
     engine: TrainEngine, config: RunConfig, vision: VisionConfig, chat: Chat, run: Path, step: int
 ) -> tuple[Table, list[dict[str, Any]]]:
-    """Answers the questions of `eval.tasks` about `eval.images` images of `eval.source`, shared out over the ranks.
+    """Answers the questions of `eval.tasks` about `eval.images` images of `eval.source`, distributed over the ranks.
 
-    Every rank gets the table; rank 0 gets all predictions, in the store's order. Each rank's own predictions pass through a file
-    in RUN/eval, which all ranks must see.
+    Returns the table, and the predictions: of all ranks in the store's order on rank 0, of this rank elsewhere. Ranks pass their
+    predictions to rank 0 in files in RUN/eval, a directory that all ranks must see.
     """
     assert config.eval.source is not None
     own_predictions: list[tuple[int, dict[str, Any]]] = []
@@ -154,7 +158,7 @@ def _answer(
     folder = run / "eval"
     folder.mkdir(parents=True, exist_ok=True)
     _rank_file(folder, step, engine.rank).write_text(json.dumps(own_predictions))
-    engine.all_sum(np.zeros(1, np.float32))  # every rank's file is written
+    engine.all_sum(np.zeros(1, np.float32))  # wait until every rank has written its file
     if engine.rank:
         return table, [prediction for _, prediction in own_predictions]
     files = [_rank_file(folder, step, rank) for rank in range(engine.world)]
@@ -166,7 +170,7 @@ def _answer(
 
 
 def forget_evaluations(run: Path, after_step: int) -> None:
-    """Removes the kept evaluations of steps after `after_step`, from where a resumed run goes on."""
+    """Deletes the saved evaluations of steps after `after_step`, the step from which a run is resumed."""
     for path in (run / "eval").glob("step_*.json"):
         number = path.stem.removeprefix("step_")
         if number.isdigit() and int(number) > after_step:
@@ -174,19 +178,19 @@ def forget_evaluations(run: Path, after_step: int) -> None:
 
 
 def evaluation_file(run: Path, step: int) -> Path:
-    """Where the evaluation after `step` is kept."""
+    """The file of the evaluation after `step`."""
     return run / "eval" / f"step_{step:07d}.json"
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """What an evaluation's file keeps, less the predictions; `ValueError` where it is none."""
+    """Reads an evaluation's file, without the predictions; `ValueError` if it is not valid."""
     try:
         tree = json.loads(path.read_text())
-        held_out = tree.get("held_out", {})  # earlier versions kept no held-out losses
+        held_out = tree.get("held_out", {})  # earlier versions saved no held-out losses
         table = {task: {name: float(value) for name, value in scores.items()} for task, scores in tree["table"].items()}
         return Evaluation({name: float(value) for name, value in held_out.items()}, table, tree.get("settings", {}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not an evaluation ({error}); move it away to do without it") from None
+        raise ValueError(f"{path}: not a valid evaluation file ({error}); move it away to continue without it") from None
 
 
 def _rank_file(folder: Path, step: int, rank: int) -> Path:

@@ -1,4 +1,5 @@
-"""A user's mistake prints one line and exits with 2; anything else exits with 1. Both leave the traceback in RUN/log."""
+"""Exit status of the commands: 0; 2 after a mistake of the user, which prints one line; 1 after any other failure. Tracebacks are
+written to RUN/log."""
 import traceback
 from collections.abc import Callable
 
@@ -9,7 +10,11 @@ from granvit.trainer import TrainingStopped
 
 
 def exit_status(body: Callable[[], None], guard: list[Guard]) -> int:
-    """Runs a command; turns what it raises into a line, a log entry, a word to the other ranks and an exit status."""
+    """Runs `body` and returns the exit status.
+
+    An exception becomes one line on the console, a traceback in the log and, through `guard`, a message to the other ranks. An
+    unexpected exception also prints its traceback.
+    """
     raised: BaseException
     message: str | None
     try:
@@ -25,7 +30,7 @@ def exit_status(body: Callable[[], None], guard: list[Guard]) -> int:
         raised, status, message = error, 1, f"failed: {type(error).__name__}: {error}"
         traceback.print_exc()
     log.error("traceback", exc_info=raised, extra={"file_only": True})
-    if message is not None:  # what all ranks know they have logged together
+    if message is not None:  # None: `Refused`, which all ranks have logged already
         log.error(message)
     for member in guard:
         member.fail(message or f"error: {raised}")

@@ -1,4 +1,4 @@
-"""Seeded initialisation in numpy, keyed by parameter name: both frameworks start from the same bytes."""
+"""Seeded initialisation in numpy, by parameter name: both frameworks start from the same bytes."""
 import hashlib
 
 import numpy as np
@@ -6,18 +6,18 @@ import numpy as np
 from granvit.models import Shapes
 
 EMBEDDING = 0.1  # standard deviation
-POSITION = 0.5  # of an image's position embeddings: beside patches of size 1 a place must stay legible up to the decoder
-RESIDUAL = 0.2  # of what a block's two branches add, so that the first blocks do not drown the embeddings
+POSITION = 0.5  # of an image's position embeddings; patch embeddings have about 1, and the decoder must tell positions apart
+RESIDUAL = 0.2  # factor on the last matrix of attention and MLP, so that the first blocks do not outweigh the embeddings
 INTO_RESIDUAL = ("o_proj.weight", "out_proj.weight", "down_proj.weight", "fc2.weight")
 
 
 def initial_value(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """The start value of one parameter, float32.
 
-    Norm weights and layer scales start at 1, biases at 0, matrices at a normal of standard deviation `fan_in ** -0.5` (times
-    `RESIDUAL` where they write into the residual stream), embeddings at `EMBEDDING`, positions of an image at `POSITION`. The
-    stream depends on `seed` and `name` alone, so neither the order of construction nor the presence of other parameters
-    changes a value.
+    Norm weights and layer scales are 1, biases 0. Everything else is normal, with standard deviation `fan_in ** -0.5` for
+    matrices (times `RESIDUAL` if they write into the residual stream), `EMBEDDING` for token and class embeddings and `POSITION`
+    for position embeddings of an image. The random stream depends only on `seed` and `name`, so neither the order of construction
+    nor the presence of other parameters changes a value.
     """
     if name.endswith(".bias"):
         return np.zeros(shape, np.float32)

@@ -1,4 +1,4 @@
-"""Bicubic resampling of a square grid as one matrix, the same constant in both frameworks."""
+"""Bicubic resampling of a square grid as one constant matrix, which both frameworks use."""
 import numpy as np
 
 
@@ -19,7 +19,7 @@ def _taps(size_from: int, size_to: int) -> np.ndarray:
 def position_matrix(grid_from: int, grid_to: int) -> np.ndarray:
     """`[grid_to**2, grid_from**2]` float32: `matrix @ positions` resamples a row-major grid of position embeddings.
 
-    Equal to torch's `interpolate(mode="bicubic", align_corners=False, antialias=False)`, the rule of every encoder row.
+    Equal to torch's `interpolate(mode="bicubic", align_corners=False, antialias=False)`, which all supported encoders use.
     """
     taps = _taps(grid_from, grid_to)
     return np.kron(taps, taps).astype(np.float32)

@@ -1,10 +1,10 @@
-"""What parity looks at inside a model: the named activations of a forward pass, in the order in which they are made, and the
-protocol that each framework implements to hand them out.
+"""The activations that parity/ compares: their names and shapes, in order of execution, and the interface that each framework
+implements to return them.
 
-A name is the path of the module that makes the activation, as in its parameters' names. What bears a module's name is what its
-own mathematics makes and no submodule has named: an attention's heads before its output projection, an MLP's activated
-hidden layer before the closing product, a block's sum with its residual, the decoder's logits. The merged sequence of text and
-image tokens is called `inputs`.
+An activation has the name of the module that computes it, as in the module's parameter names. For a module with submodules it is
+the tensor that the module computes itself: the heads of attention before the output projection, the hidden layer of an MLP after
+the activation function (and the gate), the output of a block after the residual addition, the decoder's logits. The merged
+sequence of text and image tokens is called `inputs`.
 """
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ INPUTS = "inputs"
 
 
 def vision_activations(c: VisionConfig, images: int, image_size: int, prefix: str = "vision.") -> Shapes:
-    """Shapes of an encoder's activations for a batch of square images."""
+    """Shapes of an encoder's activations for `images` images of `image_size` x `image_size` pixels."""
     patches = (image_size // c.patch_size) ** 2
     tokens = (images, patches + c.class_token, c.width)
     hidden, heads = (*tokens[:2], c.mlp), (images, c.heads, tokens[1], c.head_dim)
@@ -52,7 +52,7 @@ def projector_activations(vision: VisionConfig, language: LanguageConfig, rows: 
 
 
 def language_activations(c: LanguageConfig, rows: int, length: int, answers: int) -> Shapes:
-    """Shapes of the decoder's activations from the first block on; logits at `answers` positions of each row."""
+    """Shapes of the decoder's activations from the first block on; the logits are at `answers` positions of each row."""
     tokens, hidden = (rows, length, c.width), (rows, length, c.mlp)
     queries, keys = (rows, length, c.heads * c.head_dim), (rows, length, c.kv_heads * c.head_dim)
     found: Shapes = {}
@@ -74,7 +74,7 @@ def activation_shapes(vision: VisionConfig, language: LanguageConfig, rows: int,
                       boxes: int = 0, crop_size: int = 0) -> Shapes:  # fmt: skip
     """Shapes of every named activation of a training step's forward pass over `rows` rows, in order of execution.
 
-    `boxes` crops of `crop_size` pixels for each row pass through the teacher (`teacher.…`), where there are any.
+    With `boxes` above 0 the teacher's activations (`teacher.…`) for that many crops of `crop_size` pixels per row are included.
     """
     tokens = (rows, length, language.width)
     found: Shapes = {"language.model.embed_tokens": tokens}
@@ -89,9 +89,10 @@ def activation_shapes(vision: VisionConfig, language: LanguageConfig, rows: int,
 
 @dataclass(frozen=True)
 class Capture:
-    """What one forward and backward pass over one batch made, by name (this file's, `granvit.models`).
+    """Losses, activations and gradients of one forward and backward pass over one batch, by name.
 
-    The losses are those of `granvit.engine.LOSSES`. The teacher's activations have no gradient.
+    Losses are named as in `granvit.engine.LOSSES`, activations as in this file, parameters as in `granvit.models`. The teacher's
+    activations have no gradient.
     """
 
     losses: dict[str, float]
@@ -100,30 +101,30 @@ class Capture:
     parameter_gradients: dict[str, np.ndarray]
 
 
-Feed = Mapping[str, tuple[np.ndarray, np.ndarray]]  # activation -> what replaces it, and what replaces its gradient
+Feed = Mapping[str, tuple[np.ndarray, np.ndarray]]  # activation -> replacements of its value and of its gradient
 
 
 class Introspection(Protocol):
-    """One framework's model opened up for parity.
+    """One framework's model with access to its activations and gradients, for parity/.
 
-    The constructor of both implementations is `Introspector(config, vision, language, start, shapes, graph=True)`: `shapes` names
-    the activations to capture (`activation_shapes` for the batches to come; none: for operators and generation alone), `graph`
-    asks for the framework's static graph where it has one.
+    Both implementations are constructed as `Introspector(config, vision, language, start, shapes, graph=True)`. `shapes` are the
+    activations to capture (`activation_shapes` of the batches); it is empty if only `operate` and `generate` are used. `graph`
+    selects the framework's static graph, if it has one.
     """
 
     engine: TrainEngine
 
     def capture(self, batch: Batch, feed: Feed | None = None, backward: bool = True) -> Capture:
-        """Forward and, unless told otherwise, backward over one batch, whose own counts divide its losses; gradients for every
-        parameter, frozen or not.
+        """Forward pass and (with `backward`) backward pass over one batch. Losses are divided by the batch's own counts of tokens
+        and boxes. Gradients are computed for all parameters, frozen ones included.
 
-        An activation in `feed` is captured, then replaced by the value given for it; so is the gradient that it hands
-        back. Fed at all names, every module is judged by itself and not by what came before it.
+        Each activation in `feed` is captured and then replaced by the given value; its gradient likewise in the backward pass.
+        With a replacement for every name, each module is compared on equal inputs, without the errors of the modules before it.
         """
 
     def operate(self, operator: str, arrays: Sequence[np.ndarray], cotangent: np.ndarray, differentiate: int,
                 **options: Any) -> tuple[np.ndarray, list[np.ndarray]]:  # fmt: skip
-        """One operator's output, and the gradients of its first `differentiate` inputs under `cotangent`."""
+        """One operator's output, and the gradients of its first `differentiate` inputs for the output gradient `cotangent`."""
 
     def generate(self, prompts: PromptBatch, max_new_tokens: int, stop_token: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `TrainEngine.generate`, and the logits `[B, T, V]` of the T steps it took; `shapes` must have been empty."""
+        """As `TrainEngine.generate`; also returns the logits `[B, T, V]` of its T steps. `shapes` must have been empty."""

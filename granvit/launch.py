@@ -1,7 +1,7 @@
-"""How this process was started, and its part in ending well: run lock, port check, signals, the watcher beside each rank.
+"""Starting and ending of a process of a run: launcher detection, port check, run lock, signals, and the watcher of each rank.
 
-Launchers: msrun (MindSpore; it runs the same script once more as the cluster's scheduler), torchrun, or none. A run's
-directory must be one that all ranks see.
+Launchers: msrun (MindSpore; it also runs the same script as the cluster's scheduler), torchrun, or none. All ranks must see the
+run's directory.
 """
 import fcntl
 import importlib
@@ -27,7 +27,7 @@ FRAMEWORKS: dict[Framework, tuple[str, str]] = {"mindspore": ("ms_granvit", "Min
 
 @dataclass(frozen=True)
 class Launch:
-    """`launcher_pid` is the process that should outlive this one (0: there is none, or it leaves by design)."""
+    """How this process was started. `launcher_pid` is 0 without a launcher, or if it does not outlive its ranks."""
 
     launcher: Literal["msrun", "torchrun"] | None
     scheduler: bool
@@ -42,7 +42,7 @@ class Launch:
 
     @property
     def key(self) -> str:
-        """Names the job among those alive: the address where its ranks meet, or this process."""
+        """A name that no other running job has: the address where its ranks meet, or this process's id."""
         return (self.address or f"pid_{os.getpid()}").replace(":", "_").replace("/", "_")
 
 
@@ -63,7 +63,7 @@ def detect_launch(environ: Mapping[str, str] = os.environ) -> Launch:
 
 
 def _joining_msrun() -> int:
-    """The pid of `msrun --join True`, this process's parent; 0 for an msrun that leaves once its workers are started."""
+    """The parent's process id if it is `msrun --join True`; 0 for an msrun that exits after starting its workers."""
     parent = os.getppid()
     try:
         command = Path(f"/proc/{parent}/cmdline").read_bytes().decode().split("\0")
@@ -74,7 +74,7 @@ def _joining_msrun() -> int:
 
 
 def check_launcher(launch: Launch, framework: Framework) -> None:
-    """`ValueError` where the framework cannot run under this launcher."""
+    """`ValueError` if the framework cannot run under this launcher."""
     if launch.launcher == "torchrun" and framework == "mindspore":
         raise ValueError("started by torchrun but --framework is mindspore; add --framework torch, or start with msrun")
     if launch.launcher == "msrun" and framework == "torch":
@@ -82,7 +82,7 @@ def check_launcher(launch: Launch, framework: Framework) -> None:
 
 
 def load_engine_class(framework: Framework) -> type[TrainEngine]:
-    """The framework's `Engine`; `ValueError` with the command that installs a framework that is not there."""
+    """The framework's `Engine` class. If the framework is not installed, `ValueError` with the command that installs it."""
     package, name = FRAMEWORKS[framework]
     module = "mindspore" if framework == "mindspore" else "torch"
     try:
@@ -98,15 +98,15 @@ def load_engine_class(framework: Framework) -> type[TrainEngine]:
 
 
 def check_port(launch: Launch) -> None:
-    """`ValueError` where the process that will listen at the meeting address finds the port taken.
+    """`ValueError` if the port where the ranks meet is in use. Only the process that will listen on that port checks it.
 
-    That is msrun's scheduler, or rank 0 where torchrun's agent does not hold the store already. Without this check a taken port
-    is a silent hang of minutes.
+    This process is msrun's scheduler, or rank 0 under a torchrun whose agent does not listen itself. Without this check, a port
+    in use makes the start hang for minutes without a message.
     """
     agent_listens = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not (launch.scheduler or (launch.launcher == "torchrun" and launch.rank == 0 and not agent_listens)):
         return
-    assert launch.address is not None  # there is one wherever there is a launcher
+    assert launch.address is not None  # every launcher sets it
     host, _, port = launch.address.rpartition(":")
     family, kind, protocol, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
     with socket.socket(family, kind, protocol) as probe:
@@ -115,16 +115,16 @@ def check_port(launch: Launch) -> None:
             probe.bind(address)
         except OSError as error:
             raise ValueError(
-                f"port {port} on {host}: {error.strerror}. Another job or program holds it; choose a free one "
+                f"port {port} on {host}: {error.strerror}. Another program uses it; choose a free port "
                 f"({launch.launcher} --master_port N)"
             ) from None
 
 
 class RunLock:
-    """Keeps a second run out of a directory (rank 0). The system drops the lock with the process, however that ends."""
+    """An exclusive lock of rank 0 on the run's directory. The system releases it when the process ends, in whatever way."""
 
     def __init__(self, run: Path, launch: Launch):
-        """`ValueError` names the owner where there is one."""
+        """`ValueError` if another process holds the lock; the message names that process."""
         run.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(watcher.lock_path(run), os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -138,13 +138,13 @@ class RunLock:
         os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}, started {started}\n".encode(), 0)
 
     def release(self) -> None:
-        """Gives the directory back; an empty file says that the run ended in order (`watcher.ended_in_order`)."""
+        """Releases the lock. The empty lock file marks an orderly end (`watcher.ended_in_order`)."""
         os.ftruncate(self._descriptor, 0)
         os.close(self._descriptor)
 
 
 class Guard:
-    """This rank's ties to its job: the watcher beside it, the stop flag that signals set, the word about a failure."""
+    """Starts this rank's watcher process, turns signals into `stop_requested`, and reports failures to the other ranks."""
 
     def __init__(self, launch: Launch, run: Path):
         self.launch, self.run = launch, run.resolve()
@@ -171,9 +171,10 @@ class Guard:
         return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
     def take_signals(self) -> None:
-        """SIGTERM, or one Ctrl-C, asks for a checkpoint after the current step and a clean end; a second Ctrl-C interrupts.
+        """Installs signal handlers: SIGTERM or Ctrl-C requests a checkpoint after the current step and then an orderly end; a
+        second Ctrl-C interrupts at once.
 
-        Called again after a framework was imported, which may have installed handlers of its own.
+        It must be called again after a framework was imported or initialised, which may install its own handlers.
         """
         if not self.launch.scheduler:
             signal.signal(signal.SIGTERM, self._on_signal)
@@ -185,19 +186,19 @@ class Guard:
         self.stop_requested = True
 
     def fail(self, reason: str) -> None:
-        """Tells the other ranks that this one fails, and why; their watchers end them."""
+        """Reports this rank's failure in a marker file, with the reason. The watchers of the other ranks read it and end them."""
         if self._watcher is not None:
             watcher.write_marker(self.run, self.launch.key, self.launch.name, self._started, reason)
 
     def leave(self) -> None:
-        """Tells the watcher that this process ends in order."""
+        """Tells the watcher that this process is about to end in order."""
         if self._watcher is not None:
             assert self._watcher.stdin is not None
             self._watcher.stdin.write(b"end")
             self._watcher.stdin.flush()
 
     def remove_old_markers(self) -> None:
-        """Deletes what failures of earlier jobs left in the directory (rank 0, holding the lock)."""
+        """Deletes the failure markers of earlier jobs. Only rank 0 calls it, holding the run's lock."""
         for path in self.run.glob(".failure-*"):
             if path.stat().st_mtime < self._started - 60:  # this job's ranks may have started a little earlier
                 path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a run writes down: one log per rank, `metrics.jsonl`, TensorBoard event files."""
+"""The log files of a run: one text log per rank, `metrics.jsonl`, TensorBoard event files."""
 import json
 import logging
 import os
@@ -14,26 +14,26 @@ log = logging.getLogger("granvit")
 
 
 class Console(logging.Handler):
-    """Prints to whatever stderr is at the time: a live progress line puts itself in its place."""
+    """Prints to the current `sys.stderr`, which the live progress line replaces while it is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr, flush=True)
 
 
 def to_console(rank: int) -> None:
-    """Messages of rank 0, and errors of every rank, go to stderr."""
+    """Sends messages of rank 0 and errors of all ranks to stderr."""
     log.setLevel(logging.INFO)
     log.propagate = False
     handler = Console()
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
     handler.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    # A traceback belongs in the file; the console shows the message.
+    # Records with `file_only` (such as tracebacks) are written to the log file alone.
     handler.addFilter(lambda record: not getattr(record, "file_only", False))
     log.handlers = [handler]
 
 
 def to_file(run: Path, rank: int) -> None:
-    """All messages of this rank go to RUN/log/rank_00000.txt too, after those of earlier starts."""
+    """Also appends all messages of this rank to its file in RUN/log, for example rank_00000.txt."""
     path = run / "log" / f"rank_{rank:05d}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
@@ -42,14 +42,14 @@ def to_file(run: Path, rank: int) -> None:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one object per step, floats in Python's shortest form that reads back exactly.
+    """`metrics.jsonl`: one JSON object per line and step, floats in the shortest form that reads back exactly.
 
-    An object without `loss` is no step's loss: one with `non_finite` is a step that was left out, one with `held_out` follows the
-    object of the step after which the model was evaluated. `last` is the newest object (of an earlier start too), or empty.
+    Two kinds of objects have no `loss`: a step that was left out has `non_finite`; an evaluation has `held_out` and follows the
+    object of its step. `last` is the newest object in the file, or empty.
     """
 
     def __init__(self, path: Path, after_step: int):
-        """Opens for appending behind `after_step`; later lines (of steps that a resumed run repeats) are cut off."""
+        """Opens the file for appending. Lines of steps after `after_step`, which a resumed run repeats, are deleted first."""
         kept_lines = []
         self.last: dict[str, Any] = {}
         if path.exists():
@@ -59,7 +59,7 @@ class MetricsFile:
                     if record["step"] > after_step:
                         break
                 except (ValueError, KeyError, TypeError):
-                    break  # the line that a killed run was writing
+                    break  # an incomplete line, written by a run that was killed
                 kept_lines.append(line + "\n")
                 self.last = record
         temporary = path.with_name(f".{path.name}.tmp")
@@ -71,7 +71,7 @@ class MetricsFile:
         self._file = open(path, "a")  # noqa: SIM115 (closed by close)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Appends one object and hands it to the system."""
+        """Appends one object and flushes the file."""
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         self.last = record
@@ -81,7 +81,7 @@ class MetricsFile:
 
 
 class TensorBoard:
-    """Event files in RUN/tensorboard. What an interrupted run wrote behind `after_step` is hidden by TensorBoard."""
+    """Event files in RUN/tensorboard. TensorBoard hides the points that an interrupted run wrote for steps after `after_step`."""
 
     def __init__(self, directory: Path, after_step: int):
         self._writer = EventFileWriter(str(directory))

@@ -1,5 +1,5 @@
-"""A device's memory: a model that does not fit is refused; what says that memory ran out is known by its words, with the override
-that cures it."""
+"""Device memory: a check before the start that the model fits, and error messages for out-of-memory errors that name the
+overrides with which a step needs less memory."""
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,32 +17,32 @@ OUT_OF_MEMORY = re.compile(
 
 
 def check_memory(config: RunConfig, vision: VisionConfig, language: LanguageConfig, memory: int) -> None:
-    """`ValueError` where a device's `memory` (bytes) does not even hold weights and optimizer."""
+    """`ValueError` if weights, gradients and optimizer states alone exceed a device's `memory` (bytes)."""
     stage, compute = config.stage_spec, {"float64": 8, "float32": 4}.get(config.runtime.compute, 2)
     needed = state_bytes(vision, language, stage.trains, stage.distill, compute)
     if needed > memory:
         raise ValueError(
             f"{config.stage} of {vision.name!r} with {language.name!r} needs about {needed / 1e9:.0f} GB a device for weights, "
-            f"gradients and AdamW's moments, all replicated, and this device has {memory / 1e9:.0f} GB. Sharded optimizer states "
-            f"are not here yet: take a smaller model.language, or devices with more memory"
+            f"gradients and AdamW's moments, all replicated, and this device has {memory / 1e9:.0f} GB. Sharding them is "
+            f"not implemented: take a smaller model.language, or devices with more memory"
         )
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether Python or a framework ran out of memory. They have no type in common: PyTorch raises one by device, MindSpore a
-    RuntimeError. The words are theirs."""
+    """Whether the error says that memory ran out. There is no common type (PyTorch's differs by device, MindSpore raises
+    RuntimeError), so the message is compared with the frameworks' wordings."""
     return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
 
 
 NOTHING_SMALLER = (
-    "train.micro_batch is 1 (or fixed by train.loss_reduction per_device) and runtime.recompute true already; "
+    "train.micro_batch is 1 already (or fixed by train.loss_reduction=per_device) and runtime.recompute is true already; "
     "take shorter data.buckets or a smaller model"
 )
 
 
 def smaller_steps(config: RunConfig, ranks: int) -> list[str]:
-    """The overrides with which a step takes less memory and gives the same results to rounding: not `train.micro_batch` where
-    losses are averaged by micro-batch (`train.loss_reduction: per_device`)."""
+    """Overrides with which a step needs less memory and gives the same results up to rounding. With `train.loss_reduction:
+    per_device` results depend on `train.micro_batch`, so it is not among them."""
     rows = config.train.micro_batch * config.local_micro_batches(ranks)
     overrides = []
     if config.train.micro_batch > 1 and config.train.loss_reduction == "global":
@@ -54,11 +54,11 @@ def smaller_steps(config: RunConfig, ranks: int) -> list[str]:
 
 @contextmanager
 def memory_errors(where: Callable[[], str], run: Path, overrides: list[str], nothing_smaller: str) -> Iterator[None]:
-    """Turns what says that memory ran out into `TrainingStopped` with one line: where, which override cures it, and the step that
-    the run then goes on from; without `overrides`, `nothing_smaller`."""
+    """Turns an out-of-memory error into `TrainingStopped` with one line: where it happened, which of `overrides` need less
+    memory, and the step from which the run then resumes. Without `overrides` the line ends with `nothing_smaller`."""
     try:
         yield
-    except TrainingStopped:  # of an inner `memory_errors`: it has named the place already
+    except TrainingStopped:  # raised by an inner `memory_errors`, with its own place and remedy
         raise
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -66,5 +66,6 @@ def memory_errors(where: Callable[[], str], run: Path, overrides: list[str], not
         message = (str(error).strip() or "MemoryError").splitlines()[0]
         saved = newest_step(run)
         resumes_from = "the start" if saved is None else f"step {saved}"
-        remedy = f"the same command with {' or '.join(overrides)} goes on from {resumes_from}, with the same results to rounding"
+        options = " or ".join(overrides)
+        remedy = f"the same command with {options} resumes from {resumes_from}, with the same results up to rounding"
         raise TrainingStopped(f"out of memory {where()} ({message}): {remedy if overrides else nothing_smaller}") from error

@@ -1,11 +1,11 @@
 """Scores of generated answers (SPEC section 5).
 
-Bbox2Caption and global captions: ROUGE-L and exact match. Caption2Bbox: ACC@IoU0.5, an answer that does not parse counts 0.
+Bbox2Caption and global captions: ROUGE-L and exact match. Caption2Bbox: ACC@IoU0.5; an answer that is not a box counts as 0.
 
-ROUGE-L is the F1 over the longest common subsequence of tokens (beta 1; COCO's caption evaluation takes beta 1.2 and gives
-other figures), computed by the rouge-score library without stemming. `rouge_l` is over the words of any script (`words`),
-`rouge_l_ascii` over the library's own tokens, runs of a-z and 0-9, in which captions of other scripts have no token and score
-0. For captions in plain ASCII that have a letter or a digit both are the same number.
+ROUGE-L is the F1 score of the longest common subsequence of tokens (beta 1; COCO's caption evaluation uses beta 1.2, which gives
+other values), computed by the rouge-score library without stemming. `rouge_l` uses tokens of any script (`words`).
+`rouge_l_ascii` uses the library's own tokens, which are runs of a-z and 0-9: captions in other scripts have no such token and
+score 0. For ASCII captions with at least one letter or digit both scores are equal.
 """
 import re
 import unicodedata
@@ -26,7 +26,7 @@ def iou(a: Box, b: Box) -> float:
     return intersection / union if union > 0 else 0.0
 
 
-# Written without spaces between words: Thai and Lao, Myanmar, Khmer, kana, Han.
+# Scripts without spaces between words: Thai and Lao, Myanmar, Khmer, kana, Han.
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff"
     "\U0001b000-\U0001b16f\U00020000-\U0003ffff]"
@@ -34,19 +34,19 @@ _UNSPACED = re.compile(
 
 
 def words(text: str) -> list[str]:
-    """The tokens of a caption in any script, equal for texts that differ in case, in composition or in width alone.
+    """The tokens of a caption in any script. Texts that differ only in case, Unicode composition or width have equal tokens.
 
-    The text is normalised by NFKC and case-folded. A token is a run of letters, digits and the marks on them; in scripts
-    without spaces every character, with its marks, is one. Punctuation and symbols separate tokens, unless the text has
-    neither letter nor digit: then each of them is a token.
+    The text is normalised to NFKC and case-folded. A token is a run of letters and digits with their combining marks; in scripts
+    without spaces each character with its marks is one token. Punctuation and symbols separate tokens. If the text has no letter
+    and no digit, each punctuation character or symbol is a token.
     """
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     found: list[str] = []
     signs: list[str] = []
-    last, joins = None, False  # the list whose last token takes a mark; whether that token goes on with a letter
+    last, joins = None, False  # the list whose last token gets a mark; whether a letter continues that token
     for character in text:
         kind = unicodedata.category(character)
-        if kind == "Cf":  # joiners and marks of direction: nothing that is seen
+        if kind == "Cf":  # invisible: joiners and direction marks
             continue
         if kind[0] == "M" and last is not None:
             last[-1] += character
@@ -66,14 +66,14 @@ def words(text: str) -> list[str]:
 
 
 class _Words:
-    """`words` where rouge-score takes a tokenizer."""
+    """`words` as a tokenizer object for rouge-score."""
 
     tokenize = staticmethod(words)
 
 
 @cache
 def _rouge(tokenizer: _Words | None):
-    from rouge_score.rouge_scorer import RougeScorer  # here: its own imports take as long as all of ours
+    from rouge_score.rouge_scorer import RougeScorer  # imported late: its imports take as long as all of the core's
 
     return RougeScorer(["rougeL"], tokenizer=tokenizer)
 
@@ -82,19 +82,19 @@ _WORDS = _Words()
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """ROUGE-L F1 of one answer over `words`, 0..1; 1 where neither text has any."""
+    """ROUGE-L F1 of one answer over `words`, 0..1; 1 if neither text has a token."""
     if not words(answer) and not words(reference):
         return 1.0
     return _rouge(_WORDS).score(reference, answer)["rougeL"].fmeasure
 
 
 def rouge_l_ascii(answer: str, reference: str) -> float:
-    """ROUGE-L F1 of one answer as rouge-score alone gives it: over runs of a-z and 0-9; 0 where either text has none."""
+    """ROUGE-L F1 of one answer with rouge-score's own tokens, runs of a-z and 0-9; 0 if either text has none."""
     return _rouge(None).score(reference, answer)["rougeL"].fmeasure
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """1 where the texts are the same up to case and surrounding space."""
+    """1 if the texts are equal up to case and surrounding white space, else 0."""
     return float(answer.strip().lower() == reference.strip().lower())
 
 
@@ -106,7 +106,7 @@ SCORES: dict[Task, tuple[str, ...]] = {
 
 
 def score(task: Task, answer: str, reference: str, box: Box | None) -> dict[str, float]:
-    """The scores of one answer under the names in `SCORES[task]`, each to be averaged over samples.
+    """The scores of one answer, named as in `SCORES[task]`. Callers average each over the samples.
 
     `box` is the true box relative to the original image (Caption2Bbox), `reference` the true caption (the other tasks).
     """

@@ -1,7 +1,7 @@
-"""What an encoder or decoder is, written once for both frameworks.
+"""Configurations of encoders and decoders, and their parameter names and shapes, for both frameworks.
 
-A row of the paper's tables is one `VisionConfig` or `LanguageConfig`; both packages build the same module tree from it,
-with the parameter names and shapes that `parameter_shapes` lists. The names are SigLIP's and Qwen2's words.
+Each encoder or decoder in the paper's tables is one `VisionConfig` or `LanguageConfig`. Both packages build the same modules from
+it, with the parameter names and shapes of `parameter_shapes`. The names follow SigLIP and Qwen2 in transformers.
 """
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +12,7 @@ LEVELS: tuple[Level, ...] = ("penultimate", "last", "final")
 
 
 class Strict(BaseModel):
-    """A record that refuses keys it does not know. `FORMER_KEYS` maps the keys in files of earlier versions to today's."""
+    """A model that rejects unknown keys. `FORMER_KEYS` maps keys in files of earlier versions to the current keys."""
 
     FORMER_KEYS: ClassVar[dict[str, str]] = {}
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -21,14 +21,14 @@ class Strict(BaseModel):
 class VisionConfig(Strict):
     """One vision transformer.
 
-    `level` is the tensor fed to the projector: `penultimate` is the last block but one without the closing norm (LLaVA's
-    `hidden_states[-2]`, the paper's choice: its Table 9 counts 26 of SigLIP2's 27 blocks), `last` the last block, `final`
-    the last block after the closing norm. `built_level` is the highest level that is computed (default: `level`); distillation
-    may compare it instead. Blocks above it are not built: they would never be used. Where patches do not fill the image
-    (SigLIP's 27 of 14 pixels in 384), what is left over at its right and lower edge is not looked at.
+    `level` is the output that the projector receives: `penultimate` is the output of the last block but one, without the closing
+    norm (LLaVA's `hidden_states[-2]`, the paper's choice: its Table 9 counts 26 of SigLIP2's 27 blocks), `last` that of the last
+    block, `final` that of the last block after the closing norm. `built_level` is the highest level that is computed (default:
+    `level`); distillation may compare features of that level. Blocks above it are not built. Where patches do not cover the whole
+    image (SigLIP: 27 patches of 14 pixels in 384), the remaining pixels at the right and lower edge are ignored.
 
-    `tiles` above 0 is the paper's high resolution (A.5): a row's image is shown as one global view and up to so many tiles, each
-    of `image_size`, and 2 x 2 neighbouring patches are one image token. A run states it (`vision.tiling`), not a model's file.
+    `tiles` above 0 is the paper's high resolution (A.5): an image becomes one global view and at most `tiles` tiles, each of
+    `image_size`, and 2 x 2 neighbouring patches become one image token. The run sets it (`vision.tiling`), not a model's file.
     """
 
     FORMER_KEYS: ClassVar[dict[str, str]] = {"top": "built_level"}
@@ -52,7 +52,7 @@ class VisionConfig(Strict):
     layer_scale: bool = False
     closing_norm: bool = True
     level: Level = "penultimate"
-    built_level: Level = "penultimate"  # filled in from `level` where it is not stated
+    built_level: Level = "penultimate"  # default: `level`
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     resize: Literal["bilinear", "bicubic"] = "bilinear"
@@ -61,7 +61,7 @@ class VisionConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _fill_in_built_level(cls, fields: Any) -> Any:
-        """Reads the former key `top`, and takes `level` where no `built_level` is stated."""
+        """Accepts the former key `top`; sets `built_level` to `level` if it is missing."""
         if not isinstance(fields, dict):
             return fields
         stated = dict(fields)
@@ -89,11 +89,11 @@ class VisionConfig(Strict):
         return self.model_copy(update={"built_level": "final" if self.closing_norm else "last"})
 
     def side(self, resolution: int | None) -> int:
-        """The side of the images to be shown: `resolution`, or the published one; `ValueError` where no patch fits in it."""
+        """The side of input images in pixels: `resolution`, or `image_size` if None. `ValueError` if it is below `patch_size`."""
         if resolution is None:
             return self.image_size
         if resolution < self.patch_size:
-            raise ValueError(f"resolution {resolution}: {self.name!r} looks at patches of {self.patch_size} pixels")
+            raise ValueError(f"resolution {resolution} is smaller than one patch of {self.name!r}: {self.patch_size} pixels")
         return resolution
 
     @property
@@ -108,27 +108,27 @@ class VisionConfig(Strict):
 
     @property
     def patches(self) -> int:
-        """Patch tokens of one view: of the image, or of one of its tiles (the class token is not among them)."""
+        """Patch tokens of one view (the image, or one of its tiles), without the class token."""
         return self.grid**2
 
     @property
     def views(self) -> int:
-        """Pictures of `image_size` that the encoder sees of one image."""
+        """Encoder inputs per image: the global view and `tiles` tiles."""
         return self.tiles + 1
 
     @property
     def view_tokens(self) -> int:
-        """Image tokens of one view: its patches, or with tiling a quarter of them."""
+        """Image tokens of one view: the number of its patches, with tiling a quarter of it."""
         return self.patches // 4 if self.tiles else self.patches
 
     @property
     def image_tokens(self) -> int:
-        """Image tokens that a row has room for (with tiling, an image of fewer tiles has fewer)."""
+        """Places for image tokens in a row (with tiling, an image of fewer tiles fills only some of them)."""
         return self.views * self.view_tokens
 
     @property
     def token_width(self) -> int:
-        """Numbers that the projector is given for each image token."""
+        """Width of an image token at the projector's input; with tiling it holds four patches."""
         return 4 * self.width if self.tiles else self.width
 
     @property
@@ -137,12 +137,12 @@ class VisionConfig(Strict):
 
     @property
     def available_levels(self) -> tuple[Level, ...]:
-        """The levels that the built blocks reach."""
+        """The levels that this encoder computes."""
         return LEVELS[: LEVELS.index(self.built_level) + 1]
 
     @property
     def built_layers(self) -> int:
-        """Blocks that `built_level` needs."""
+        """Number of blocks that `built_level` needs."""
         return self.layers - 1 if self.built_level == "penultimate" else self.layers
 
 
@@ -172,7 +172,7 @@ class LanguageConfig(Strict):
         return self
 
     def is_built_like(self, other: "LanguageConfig") -> bool:
-        """Whether one's weights fit the other: all but name and chat template are the same."""
+        """Whether the two can have the same weights: everything but name and chat template is equal."""
         return self.model_copy(update={"name": other.name, "chat": other.chat}) == other
 
 
@@ -249,7 +249,7 @@ def language_shapes(c: LanguageConfig) -> Shapes:
 
 
 def parameter_shapes(vision: VisionConfig, language: LanguageConfig) -> Shapes:
-    """Every parameter of a GranViT (the teacher is `vision_shapes(vision, "teacher")`)."""
+    """Names and shapes of all parameters of a GranViT. Those of the teacher are `vision_shapes(vision, "teacher")`."""
     return vision_shapes(vision) | projector_shapes(vision, language) | language_shapes(language)
 
 

@@ -1,4 +1,4 @@
-"""Drawing on pictures: numpy arrays in, a picture that can be saved out."""
+"""Drawing boxes on images."""
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -6,7 +6,7 @@ from granvit.data.prompts import Box
 
 
 def draw_boxes(image_HW3: np.ndarray, boxes: dict[str, Box | None]) -> Image.Image:
-    """The picture with each box (relative to its size) outlined in its colour."""
+    """A Pillow image of `image_HW3` (uint8) with outlines of `boxes`: colour -> xyxy box relative to the image size, or None."""
     picture = Image.fromarray(image_HW3)
     draw, line = ImageDraw.Draw(picture), max(2, min(picture.size) // 150)
     for colour, box in boxes.items():

@@ -16,17 +16,17 @@ from granvit.stages import ANSWER
 
 
 def predict_command(arguments: Sequence[str] | None = None) -> int:
-    """One answer about one picture; returns the exit status."""
+    """Prints one answer about one picture; returns the exit status."""
     parser = argparse.ArgumentParser(
-        description="Asks a trained run about a picture: --box describes a region, --text finds one, neither describes it all.",
+        description="Asks a trained run about a picture: it describes a region (--box), finds one (--text), or describes it all.",
         epilog='Example: python scripts/predict.py --run runs/demo/stage2 photo.jpg --text "a red circle" --draw answer.png',
     )
     parser.add_argument("image", help="a picture file")
-    parser.add_argument("--run", required=True, help="a run's directory; its newest checkpoint answers")
+    parser.add_argument("--run", required=True, help="a run's directory; its newest checkpoint is used")
     question = parser.add_mutually_exclusive_group()
     question.add_argument("--box", metavar="x1,y1,x2,y2", help="region to describe, relative to the picture's size: 0..1")
     question.add_argument("--text", help="what to find")
-    parser.add_argument("--draw", metavar="OUT.png", help="save the picture: predicted box green, asked box blue")
+    parser.add_argument("--draw", metavar="OUT.png", help="save the picture with the predicted box (green) or --box (blue)")
     parser.add_argument("--framework", choices=("mindspore", "torch"), default="mindspore", help="default: %(default)s")
     options = parser.parse_args(arguments)
     to_console(0)
@@ -39,7 +39,7 @@ def _asked_box(text: str) -> Box:
     except ValueError:
         box = ()
     if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
-        raise ValueError(f"--box {text!r}: expected x1,y1,x2,y2, shares of the size with 0 <= x1 < x2 <= 1, 0 <= y1 < y2 <= 1")
+        raise ValueError(f"--box {text!r}: expected x1,y1,x2,y2 relative to the size, 0 <= x1 < x2 <= 1, 0 <= y1 < y2 <= 1")
     return box
 
 
@@ -47,7 +47,7 @@ def _predict(options: argparse.Namespace) -> None:
     run = Path(options.run)
     checkpoint = newest_checkpoint(run)
     if checkpoint is None:
-        raise ValueError(f"--run {run}: no checkpoint in {run / 'checkpoints'}")
+        raise ValueError(f"--run {run}: no checkpoint in {run / 'checkpoints'}; name a run that has saved one")
     config, vision, language = checkpoint.config, checkpoint.vision, checkpoint.language
     asked = None if options.box is None else _asked_box(options.box)
     if options.text is not None:
@@ -60,7 +60,7 @@ def _predict(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.image}: {error}") from None
     chat = load_chat(config, language)
     if chat.plain and (options.box or options.text):
-        raise ValueError(f"--run {run}: {config.stage} learned captions without questions; leave out --box and --text")
+        raise ValueError(f"--run {run}: {config.stage} was trained on captions without questions; leave out --box and --text")
     Engine = load_engine_class(options.framework)
     engine = Engine(config, vision, language, checkpoint.tensors("model"), stage=ANSWER)
     height, width = image_HW3.shape[:2]
@@ -70,5 +70,5 @@ def _predict(options: argparse.Namespace) -> None:
     if options.draw:
         predicted = parse_box(answer) if options.text is not None else None
         if options.text is not None and predicted is None:
-            log.warning("the answer is not a box: nothing to draw")
+            log.warning("the answer is not a box: no box is drawn")
         draw_boxes(image_HW3, {"green": predicted, "blue": asked}).save(options.draw)

@@ -1,6 +1,5 @@
-"""What the ranks of a run prove to each other before the first step: that they hold the same versions, configuration, data and
-weights. Rank 0 chooses the checkpoint; every rank states what it loaded itself, by hash, and a difference stops all of them
-(`granvit.agreement`)."""
+"""Checks before the first step that all ranks have the same versions, configuration, data and weights. Rank 0 chooses the
+checkpoint; every rank hashes what it loaded itself. If one differs, all ranks stop (`granvit.agreement`)."""
 import hashlib
 import json
 import logging
@@ -27,14 +26,14 @@ from granvit.launch import FRAMEWORKS, Framework
 from granvit.models import PARTS, LanguageConfig, VisionConfig, part_of
 
 log = logging.getLogger("granvit")
-SEEN_WITHIN = 90.0  # seconds; NFS keeps a directory's listing for up to 60
-PROGRESS = 10.0  # seconds between two lines about loading
-TOKENIZER = "tokenizer"  # its key among the fingerprints, beside `store PATH`
+SEEN_WITHIN = 90.0  # seconds to wait for a file written by rank 0; NFS caches a directory's listing for up to 60
+PROGRESS = 10.0  # seconds between two log lines about loading
+TOKENIZER = "tokenizer"  # key of the tokenizer's fingerprint; those of stores are `store PATH`
 
 
 def version_facts(framework: Framework) -> dict[str, Fact]:
-    """Versions of Python and of the installed packages that can enter a result, and one hash of our own sources (two checkouts
-    have one version)."""
+    """Versions of Python and of the installed packages that can change a result, and one hash of granvit's source files
+    (different checkouts have the same version number)."""
     others = {module for module in ("mindspore", "torch") if module != framework}
     facts = {f"version of {name}": Fact(version) for name, version in versions().items() if name not in others}
     facts["version of Python"] = Fact(platform.python_version())
@@ -47,7 +46,7 @@ def version_facts(framework: Framework) -> dict[str, Fact]:
 
 
 def configuration_facts(config: RunConfig, vision: VisionConfig, language: LanguageConfig, path: Path) -> dict[str, Fact]:
-    """Every key of the resolved configuration and of the two models' files."""
+    """Every key of the resolved configuration and of the encoder's and decoder's configurations."""
     facts: dict[str, Fact] = {}
     for prefix, tree, origin in (
         ("", config, str(path.resolve())),
@@ -67,7 +66,7 @@ def _leaves(tree: Any, key: str) -> Iterator[tuple[str, str]]:
 
 
 def fingerprints(config: RunConfig, chat: Chat) -> dict[str, str]:
-    """Of the tokenizer with its chat template, and of each store that the run trains on."""
+    """Fingerprints of the tokenizer with its chat template, and of each store in `data.sources`."""
     return {TOKENIZER: chat.contents_fingerprint} | _stores([source.path for source in config.data.sources])
 
 
@@ -76,7 +75,7 @@ def _stores(paths: Iterable[str]) -> dict[str, str]:
 
 
 def data_facts(config: RunConfig, chat: Chat, trained_on: dict[str, str]) -> dict[str, Fact]:
-    """The run's fingerprints and that of its held-out store."""
+    """Facts for the fingerprints in `trained_on` (see `fingerprints`) and for that of the held-out store."""
     held_out = _stores([] if config.eval.source is None else [config.eval.source])
     all_data = trained_on | held_out
     facts = {what: Fact(value, str(Path(what.removeprefix("store ")).resolve())) for what, value in all_data.items()}
@@ -84,17 +83,17 @@ def data_facts(config: RunConfig, chat: Chat, trained_on: dict[str, str]) -> dic
 
 
 def order_facts(loader: Loader) -> dict[str, Fact]:
-    """The counted token lengths of every store, from which the order of the data follows; each node may hold its own copy."""
+    """A hash of every store's token lengths, which determine the order of the data; each node may have its own copy."""
     counted = zip(loader.plan.stores, loader.plan.lengths, strict=True)
     return {f"token lengths of {store.path}": Fact(lengths.digest()[:16]) for store, lengths in counted}
 
 
 def agreed_checkpoint(ranks: Ranks, run: Path, wanted: bool = True) -> Checkpoint | None:
-    """The newest whole checkpoint that rank 0 finds in a run's directory (None: there is none, or rank 0 wants none), opened on
-    every rank, none of which lists the directory itself. All ranks must call it.
+    """The newest complete checkpoint that rank 0 finds in a run's directory, opened on every rank; None if there is none, or if
+    `wanted` is false on rank 0. Only rank 0 lists the directory. All ranks must call it.
 
-    `Refused` where a rank does not see it or holds other files under its name: what is not hashed here is compared with these
-    hashes whenever it is read.
+    `Refused` if a rank does not see the checkpoint or has other files under its name. Only state.json and the files of hashes are
+    compared here: tensors are checked against these hashes when they are read.
     """
     chosen = together(ranks, lambda: newest_step(run) if wanted and ranks.rank == 0 else None)
     step = broadcast(ranks, "" if chosen is None else str(chosen), 0)
@@ -112,30 +111,29 @@ def _digests(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _open_when_seen(path: Path) -> Checkpoint:
-    """Opens a checkpoint that rank 0 sees; a network file system may show it to this node a little later."""
+    """Opens a checkpoint that rank 0 sees. A network file system may show it to this node later: waits up to `SEEN_WITHIN`."""
     deadline = time.monotonic() + SEEN_WITHIN
     while not (path / "state.json").is_file():
         if time.monotonic() > deadline:
             raise ValueError(
-                f"{path.resolve()} is not there, though rank 0 sees it (waited {SEEN_WITHIN:.0f} s); a run's directory must be "
-                f"one that all nodes share"
+                f"{path.resolve()} does not exist on this rank, but rank 0 sees it (waited {SEEN_WITHIN:.0f} s); all nodes must "
+                f"share the run's directory"
             )
         with suppress(OSError):
-            os.listdir(path.parent)  # makes the file system ask again
+            os.listdir(path.parent)  # makes the file system refresh its cache
         time.sleep(min(1.0, SEEN_WITHIN))
     return open_checkpoint(path)
 
 
 class Loading:
-    """Tensors on their way into an engine, with a line about progress now and then. With `hashed` they are hashed as they pass,
-    in the precision they are stored in."""
+    """Passes tensors on to an engine, logs the progress, and with `hashed` hashes them in their stored dtype."""
 
     def __init__(self, what: str, total: int, hashed: bool):
         self.what, self.total, self.hashed = what, total, hashed
         self.digests: dict[str, str] = {}
 
     def watch(self, tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
-        """Passes the tensors on."""
+        """Yields the tensors unchanged."""
         start = logged = time.monotonic()
         count = size = 0
         for name, array in tensors:
@@ -150,14 +148,14 @@ class Loading:
         log.info(f"{self.what}: {count} tensors, {size / 1e9:.2f} GB in {time.monotonic() - start:.1f} s")
 
     def hashes(self) -> dict[str, str]:
-        """part -> the hash of what was loaded of it."""
+        """part -> hash of the part's loaded tensors."""
         return {part: set_digest({n: d for n, d in self.digests.items() if part_of(n) == part}) for part in PARTS}
 
 
 def weights_facts(hashes: dict[str, str], config: RunConfig, language: LanguageConfig,
                   source: Checkpoint | None) -> dict[str, Fact]:  # fmt: skip
-    """Each part's hash and where the part came from; `source` is the checkpoint that gave the weights, of this run or of
-    `model.init_from`."""
+    """The hash of each part's weights, and the directory or seed that they come from. `source` is the checkpoint that they were
+    loaded from, of this run or of `model.init_from` (None: no checkpoint)."""
     seed = f"random from seed {config.seed}"
     origins = dict.fromkeys(PARTS, seed)
     if config.model.init != "random":

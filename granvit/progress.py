@@ -1,4 +1,4 @@
-"""The progress line: live on a terminal, one plain line every `log_every` steps elsewhere."""
+"""The progress line: updated in place on a terminal, otherwise one log line every `log_every` steps."""
 from collections import deque
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ from rich.live import Live
 
 from granvit.logs import log
 
-WINDOW = 50  # steps that rates are averaged over
+WINDOW = 50  # rates are averaged over this many steps
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds of one step, those of them spent waiting for data, and what the global batch held."""
+    """Seconds of one step, seconds of it spent waiting for data, and numbers of questions and row tokens in the global batch."""
 
     seconds: float
     waiting: float
@@ -21,7 +21,7 @@ class StepTimes:
 
 
 class Progress:
-    """Rates over the last steps and the time left; `close` ends the live line."""
+    """Shows losses, rates over the last steps and the time left; `close` ends the live line."""
 
     def __init__(self, steps: int, log_every: int):
         self.steps, self.log_every = steps, log_every
@@ -33,7 +33,7 @@ class Progress:
             self.live.start()
 
     def step(self, record: dict, times: StepTimes) -> None:
-        """Takes in one step (`record` as in metrics.jsonl) and shows it when it is due; one that was left out has no losses."""
+        """Adds one step (`record` as in metrics.jsonl) and shows the line if it is due. A step that was left out is not shown."""
         self.recent.append(times)
         if "loss" not in record:
             return

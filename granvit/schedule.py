@@ -1,14 +1,14 @@
-"""Schedules as arrays over all steps, computed once: `array[step - 1]` is the value of optimizer step `step`."""
+"""Schedules as arrays, computed once for the whole run."""
 import numpy as np
 
 from granvit.config import DistillSection, OptimizerSection
 
 
 def learning_rates(c: OptimizerSection, steps: int) -> np.ndarray:
-    """Learning rate of every step, float64 `[steps]`.
+    """Learning rate of every step, float64 `[steps]`; element `step - 1` belongs to step number `step`.
 
-    Rises linearly to `lr` over the warm-up (its last step has `lr` itself), then follows half a cosine towards 0, which the
-    step after the last one would reach; or stays, and falls there in a straight line over the cool-down.
+    It rises linearly over the warm-up, whose last step has `lr` itself. With `cosine` it then follows half a cosine towards 0,
+    which the step after the last one would reach. With `constant` it stays at `lr` and falls linearly to 0 in the cool-down.
     """
     warmup = round(c.warmup * steps)
     step = np.arange(steps, dtype=np.float64)
@@ -20,6 +20,7 @@ def learning_rates(c: OptimizerSection, steps: int) -> np.ndarray:
 
 
 def alphas(c: DistillSection, steps: int) -> np.ndarray:
-    """The teacher's EMA rate at every step, float64 `[steps]`: linear from 0 over `alpha_warmup` steps, then `alpha`."""
+    """The teacher's EMA rate at every update (steps that were left out do not count), float64 `[steps]`: linear from 0 over
+    `alpha_warmup` updates, then `alpha`."""
     step = np.arange(steps, dtype=np.float64)
     return c.alpha * np.minimum(1.0, step / max(c.alpha_warmup, 1) if c.alpha_warmup else 1.0) * np.ones(steps)

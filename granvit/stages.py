@@ -1,24 +1,24 @@
-"""A stage as data: what it trains, which questions it mixes, which loss terms it has (paper section 4.1, SPEC section 1).
+"""The training stages: the parts that each trains, the tasks that it mixes, its loss terms (paper section 4.1, SPEC section 1).
 
 The paper's order: projector, stage1, stage2, (continued,) sft.
 """
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-RegionTask = Literal["global", "bbox2caption", "caption2bbox"]  # asked about a record of a region store
-Task = Literal[RegionTask, "conversation"]  # a conversation is asked whole, out of a store of conversations
+RegionTask = Literal["global", "bbox2caption", "caption2bbox"]  # questions about an image of a region store
+Task = Literal[RegionTask, "conversation"]  # a conversation, from a store of conversations, is one question
 REGION_TASKS: tuple[RegionTask, ...] = get_args(RegionTask)
 TASKS: tuple[Task, ...] = get_args(Task)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage trains, asks and adds to the loss.
+    """One training stage.
 
     `trains` names the parts that are trained; the others are frozen. `mix` is the share of the available questions of each task
-    that an epoch asks. `distill` adds the self-distillation term. `zero_image_tokens`: the decoder sees zeros in the place of
-    the image and answers from the question alone, which any useful model must exceed. `plain` is LLaVA's name for a row of the
-    image and the answer, without question and chat template (`granvit.data.chat`).
+    that one epoch uses. `distill` adds the self-distillation term. `zero_image_tokens` replaces the image tokens by zeros: the
+    decoder answers from the question alone, a baseline that a useful model must exceed. `plain` is LLaVA's name for rows of image
+    and answer, without question and chat template (`granvit.data.chat`).
     """
 
     name: str
@@ -44,4 +44,4 @@ STAGES = {
         Stage("guesser", frozenset({"language"}), {"bbox2caption": 1.0, "caption2bbox": 1.0}, zero_image_tokens=True),
     )
 }
-ANSWER = Stage("answer", frozenset(), {})  # of no run: `granvit.predict` asks a finished run, and nothing is trained
+ANSWER = Stage("answer", frozenset(), {})  # not a training stage: `granvit.predict` uses it, because nothing is trained there

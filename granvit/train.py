@@ -1,4 +1,4 @@
-"""The commands behind scripts/: a stage's training run."""
+"""The training commands: scripts/STAGE.py and `granvit-train STAGE`."""
 import argparse
 import importlib
 import logging
@@ -40,16 +40,16 @@ from granvit.trainer import Trainer
 
 PAPER_STAGES = ("projector", "stage1", "stage2", "continued", "sft")
 ANY_TRAIN = "$(command -v granvit-train)"
-REPLACED = ("checkpoints", "parts", "eval", "tensorboard", "metrics.jsonl", "config.yaml")  # what --fresh puts aside
+REPLACED = ("checkpoints", "parts", "eval", "tensorboard", "metrics.jsonl", "config.yaml")  # what --fresh moves away
 
 
 def train_command(
     stage: str, arguments: Sequence[str] | None = None, compose: Compose = Packer.row, script: str | None = None
 ) -> int:
-    """Runs one stage as the command line says; returns the exit status.
+    """Runs one stage with the options of the command line; returns the exit status.
 
-    `compose` makes rows of records and questions (the demo's pretraining has its own). `script` is what a launcher starts, in
-    the words of --help (default: scripts/STAGE.py).
+    `compose` builds a row from a record and its questions (the demo's text pretraining has its own function). `script` is the
+    file that a launcher starts, as --help shows it (default: scripts/STAGE.py).
     """
     options = _train_options(stage, arguments, script or f"scripts/{stage}.py")
     try:
@@ -66,18 +66,18 @@ def train_command(
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)  # an orderly exit would wait in the framework for ranks that are stuck in a collective
+        os._exit(status)  # a normal exit would wait in the framework for ranks that hang in a collective
     return status
 
 
 def any_train_command(arguments: Sequence[str] | None = None) -> int:
-    """`granvit-train STAGE ...`, which is `scripts/STAGE.py ...` of an installed package; returns the exit status."""
+    """`granvit-train STAGE ...`, the same as `scripts/STAGE.py ...` in a checkout; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="granvit-train",
         description="Trains one of GranViT's stages, as scripts/STAGE.py does in a checkout.",
-        epilog=f"`granvit-train STAGE --help` has the rest. msrun and torchrun start a file: msrun ... {ANY_TRAIN} stage1 ...",
+        epilog=f"`granvit-train STAGE --help` has all options. msrun and torchrun need a file: msrun ... {ANY_TRAIN} stage1 ...",
     )
-    parser.add_argument("stage", choices=PAPER_STAGES, help="the paper's order is that of the list")
+    parser.add_argument("stage", choices=PAPER_STAGES, help="the stage, listed in the paper's order")
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="--config, --framework, --fresh, key=value")
     options = parser.parse_args(arguments)
     return train_command(options.stage, options.rest, script=f"{ANY_TRAIN} {options.stage}")
@@ -88,7 +88,7 @@ def _train_options(stage: str, arguments: Sequence[str] | None, script: str) -> 
     parser = argparse.ArgumentParser(
         prog=f"granvit-train {stage}" if script.startswith(ANY_TRAIN) else None,
         description=f"Trains {stage} of GranViT. Without arguments: the paper's run (configs/{stage}.yaml). "
-        f"The same command resumes an interrupted run.",
+        f"To resume an interrupted run, repeat the command.",
         epilog=f"Examples: msrun --worker_num 2 --local_worker_num 2 --join True {script} train.steps=50;  "
         f"torchrun --nproc_per_node 2 {script} --framework torch"
         + (f" --config configs/demo/{stage}.yaml" if small.exists() else "")
@@ -96,19 +96,19 @@ def _train_options(stage: str, arguments: Sequence[str] | None, script: str) -> 
     )
     parser.add_argument("--config", default=default, help="YAML of the run (default: %(default)s)")
     parser.add_argument("--framework", choices=("mindspore", "torch"), default="mindspore", help="default: %(default)s")
-    parser.add_argument("--fresh", action="store_true", help="start over; what the directory holds is put aside, not deleted")
+    parser.add_argument("--fresh", action="store_true", help="start over; earlier results are moved to a subdirectory of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the YAML, as in optimizer.lr=2e-5")
     return parser.parse_intermixed_args(arguments)
 
 
 def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[Guard], compose: Compose) -> None:
     """One run, from the configuration to the last checkpoint."""
-    # 1. What to run, and whether it can be run from here.
+    # 1. Read the configuration; check launcher, framework and port.
     config = load_config(find_config(options.config), options.overrides)
     if config.stage != stage:
         raise ValueError(f"{options.config} configures {config.stage!r}, but this script runs {stage!r}")
     if config.runtime.compute == "float16":
-        raise ValueError("runtime.compute float16: small gradients vanish in it, no loss is scaled here; use bfloat16")
+        raise ValueError("runtime.compute=float16 is not supported in training, it would need loss scaling; use bfloat16")
     vision, language = resolve_models(config)
     config.local_micro_batches(launch.world)
     run = Path(config.output)
@@ -126,20 +126,20 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
         if options.fresh:
             _put_aside(run)
 
-    # 2. The ranks meet before anything that takes long, and agree on what they run.
+    # 2. Join the process group before anything slow; compare versions and configuration.
     ranks = _join(Engine, config, launch, guard[0])
     if launch.rank:
-        to_file(run, launch.rank)  # only now is it certain that rank 0 holds the directory
+        to_file(run, launch.rank)  # not before rank 0 has the lock on the directory
     agree(ranks, version_facts(options.framework) | configuration_facts(config, vision, language, find_config(options.config)))
 
-    # 3. Weights: this run's newest checkpoint, or the start weights. Directories and names are checked now, tensors read later.
+    # 3. Choose the weights: this run's newest checkpoint or the start weights. Checks files and names; tensors are read later.
     checkpoint = agreed_checkpoint(ranks, run, wanted=not options.fresh)
     if checkpoint is not None:
         stated = [assignment.partition("=")[0] for assignment in options.overrides]
         if checkpoint.ranks is None:
             log.warning(
-                f"{checkpoint.path} was written by an earlier version, which had another order of the data: some questions of "
-                f"the {WINDOW} steps around it are asked twice, some never"
+                f"{checkpoint.path} was written by an earlier version with another order of the data: in the {WINDOW} steps "
+                f"around it some questions are used twice, some never"
             )
         _log_changes(together(ranks, lambda: check_same_run(checkpoint, config, vision, language, ranks.world, stated)))
     init_from = config.model.init_from if checkpoint is None else None
@@ -151,18 +151,18 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
 
     together(ranks, lambda: check_memory(config, vision, language, Engine.memory(config.runtime.device)))
 
-    # 4. Data and model.
+    # 4. Open the stores, build the model and load the weights.
     chat = together(ranks, lambda: load_chat(config, language))
     data_fingerprints = together(ranks, lambda: fingerprints(config, chat))
     agree(ranks, together(ranks, lambda: data_facts(config, chat, data_fingerprints)))
     if checkpoint is not None:
         together(ranks, lambda: check_same_data(checkpoint, data_fingerprints))
     loader = together(
-        ranks, lambda: Loader(config, vision, chat, launch.rank, launch.world, compose), "tokens of the stores are counted once"
+        ranks, lambda: Loader(config, vision, chat, launch.rank, launch.world, compose), "counting the tokens of the stores, once"
     )
     if ranks.world > 1:
         agree(ranks, together(ranks, lambda: order_facts(loader)))
-    # A checkpoint's hashes are known, and every read is compared with them; rank 0's writer hashes the start weights.
+    # Other cases need no hashing here: reading a checkpoint compares its hashes, and rank 0's writer hashes the start weights.
     hashes_unknown = ranks.world > 1 and checkpoint is None and launch.rank > 0
     loading = Loading("weights", len(parameter_shapes(vision, language)), hashed=hashes_unknown)
 
@@ -171,8 +171,8 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
         recorded = writer.record_start(start) if writer is not None and checkpoint is None else start
         return writer, Engine(config, vision, language, loading.watch(recorded), ranks)
 
-    also_waiting_for = f", and rank 0 writes the start weights to {run / 'parts'}" if checkpoint is None else ""
-    writer, engine = together(ranks, build, f"weights are loaded{also_waiting_for}")
+    also_waiting_for = f"; rank 0 also writes the start weights to {run / 'parts'}" if checkpoint is None else ""
+    writer, engine = together(ranks, build, f"loading weights{also_waiting_for}")
     if ranks.world > 1:
         if checkpoint is not None:
             hashes = {name: part.hash for name, part in checkpoint.parts.items()}
@@ -203,35 +203,35 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
     with memory_errors(lambda: f"in step {trainer.step + 1}", run, smaller, NOTHING_SMALLER):
         complete = trainer.run(checkpoint)
     log.info(f"compilations: {engine.compilations or 'none (eager)'}")
-    log.info(f"run {run} is complete" if complete else f"run {run}: the same command resumes it")
+    log.info(f"run {run} is complete" if complete else f"run {run} is not complete: the same command resumes it")
     engine.close()
     if lock is not None:
         lock.release()
 
 
 def _join(Engine: type[TrainEngine], config: RunConfig, launch: Launch, guard: Guard) -> Ranks:
-    """Joins the process group, which ends by itself or by the watchers where a rank does not come."""
+    """Joins the process group. If a rank fails to join, the framework's timeout or the watcher ends this process."""
     if launch.world > 1:
         log.info(f"waiting for {launch.world} ranks to meet at {launch.address}")
     ranks = Engine.join(config.runtime.device)
     guard.take_signals()
     if (ranks.rank, ranks.world) != (launch.rank, launch.world):
-        raise RuntimeError(f"rank {ranks.rank} of {ranks.world} in the framework, {launch.rank} of {launch.world} by launcher")
+        raise RuntimeError(f"the framework says rank {ranks.rank} of {ranks.world}, the launcher {launch.rank} of {launch.world}")
     return ranks
 
 
 def _log_changes(changed: list[str]) -> None:
-    """Names what a resumed run does otherwise than before."""
+    """Logs the settings in which a resumed run differs from the run before."""
     for line in changed:
         if line.startswith("runtime.compute"):
-            log.warning(f"{line}: every step from here on is rounded otherwise")
+            log.warning(f"{line}: from here on rounding differs in every step")
         else:
             log.info(f"resumed with {line}")
 
 
 def _checkpoint_writer(run: Path, config: RunConfig, vision: VisionConfig, language: LanguageConfig,
                        checkpoint: Checkpoint | None, data_fingerprints: dict[str, str]) -> CheckpointWriter:  # fmt: skip
-    """Rank 0's writer, with the run's configuration on disk."""
+    """Rank 0's checkpoint writer. Also writes the resolved configuration to RUN/config.yaml."""
     start = {} if checkpoint is None else {name: part.start for name, part in checkpoint.parts.items()}
     writer = CheckpointWriter(run, config, vision, language, start, data_fingerprints)
     (run / "config.yaml").write_text(dump_config(config))
@@ -250,8 +250,8 @@ def _log_start(config: RunConfig, engine, framework: str, chat: Chat, loader: Lo
     spec = config.stage_spec
     if spec.distill and not any(spec.mix.get(task, 0) > 0 for task in ("bbox2caption", "caption2bbox")):
         log.warning(
-            "self-distillation has no part in this run: it compares the regions asked about, and data.mix asks neither "
-            "bbox2caption nor caption2bbox"
+            "self-distillation has no effect in this run: it compares features of the regions in questions, and data.mix has "
+            "neither bbox2caption nor caption2bbox"
         )
 
 
@@ -267,5 +267,5 @@ def _put_aside(run: Path) -> None:
 
 
 def _run_scheduler() -> None:
-    """msrun runs this script once more as the cluster's scheduler: it serves the workers until they have left."""
+    """Runs the cluster's scheduler, for which msrun starts this script once more. It ends when all workers have left."""
     importlib.import_module("ms_granvit.distributed").join("cpu")

@@ -1,9 +1,9 @@
 """The one training loop, for every stage and both frameworks.
 
-A step: this rank's micro-batches; what the global batch holds, summed over the ranks; the engine's step; one line of
-metrics; checkpoint and evaluation where they are due. A step whose loss is not finite is left out: it is counted and logged,
-and changes no weight. Everything that ranks must agree on (counts, the wish to stop, whether a checkpoint was written) passes
-through `engine.all_sum`, so no rank waits for one that has left.
+One step: read this rank's micro-batches, sum the counts of the global batch over the ranks, call the engine's step, write one
+line of metrics, save a checkpoint and evaluate if they are due. A step with a non-finite loss or gradient is left out: it is
+counted and logged, and no weight changes. All decisions that concern all ranks (counts, a request to stop, a failed checkpoint)
+are shared through `engine.all_sum`, so that no rank waits for one that has ended.
 """
 import json
 import time
@@ -27,12 +27,12 @@ from granvit.models import PARTS
 from granvit.progress import Progress, StepTimes
 from granvit.schedule import alphas, learning_rates
 
-BAD_AFTER = 1000  # items after which data.max_bad_fraction is enforced
-NAMED = 10  # bad records that each rank's log names; the others are counted
+BAD_AFTER = 1000  # data.max_bad_fraction is enforced after this many items
+NAMED = 10  # each rank's log names this many bad items; later ones are only counted
 
 
 class Batches(Protocol):
-    """What the trainer needs of `granvit.data.loader.Loader`."""
+    """The interface of `granvit.data.loader.Loader` that the trainer uses."""
 
     steps: int
 
@@ -41,13 +41,13 @@ class Batches(Protocol):
 
 
 class TrainingStopped(RuntimeError):
-    """The run cannot go on (loss not finite, no checkpoint possible); the message says why and what was kept."""
+    """The run cannot continue (loss not finite, out of memory, checkpoint not saved); the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What the global batch of one step holds: supervised tokens, valid boxes, questions, items that could not be used, row
-    tokens (all that is not padding), and how many ranks wish to stop."""
+    """Counts over the global batch of one step: supervised tokens, valid boxes, questions, skipped items, row tokens (without
+    padding), and ranks that were asked to stop."""
 
     tokens: float
     boxes: float
@@ -58,7 +58,7 @@ class Counts:
 
 
 class Output:
-    """What rank 0 shows and keeps of every step."""
+    """Rank 0's output: metrics.jsonl, TensorBoard files and the progress line."""
 
     def __init__(self, run: Path, after_step: int, steps: int, log_every: int):
         self.metrics = MetricsFile(run / "metrics.jsonl", after_step)
@@ -71,7 +71,7 @@ class Output:
         self.progress.step(record, times)
 
     def evaluation(self, step: int, found: Evaluation) -> None:
-        """Shows and keeps what was found after `step`; metrics.jsonl has a line of its own for it, once."""
+        """Writes the evaluation after `step`. Does nothing if a run that was interrupted has written it already."""
         self.progress.held_out = found.held_out.get("loss")
         if self.metrics.last.get("step") == step and "held_out" in self.metrics.last:
             return
@@ -88,11 +88,11 @@ class Output:
 class Trainer:
     """Drives one engine through one run.
 
-    `writer` is None on ranks other than 0. `should_stop` says whether this rank was asked to stop. `evaluate` is the run's
-    `granvit.evaluate.Evaluator` (None: it has none).
+    `writer` is None on ranks other than 0. `should_stop` returns whether this rank was asked to stop. `evaluate` evaluates the
+    model after a step, as `granvit.evaluate.Evaluator` (None: no evaluation).
 
-    `non_finite` counts the steps that were left out, over the whole run. The learning rate follows the steps, whose number is the
-    run's; AdamW's bias correction and the warm-up of the EMA rate count updates, which are the steps less those.
+    `non_finite` counts the steps that were left out in the whole run. The learning rate depends on the number of steps, left-out
+    ones included. AdamW's bias correction and the warm-up of the EMA rate depend on the number of updates, without them.
     """
 
     def __init__(self, config: RunConfig, engine: TrainEngine, loader: Batches, run: Path, writer: CheckpointWriter | None,
@@ -101,12 +101,12 @@ class Trainer:
         self.should_stop, self.evaluate = should_stop, evaluate
         self.step = 0
         self.questions = self.skipped = self.non_finite = 0  # over the whole run, all ranks
-        self.in_a_row = 0  # of the newest steps, how many were left out since this start
-        self.skipped_here: Counter[str] = Counter()  # reasons, this rank, since its start
+        self.in_a_row = 0  # consecutive steps left out, up to the newest one
+        self.skipped_here: Counter[str] = Counter()  # reason -> items that this rank skipped since its start
         self.output: Output | None = None
 
     def run(self, checkpoint: Checkpoint | None) -> bool:
-        """Trains from `checkpoint` (None: from the start weights) to the last step; False where it was asked to stop before."""
+        """Trains from `checkpoint` (None: from the start weights) to the last step. Returns False if it was stopped before."""
         steps, config, engine = self.loader.steps, self.config, self.engine
         rates, ema_rates = learning_rates(config.optimizer, steps), alphas(config.distill, steps)
         if checkpoint is not None:
@@ -117,7 +117,7 @@ class Trainer:
         stop = due = False
         try:
             if checkpoint is not None:
-                self._evaluate()  # where the interruption came between the checkpoint and its evaluation
+                self._evaluate()  # if the run was interrupted between this checkpoint and its evaluation
             for step in range(self.step + 1, steps + 1):
                 began = time.perf_counter()
                 micro_batches = next(batches)
@@ -140,7 +140,7 @@ class Trainer:
                 if self.in_a_row > config.train.skip_non_finite:
                     self._stop_non_finite(left_out, checkpoint)
                 stop = counts.stop > 0 and step < steps
-                due = due or step % config.train.checkpoint_every == 0  # after a step that was left out, at the next finite one
+                due = due or step % config.train.checkpoint_every == 0  # after a left-out step: at the next one
                 if (due and result is not None) or step == steps or stop:
                     self._save()
                     due = False
@@ -161,11 +161,11 @@ class Trainer:
             self.engine.load(group, checkpoint.tensors(group))
         self.step = checkpoint.step
         self.questions, self.skipped = checkpoint.counters["questions"], checkpoint.counters["skipped"]
-        self.non_finite = checkpoint.counters.get("non_finite", 0)  # earlier versions left no step out
+        self.non_finite = checkpoint.counters.get("non_finite", 0)  # earlier versions have no such counter
         log.info(f"resumed from {checkpoint.path}")
 
     def _count(self, micro_batches: Sequence[Batch]) -> Counts:
-        """Counts this rank's batches, names what they could not use, and sums over the ranks."""
+        """Counts of the global batch. Logs the items that this rank skipped."""
         skipped = [item for batch in micro_batches for item in batch.skipped]
         for record_id, reason in skipped:
             if self.skipped_here.total() < NAMED:
@@ -182,24 +182,24 @@ class Trainer:
         return Counts(*self.engine.all_sum(np.array(own, np.float32)).tolist())
 
     def _check_data(self, step: int, counts: Counts) -> None:
-        """`ValueError`, on all ranks alike, where the data cannot be trained on."""
+        """`ValueError`, on all ranks, if too many items were skipped or the global batch has no supervised token."""
         skipped = self.skipped + int(counts.skipped)
         items, allowed = self.questions + int(counts.questions) + skipped, self.config.data.max_bad_fraction
         if items >= BAD_AFTER and skipped > allowed * items:
             self._log_skipped()
             raise ValueError(
                 f"step {step}: {skipped} of {items} records or questions could not be used, more than data.max_bad_fraction "
-                f"{allowed}. {self.run_directory}/log names the first of each rank; mend the data or raise the limit"
+                f"{allowed}. {self.run_directory}/log names the first of each rank; repair the data or raise the limit"
             )
         if counts.tokens == 0:
             self._log_skipped()
             raise ValueError(
-                f"step {step}: no supervised token in the whole global batch ({int(counts.skipped)} items skipped): tokenizer "
-                f"and chat template do not match the model, or data.buckets are too short for every question"
+                f"step {step}: no supervised token in the whole global batch ({int(counts.skipped)} items skipped): use the "
+                f"model's tokenizer and chat template, or longer data.buckets"
             )
 
     def _record(self, result: StepResult | None, step_inputs: StepInputs, counts: Counts, seconds: float, waiting: float) -> None:
-        """One line of metrics. That of a step that was left out (`result` None) has no losses and names itself `non_finite`."""
+        """Writes one line of metrics. A step that was left out (`result` None) has `non_finite` instead of losses."""
         if self.output is None:
             return
         rate, rates = float(step_inputs.learning_rate), self.config.optimizer
@@ -211,7 +211,7 @@ class Trainer:
             record["loss_distill"], record["grad_norm"] = result.loss_distill, result.grad_norm
         record |= {
             "lr": rate,
-            "questions": int(counts.questions),  # answered, the global ones included
+            "questions": int(counts.questions),  # region questions, global questions and conversations
             "skipped": int(counts.skipped),
             "seconds": seconds,
             "tokens": int(counts.tokens),
@@ -220,15 +220,15 @@ class Trainer:
         if result is not None:
             variance = result.feature_std**2
             record["feature_std"] = result.feature_std
-            if self.config.train.loss_reduction == "global":  # else the loss is no mean over the boxes, as the variance is
-                # With `mse`, a student that gives every cell the mean of its box's teacher cells scores 1.
+            if self.config.train.loss_reduction == "global":  # with per_device the loss is no mean over boxes
+                # With `mse`, a student whose cells all equal the mean of the teacher's cells in the box has the value 1.
                 record["distill_relative"] = result.loss_distill / variance if variance > 0 else 0.0
         shares = {part: rates.of_part(part)[0] / rates.lr for part in PARTS if part in self.config.stage_spec.trains}
         record |= {f"lr_{part}": rate * share for part, share in shares.items() if share != 1}
         self.output.step(record, StepTimes(seconds, waiting, counts.questions, counts.row_tokens))
 
     def _evaluate(self) -> None:
-        """Evaluates the model where that is due after the current step; what an interrupted run kept is not computed again."""
+        """Evaluates the model if that is due after the current step. An evaluation that was saved before is not repeated."""
         every = self.config.eval.every
         due = self.step == self.loader.steps or (every and self.step % every == 0)
         if self.evaluate is None or not due:
@@ -243,7 +243,7 @@ class Trainer:
                 log.info(f"step {self.step} held-out {name}: {line}")
 
     def _save(self) -> None:
-        """Rank 0 writes (all ranks hold the same weights); the others wait for its word, and go down with it if it fails."""
+        """Rank 0 writes a checkpoint (all ranks have the same weights). The others wait for it and also stop if it fails."""
         error: Exception | None = None
         if self.writer is not None:
             try:
@@ -254,48 +254,48 @@ class Trainer:
                     for name, part in saved.parts.items()
                 )
                 log.info(f"checkpoint {saved.path}: {parts}")
-            except Exception as failure:  # told to the other ranks below, then raised
+            except Exception as failure:  # raised below, after the other ranks know of it
                 error = failure
         if self._any_rank(error is not None):
-            raise error or TrainingStopped(f"rank 0 could not save step {self.step}; its log says why")
+            raise error or TrainingStopped(f"rank 0 could not save step {self.step}; see its log for the reason")
 
     def _any_rank(self, flag: bool) -> bool:
         return bool(self.engine.all_sum(np.array([flag], np.float32))[0] > 0)
 
     def _leave_out(self, step: int, micro_batches: Sequence[Batch], error: NonFiniteLoss) -> str:
-        """Counts and logs a step that is left out, on all ranks; returns what happened and where (ranks, this rank's records)."""
+        """Counts and logs a step that is left out. Returns a description with the ranks and this rank's records concerned."""
         records = [i for m in error.micro_batches for i in micro_batches[m].record_ids if i]
         culprit = np.zeros(self.engine.world, np.float32)
         culprit[self.engine.rank] = len(error.micro_batches)
         ranks = np.flatnonzero(self.engine.all_sum(culprit)).tolist()
         self.non_finite, self.in_a_row = self.non_finite + 1, self.in_a_row + 1
         here = f"; records of rank {self.engine.rank}: {', '.join(records)}" if records else ""
-        where = f"rank(s) {', '.join(map(str, ranks))}" if ranks else "no rank's own loss, so the gradient is not finite"
+        where = f"rank(s) {', '.join(map(str, ranks))}" if ranks else "the gradient, all losses are finite"
         what = f"step {step}: {error}; from {where}{here}"
         log.warning(f"left out: {what}")
         return what
 
     def _stop_non_finite(self, what: str, checkpoint: Checkpoint | None) -> None:
-        """Stops all ranks after too many steps in a row were left out, and keeps the state, in which they are counted.
+        """Stops all ranks after too many consecutive steps were left out, and saves a checkpoint that counts these steps.
 
-        Not where every step since `checkpoint` (None: since the start weights) was left out: then the weights may be at
-        fault, and a run that is restarted again and again would replace its good checkpoints by copies of the same weights.
+        If every step since `checkpoint` (None: since the start weights) was left out, no checkpoint is saved. Then the weights
+        may be the cause, and a run that is restarted repeatedly would replace older, good checkpoints by copies of them.
         """
         limit = f"train.skip_non_finite allows {self.config.train.skip_non_finite} in a row"
         self._log_skipped()
         if self.step - (0 if checkpoint is None else checkpoint.step) == self.in_a_row:
-            since, remedy = "the start weights", "check them and runtime.compute"
+            since, remedy = "the start weights", "check the weights and runtime.compute"
             if checkpoint is not None:
                 since, remedy = str(checkpoint.path), "go back to an earlier checkpoint by moving this one away"
             raise TrainingStopped(
-                f"{what}; {limit}, and no step since {since} was finite. Nothing is saved: {remedy}, or raise "
+                f"{what}; {limit}, and no step since {since} was finite. No checkpoint was saved: {remedy}, or raise "
                 f"train.skip_non_finite"
             )
         self._save()
         raise TrainingStopped(f"{what}; {limit}; saved as step {self.step}: the same command continues after it")
 
     def _log_skipped(self) -> None:
-        """Logs how much could not be used since this start, by reason, summed over the ranks, which all call it together."""
+        """Logs the numbers of skipped items since this start by reason, summed over the ranks. All ranks must call it."""
         if not self._any_rank(self.skipped_here.total() > 0):
             return
         own = json.dumps(dict(self.skipped_here.most_common()))

@@ -1,11 +1,12 @@
-"""The process beside each rank that ends it when the job around it has ended. Standard library only; run by path.
+"""The watcher: a process for each rank that ends the rank when another rank or the launcher has ended. It uses only the standard
+library and is started by its path.
 
-A rank that waits in a collective cannot look around itself (the framework may hold the interpreter's lock there), so this runs
-outside it, in a session of its own. Five times a second it asks:
-- is the rank gone without a word (kill -9)? Then it says so in a marker file in the run's directory and ends.
-- is there another rank's marker? Then it logs the reason and kills its rank.
-- is the launcher gone that should outlive the ranks? Then it asks the rank to stop at the next step (SIGTERM), kills the
-  `tail -f` that msrun left on the rank's output, and kills the rank if it is still there after the grace period.
+A rank that waits in a collective cannot check anything itself (the framework may hold the interpreter lock), so the watcher is a
+separate process with a session of its own. Five times a second it checks:
+- Has its rank ended without reporting it (kill -9)? Then it writes a marker file into the run's directory and exits.
+- Is there a marker file of another rank? Then it logs the reason and kills its rank.
+- Has a launcher ended that should outlive the ranks? Then it asks the rank to stop after the current step (SIGTERM), kills the
+  `tail -f` that msrun left running on the rank's output, and kills the rank if it still runs after the grace period.
 """
 import json
 import os
@@ -16,18 +17,18 @@ import time
 from pathlib import Path
 
 POLL = 0.2
-GRACE_FAILURE = 2.0  # seconds for a rank to leave by itself after another one failed
-GRACE_LAUNCHER = 300.0  # seconds to reach the end of a step and save after the launcher died
-SAME_HOST_SKEW = 2.0  # seconds within which one job's ranks start on one host
+GRACE_FAILURE = 2.0  # seconds for a rank to end by itself after another one failed
+GRACE_LAUNCHER = 300.0  # seconds to finish a step and save after the launcher has ended
+SAME_HOST_SKEW = 2.0  # seconds within which the ranks of one job start on one host
 
 
 def stat_fields(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat from the third (state) on."""
+    """The fields of /proc/PID/stat, beginning with the third (state)."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def parent_of(pid: int) -> int:
-    """The parent's process id; 0 where the process is gone."""
+    """The parent's process id; 0 if the process does not exist."""
     try:
         return int(stat_fields(pid)[1])
     except (OSError, IndexError):
@@ -35,23 +36,23 @@ def parent_of(pid: int) -> int:
 
 
 def start_time(pid: int) -> float:
-    """When a process started, in seconds since the epoch (10 ms resolution)."""
+    """The start time of a process in seconds since the epoch (10 ms resolution)."""
     boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
     return int(boot.split()[1]) + int(stat_fields(pid)[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def marker_path(run: Path, key: str, name: str) -> Path:
-    """The file in which member `name` of the job `key` states why it failed."""
+    """The marker file in which member `name` of job `key` reports why it failed. Members are the ranks and msrun's scheduler."""
     return run / f".failure-{key}-{name}.json"
 
 
 def lock_path(run: Path) -> Path:
-    """The file that rank 0 holds while the run goes on, with its name in it."""
+    """The file that rank 0 locks while the run is active; it names rank 0's process."""
     return run / ".lock"
 
 
 def ended_in_order(run: Path, started: float) -> bool:
-    """Whether rank 0 has let go of the run in order since `started`: then its lock file is empty."""
+    """Whether rank 0 has released the run in order since the time `started`: then the lock file is empty."""
     try:
         lock = lock_path(run).stat()
     except OSError:
@@ -60,7 +61,7 @@ def ended_in_order(run: Path, started: float) -> bool:
 
 
 def write_marker(run: Path, key: str, name: str, started: float, reason: str) -> None:
-    """States a failure to the other members of the job; an earlier statement of this member and job stands."""
+    """Reports a failure to the other members of the job. An earlier report of the same process is kept."""
     path = marker_path(run, key, name)
     stated = read_marker(path)
     if stated is not None and stated["started"] == started:
@@ -71,7 +72,7 @@ def write_marker(run: Path, key: str, name: str, started: float, reason: str) ->
 
 
 def read_marker(path: Path) -> dict | None:
-    """A marker's contents; None where there is none."""
+    """The contents of a marker file; None if it does not exist or cannot be read."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -79,10 +80,10 @@ def read_marker(path: Path) -> dict | None:
 
 
 def other_failure(run: Path, key: str, name: str, started: float) -> str | None:
-    """Why another member of the same job failed; None where none did.
+    """Why another member of the same job failed; None if none did.
 
-    An earlier job with the same key (the scheduler's address) may have left markers: on one host a job's members start
-    together, and across hosts what was written before this member started is not its job's.
+    Markers of an earlier job with the same key (the address where the ranks meet) are ignored: on this host, markers of processes
+    that started more than `SAME_HOST_SKEW` seconds before this member; from other hosts, markers written before it started.
     """
     for path in run.glob(f".failure-{key}-*.json"):
         stated = read_marker(path) if path != marker_path(run, key, name) else None
@@ -107,11 +108,11 @@ def _kill_tails(output: str) -> None:
                 if os.path.realpath(followed) == output:
                     os.kill(int(folder.name), signal.SIGKILL)
         except (OSError, ValueError):
-            continue  # ended meanwhile, or another user's
+            continue  # the process has ended, or belongs to another user
 
 
 def main(argv: list[str]) -> None:
-    """`watcher.py JSON`: rank's pid, launcher's pid (0: none to outlive), run, key, name, start time, scheduler, log."""
+    """`watcher.py JSON` with the keys that `granvit.launch.Guard` writes; `launcher` 0: no launcher is watched."""
     job = json.loads(argv[1])
     rank, launcher, run, key, name = job["rank"], job["launcher"], Path(job["run"]), job["key"], job["name"]
     output = os.path.realpath("/proc/self/fd/1")
@@ -130,9 +131,9 @@ def main(argv: list[str]) -> None:
     deadline = None
     while True:
         if os.getppid() != rank:
-            # An orderly end is announced on the pipe, except by MindSpore's scheduler, which leaves without returning to Python.
+            # The rank announces an orderly end on the pipe. MindSpore's scheduler cannot: it exits without returning to Python.
             if not os.read(0, 16) and not (job["scheduler"] and ended_in_order(run, job["started"])):
-                reason = f"killed (process {rank} ended without a word)"
+                reason = f"killed (process {rank} ended without reporting an error)"
                 write_marker(run, key, name, job["started"], reason)
                 say(f"{name}: {reason}")
             return
@@ -140,17 +141,17 @@ def main(argv: list[str]) -> None:
         if failure is not None:
             time.sleep(GRACE_FAILURE)
             if os.getppid() == rank:
-                say(f"{name} ends because {failure}")
+                say(f"{name} is stopped because {failure}")
                 kill()
             return
         if deadline is None and launcher and parent_of(rank) != launcher:
-            say(f"{name}: the launcher (process {launcher}) is gone; stopping after the next step")
+            say(f"{name}: the launcher (process {launcher}) has ended; stopping after the current step")
             _kill_tails(output)
             if not job["scheduler"]:
                 os.kill(rank, signal.SIGTERM)
             deadline = time.monotonic() + GRACE_LAUNCHER
         if deadline is not None and time.monotonic() > deadline:
-            say(f"{name}: still running {GRACE_LAUNCHER:.0f} s after its launcher died; killed")
+            say(f"{name}: still running {GRACE_LAUNCHER:.0f} s after its launcher ended; killed")
             kill()
             return
         time.sleep(POLL)

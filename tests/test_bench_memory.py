@@ -1,4 +1,4 @@
-"""`scripts/bench.py memory` on the tiny models: what it tracks against exact counts, and its formula against what it tracks."""
+"""`scripts/bench.py memory` on the tiny models: tracked bytes against exact counts, and the formula against tracked bytes."""
 import sys
 from math import prod
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_recomputation_and_fewer_rows_keep_less():
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2", "sft"])
 def test_the_formula_is_near_what_is_tracked(stage):
-    """At sizes this small what is left out of the formula (sines, lists of places) counts for more than at full size."""
+    """At these small sizes the tensors that the formula ignores (sines, lists of positions) matter more than at full size."""
     config = run_config(stage=stage)
     for recompute in (False, True):
         predicted, _ = activation_bytes(*resolve_models(config), config.stage_spec.trains, 2, LENGTH, ANSWERS, recompute)

@@ -1,4 +1,4 @@
-"""Every shipped YAML against the script that takes it, and what the commands say to mistakes."""
+"""Every shipped YAML against the script that takes it, and the error messages of the commands."""
 import os
 import subprocess
 import sys
@@ -46,7 +46,7 @@ def test_the_papers_runs_are_the_papers(path):
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: str(p.relative_to(CONFIGS)))
 def test_each_stages_script_takes_its_own_configurations_and_refuses_the_others(path, tmp_path, capsys, monkeypatch):
-    """Weights and data are not there: the right script gets as far as saying so."""
+    """Weights and data are missing: the right script stops only at that point."""
     monkeypatch.chdir(tmp_path)
     stage = load_config(path).stage
     for script in SCRIPTS:
@@ -78,7 +78,7 @@ def test_each_stage_trains_what_the_paper_trains():
 @pytest.mark.parametrize("config, output", [("stage1", "projector"), ("stage1_packed", "projector"),
                                             ("stage1_highres", "projector_highres")])  # fmt: skip
 def test_stage_1_starts_from_the_projectors_run_or_says_how_to_do_without(config, output, tmp_path, capsys, monkeypatch):
-    """Section 5.1. No file of weights is looked for as long as the run before is missing."""
+    """Section 5.1. While the previous run is missing, no published weights are opened."""
     monkeypatch.chdir(tmp_path)
     assert load_config(CONFIGS / f"{output}.yaml").output == f"runs/{output}"
     command = ["--config", str(CONFIGS / f"{config}.yaml"), "--framework", "torch", f"output={tmp_path}/run"]

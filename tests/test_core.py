@@ -1,4 +1,4 @@
-"""Rules that hold the house together."""
+"""Rules for the whole source tree, and the configuration."""
 import ast
 from pathlib import Path
 
@@ -100,7 +100,7 @@ def test_overrides_bases_and_round_trip(tmp_path):
 
 
 def test_an_override_of_one_share_leaves_the_others_of_the_mix(tmp_path):
-    """Whether the mix is the stage's own or stated; `mix: null` is what a dumped configuration says of the stage's own."""
+    """For a configuration without `mix` and for a dumped one, which has `mix: null`: both mean the stage's default mix."""
     (tmp_path / "dumped.yaml").write_text(dump_config(run_config()))
     for path in (CONFIGS / "stage1.yaml", tmp_path / "dumped.yaml"):
         assert load_config(path, ["data.mix.global=0.5"]).stage_spec.mix == {"global": 0.5, "bbox2caption": 1.0}

@@ -1,6 +1,6 @@
-"""Files damaged at random: whatever is read gives the values that were written, or a `ValueError` or `OSError` that names a file.
+"""Files damaged at random: reading gives the values that were written, or raises a `ValueError` or `OSError` that names a file.
 
-The cases are a function of a seed. `python -m tests.test_corruption COUNT SEED` runs more of them.
+A seed determines the cases. `python -m tests.test_corruption COUNT SEED` runs more of them.
 """
 import json
 import os
@@ -32,7 +32,7 @@ from tests.conftest import random_record
 from tests.helpers import run_config
 from tests.toy import ToyEngine
 
-CASES = 150  # of each of the three
+CASES = 150  # for each of the three readers
 KINDS = ("flip", "swap", "insert", "zero", "cut", "empty", "misspell")
 MODEL = {"init": "pretrained", "weights_vision": "vision", "weights_language": "language"}
 
@@ -107,7 +107,7 @@ def make_published(path: Path) -> Callable[[], object]:
 
 
 def misspelled(rng: np.random.Generator, data: bytes) -> bytes:
-    """JSON with one of its keys, wherever, misspelled; a state's checksum is made right again, as by an editor who knows it."""
+    """JSON with one random key misspelled. The checksum in a state.json is recomputed, so that it does not reveal the change."""
     tree = json.loads(data)
     objects, todo = [], [tree]
     while todo:
@@ -128,7 +128,7 @@ def misspelled(rng: np.random.Generator, data: bytes) -> bytes:
 
 
 def damaged(rng: np.random.Generator, kind: str, data: bytes) -> bytes:
-    """The bytes with one damage of this kind. Half of them fall on the first 4 KB, where headers are."""
+    """The bytes with one damage of this kind, in half of the cases in the first 4 KB, where headers are."""
     at = int(rng.integers(min(len(data), 4096) if rng.integers(2) else len(data)))
     changed = bytearray(data)
     if kind == "flip":
@@ -148,14 +148,14 @@ def damaged(rng: np.random.Generator, kind: str, data: bytes) -> bytes:
 
 
 def put(path: Path, data: bytes) -> None:
-    """Replaces a file by a new one: what still maps the old one keeps it."""
+    """Replaces a file by a new one; memory maps of the old file stay valid."""
     temporary = path.with_name(".put")
     temporary.write_bytes(data)
     os.replace(temporary, path)
 
 
 def faults(root: Path, make: Callable, count: int, seed: int) -> list[str]:
-    """Damages one file at a time; returns the cases that end otherwise than they should."""
+    """Damages one file at a time; returns the cases with a wrong outcome."""
     rng, found = np.random.default_rng(seed), []
     read = make(root)
     expected = read()

@@ -70,7 +70,7 @@ class Job:
             command += ["--framework", "torch"]
         else:
             command = [sys.executable, *script]
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # msrun starts whatever `python` is first there
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # msrun starts the first `python` in it
         environment |= {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOY_EXCHANGE": str(exchange)}
         self.output = open(directory / "output.txt", "a+")  # noqa: SIM115 (read after the process)
         self.process = subprocess.Popen(
@@ -147,7 +147,7 @@ def test_a_rank_killed_ends_all_and_the_log_says_which(tmp_path, configuration, 
     markers = [json.loads(p.read_text())["reason"] for p in job.run.glob(".failure-*rank_00001.json")]
     assert len(markers) == 1 and "killed" in markers[0]
     if not join:
-        assert "rank_00000 ends because rank_00001" in (job.run / "log/rank_00000.txt").read_text()
+        assert "rank_00000 is stopped because rank_00001" in (job.run / "log/rank_00000.txt").read_text()
 
 
 @pytest.mark.parametrize("launcher, join", [MSRUN_JOIN, MSRUN_NO_JOIN])
@@ -194,7 +194,7 @@ def test_the_launchers_end_is_a_checkpoint_and_nobody_is_left(tmp_path, configur
 @needs_msrun
 @pytest.mark.parametrize("join", [True, False])
 def test_msrun_on_a_port_in_use_is_an_error_not_a_hang(tmp_path, configuration, join):
-    """Workers that find no scheduler wait for ever, as MindSpore's do (here: in the toy's first sum)."""
+    """The scheduler must report it: workers without a scheduler wait forever, MindSpore's and the toy's (in its first sum)."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -218,7 +218,7 @@ def test_torchrun_on_a_port_in_use_is_an_error_not_a_hang(tmp_path, configuratio
 
 
 def test_kill_9_and_the_same_command_again_is_exact(tmp_path, configuration):
-    """A plain process, killed wherever it happens to be, three times; the weights are those of a run that nobody killed."""
+    """One process, killed three times at arbitrary points; the final weights equal those of an undisturbed run."""
     overrides = ("train.steps=60",)
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()

@@ -1,4 +1,4 @@
-"""An out-of-memory is known by its words, and the override that cures it divides the batch."""
+"""Out-of-memory errors are recognised by their messages, and the proposed micro-batch divides the batch."""
 import re
 
 import numpy as np

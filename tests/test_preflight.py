@@ -1,6 +1,6 @@
-"""Ranks that do not begin with the same, and runs that are resumed with something changed: real processes.
+"""Ranks that start with different files or settings, and runs that are resumed after a change, in real processes.
 
-The ranks are `tests/toy.py`, whose second rank may stand on another disk: the same relative paths, other files.
+The ranks run `tests/toy.py`. Its second rank may use another directory: the same relative paths, other files.
 """
 import os
 import shutil
@@ -28,7 +28,7 @@ LAUNCHERS = [MSRUN_JOIN, TORCHRUN]
 
 
 def tree(**model) -> dict:
-    """A run of two questions a step, whose paths are relative."""
+    """The configuration of a run with two questions per step and relative paths."""
     return {
         "stage": "stage1",
         "output": "unset",
@@ -44,7 +44,7 @@ PUBLISHED = {"init": "pretrained", "weights_vision": "weights/vision", "weights_
 
 @pytest.fixture(scope="module")
 def files(store, tmp_path_factory):
-    """What a node's disk holds: configuration, tokenizer, store, published weights."""
+    """The files of one node: configuration, tokenizer, store, published weights."""
     disk = tmp_path_factory.mktemp("files")
     (disk / "run.yaml").write_text(yaml.safe_dump(tree(**PUBLISHED)))
     byte_tokenizer("qwen2.5").save(str(disk / "tokenizer.json"))
@@ -57,14 +57,14 @@ def files(store, tmp_path_factory):
 
 @pytest.fixture
 def disks(files, tmp_path):
-    """Rank 0's disk, which is the job's directory, and rank 1's."""
+    """The directories of rank 0 (which is also the job's directory) and of rank 1."""
     shutil.copytree(files, tmp_path, dirs_exist_ok=True)
     shutil.copytree(files, tmp_path / "disk1")
     return tmp_path, tmp_path / "disk1"
 
 
 def other_weights(disk: Path) -> None:
-    """Another revision: one number of one tensor."""
+    """Changes one number of one tensor of the encoder, as another revision of the weights would."""
     values = initial_values(vision_shapes(VISION), 0)
     name = list(values)[-1]
     values[name] = values[name].copy()
@@ -128,7 +128,7 @@ def test_a_rank_with_something_else_stops_all_with_one_line_before_the_first_ste
     assert line.startswith("error: rank 1 on ")
     for words in named:
         assert words.format(disk0=disk0.resolve(), disk1=disk1.resolve(), numpy=np.__version__) in line
-    assert "error" not in ranks[1].stderr  # the console has it once
+    assert "error" not in ranks[1].stderr  # the console shows the line once
     for rank in range(2):
         assert line in (run / f"log/rank_0000{rank}.txt").read_text()
     assert steps_of(run) == 0
@@ -205,7 +205,7 @@ def test_out_of_memory_is_one_line_and_its_override_goes_on_with_the_same_result
     (line,) = (line for line in (tmp_path / "output.txt").read_text().splitlines() if "out of memory" in line)
     assert line == (
         "stopped: out of memory in step 5 (CUDA out of memory. Tried to allocate 2.00 GiB.): the same command with "
-        "train.micro_batch=1 or runtime.recompute=true goes on from step 3, with the same results to rounding"
+        "train.micro_batch=1 or runtime.recompute=true resumes from step 3, with the same results up to rounding"
     )
     resumed = Job(tmp_path, Path("run.yaml"), None, overrides=(*overrides, "train.micro_batch=1", "runtime.recompute=true"))
     assert (resumed.end(), whole.end()) == (0, 0), resumed.said()

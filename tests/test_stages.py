@@ -74,7 +74,7 @@ def test_only_conversations_about_an_image_reach_the_encoder(engine, chat_store)
     talk = join(text[:2])
     alone = gradient_norms(engine, talk)
     assert alone["language"] > 1e-3 and alone["vision"] == alone["projector"] == 0
-    elsewhere = replace(talk, image_positions_BN=talk.image_positions_BN + 30)  # over the answers, whose tokens must stay
+    elsewhere = replace(talk, image_positions_BN=talk.image_positions_BN + 30)  # in the answers: their tokens must not change
     assert gradient_norms(engine, elsewhere) == pytest.approx(alone, rel=1e-5)
     assert min(gradient_norms(engine, join(about[:2])).values()) > 1e-3
     assert min(gradient_norms(engine, join([text[0], about[0]])).values()) > 1e-3
@@ -82,7 +82,7 @@ def test_only_conversations_about_an_image_reach_the_encoder(engine, chat_store)
 
 
 def test_a_bfloat16_run_hands_on_what_it_froze_as_it_came(tmp_path):
-    """The engine computes with a rounded copy; rounding must not reach the stages after it."""
+    """The engine computes with a bfloat16 copy of frozen weights; the saved weights must not be rounded."""
     from pt_granvit.engine import Engine
 
     config = run_config(stage="stage2", runtime={"compute": "bfloat16"})
@@ -125,7 +125,7 @@ def test_the_stages_follow_each_other_and_train_what_they_should(chat_store, cap
     picture.write_bytes(encoded_image(40, 20))
     asked = ["--run", projector.output, "--framework", "torch", str(picture)]
     assert predict_command([*asked, "--text", "a cup"]) == 2
-    assert "projector learned captions without questions" in capsys.readouterr().err
+    assert "leave out --box and --text" in capsys.readouterr().err
     assert predict_command(asked) == 0
 
     continued = conversation_run("continued", chat_store, tmp_path / "continued", {"init_from": projector.output})

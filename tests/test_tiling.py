@@ -29,7 +29,7 @@ from tests.test_twins import BIG, assert_same_gradients, gradients, make_engine,
 ROOT = Path(__file__).resolve().parents[1]
 FRAMEWORKS = ("torch", "mindspore")
 TILES = {"vision": {"tiling": 4}}
-GRID = 3  # of ROIAlign's output
+GRID = 3  # side of ROIAlign's output
 
 
 def torch_value_and_gradient(function, x: np.ndarray, cotangent: np.ndarray, *constants: np.ndarray):
@@ -94,8 +94,8 @@ def test_pixel_shuffle_is_internvls():
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_roi_align_over_tiles_equals_roi_align_of_the_map_put_together(framework):
-    """Against the slow gather over the map that is really put together, values and gradients; what is beyond an image's tiles is
-    loud, and has no part."""
+    """Against the slow gather over the tiles put together into one map, values and gradients; places of tiles
+    that an image does not have hold large values, which must have no effect."""
     _, roi_align_tiled, differentiate = operators(framework)
     rng = np.random.default_rng(0)
     B, T, H, C, K = 3, 4, 2, 3, len(BOXES)

@@ -89,7 +89,7 @@ def test_metrics_read_back_exactly(tmp_path):
 
 @pytest.mark.parametrize("dies_in_step", [1, 3, 4, 8])
 def test_resume_after_a_crash_is_exact(tmp_path, uninterrupted, dies_in_step):
-    """The crash comes before the step's metrics; a torn last line is what kill -9 leaves."""
+    """The crash comes before the step's metrics are written; an incomplete last line is what kill -9 can leave."""
 
     def crash(step, batch):
         if step == dies_in_step:
@@ -207,7 +207,7 @@ def test_a_loss_that_is_never_finite_again_replaces_no_good_checkpoint(tmp_path)
 
 
 def test_nothing_is_saved_where_no_step_was_ever_finite(tmp_path):
-    """The start weights may be at fault: a checkpoint of them would be resumed instead of better ones."""
+    """The start weights may be the cause. A checkpoint of them would be resumed instead of better ones."""
     trainer, _ = trainer_in(tmp_path, configuration(), poisoned(*range(1, STEPS + 1)))
     with pytest.raises(TrainingStopped, match=r"step 4.*runtime\.compute"):
         trainer.run(None)
@@ -332,7 +332,7 @@ def test_a_batch_without_any_supervised_token_is_an_error(tmp_path):
 
 
 class Evaluations:
-    """An evaluator that keeps what it found, as the real one does on disk, and dies once in the evaluation after `dies`."""
+    """An evaluator that saves its results, as the real one does on disk. It raises once, in the evaluation after step `dies`."""
 
     def __init__(self, dies: int | None = None):
         self.kept, self.dies = {}, dies
@@ -347,7 +347,8 @@ class Evaluations:
 
 @pytest.mark.parametrize("every, dies_in_step, dies_in_evaluation", [(4, None, None), (4, 5, None), (3, None, 6), (2, None, 9)])
 def test_evaluations_are_made_once_and_their_lines_survive_a_crash(tmp_path, every, dies_in_step, dies_in_evaluation):
-    """Step 5: behind the evaluation after 4, whose line the resumed run cuts off. 6 and 9: between checkpoint and evaluation."""
+    """Step 5: after the evaluation of step 4, whose metrics line the resumed run deletes. 6 and 9: between checkpoint and
+    evaluation."""
 
     def crash(step, batch):
         if step == dies_in_step:
@@ -390,7 +391,7 @@ def test_a_failed_save_ends_the_run_and_says_why(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A device of its own, 4 MB large."""
+    """A file system of 4 MB."""
     path = tmp_path / "disk"
     path.mkdir()
     try:
@@ -404,7 +405,7 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint_whole(small_disk, uninterrupted):
-    """The device fills up after the first checkpoint; once there is room the same run resumes and ends as if nothing was."""
+    """The disk fills up after the first checkpoint. Once there is room, the run resumes and ends like an undisturbed one."""
     ballast = small_disk / "ballast"
 
     def fill(step, batch):

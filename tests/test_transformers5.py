@@ -71,7 +71,7 @@ def test_an_encoder_has_our_features_in_both_versions(answers, name):
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_a_llava_answers_alike_unless_it_reads_the_final_level(answers, name):
-    """For `final` the difference is the reason why its export needs a flag; without one, the flag can go."""
+    """For `final` the outputs differ, which is why its export needs a flag. If they ever agree, remove the flag."""
     _, four, five = answers[f"llava-{name}"]
     worst = float(np.abs(four - five).max() / np.abs(four).max())
     if name.endswith("final"):

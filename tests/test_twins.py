@@ -1,6 +1,6 @@
-"""What both engines must do, asked of each through `TrainEngine` alone; and that they do the same.
+"""Properties of each framework's engine, tested through `TrainEngine` only, and agreement of the two.
 
-One engine of each framework is built and compiled once (`engine`); `reset` gives it the start weights back.
+One engine of each framework is built and compiled once (`engine`); `reset` restores its start weights.
 """
 from dataclasses import replace
 
@@ -52,8 +52,8 @@ def gradients(engine, batches: list[Batch]) -> tuple[object, dict[str, np.ndarra
 
 
 def assert_same_gradients(a: dict[str, np.ndarray], b: dict[str, np.ndarray], tolerance: float) -> None:
-    """Each tensor within `tolerance` of its own norm. A key bias has a true gradient of zero (softmax ignores a shift): what
-    is left is rounding, and is judged against the query bias beside it."""
+    """Each tensor within `tolerance` of its own norm. The exact gradient of a key bias is 0 (softmax
+    ignores a shift), so its rounding error is compared with the norm of the query bias."""
     assert a.keys() == b.keys()
     for name in a:
         scale = np.linalg.norm(b[name.replace("k_proj.bias", "q_proj.bias")])
@@ -100,7 +100,7 @@ def test_packing_check_sees_a_plain_causal_mask(engine, batch):
 
 def test_accumulation_equals_one_batch(engine, batch):
     other = random_batch(*resolve_models(engine.config), ROWS, REGIONS, LENGTH, ANSWERS, seed=5)
-    other.answer_weights_BA[:, 3:] = 0  # unlike counts: a mean of means would differ
+    other.answer_weights_BA[:, 3:] = 0  # other counts, so that a mean of means would differ
     halves = []
     for one in (batch, other):
         for keep in np.eye(2, dtype=np.float32)[:, :, None]:  # the first row alone, the second row alone
@@ -167,7 +167,7 @@ def test_held_out_sums_are_the_losses_undivided_and_change_nothing(engine, batch
 
 @pytest.mark.parametrize("framework", ["torch", "mindspore"])
 def test_a_collapsed_teacher_has_no_spread(framework):
-    """One vector in all cells, however unlike its channels; and the spread of another map against numpy."""
+    """`feature_std` is 0 if all cells hold one vector, whatever its channels; another map's spread is compared with numpy."""
     rng = np.random.default_rng(0)
     spread = rng.normal(size=(2, 3, 4, 4, 8)).astype(np.float32)
     collapsed = np.broadcast_to(rng.normal(size=(2, 3, 1, 1, 8)), spread.shape).astype(np.float32)
@@ -296,7 +296,7 @@ def adamw(step: int, rate: float, decay: float, before: dict, after: dict) -> di
 
 
 def test_the_twins_follow_one_curve_with_the_rates_of_their_parts(batch):
-    """The encoder has thrice the learning rate and its own decay; every tensor's update is AdamW's at its part's rates."""
+    """The encoder has three times the learning rate and its own decay; each tensor follows AdamW with its part's settings."""
     parts = {"vision": {"lr": 3e-2, "weight_decay": 0.7}}
     settings = {"optimizer": {"weight_decay": 0.1, "clip_norm": 0.5, "parts": parts}, "distill": {"grid": 2, "crop_size": 32}}
     rates = {"vision": (3e-3, 0.7), "projector": (1e-3, 0.1)}  # the step's learning rate is 1e-3, of an optimizer.lr of 1e-2

@@ -1,12 +1,13 @@
-"""The demo: a tiny GranViT from nothing to a table and pictures. `scripts/demo.py` or `granvit-demo`; `make demo` runs it.
+"""The demo: makes its own data, trains a tiny GranViT and writes a table and pictures. `make demo` runs it; by hand it is
+`scripts/demo.py` or `granvit-demo`.
 
-Parts, in order; a finished part is kept, an interrupted one resumes:
-  data            scenes on photographs, training and held-out, and a tokenizer trained on their texts
-  pretrain_text   the small decoder learns from text alone                             } the pretrained pair
-  pretrain_image  the small encoder learns from whole images and global captions       } (granvit/demo/pretrained.py)
+Parts, in this order. Finished parts are not repeated, an interrupted part is resumed:
+  data            training and held-out scenes on photographs, and a tokenizer trained on their texts
+  pretrain_text   trains the small decoder on text alone                               } the pretrained pair
+  pretrain_image  trains the small encoder on whole images and global captions         } (granvit/demo/pretrained.py)
   stage1          encoder and projector, decoder frozen: Bbox2Caption, self-distillation
-  stage1_mixed    stage 1 goes on with Caption2Bbox mixed in, as the paper's Fig. 4 did: what a frozen decoder cannot learn
-  guesser         the decoder without the image: the floor
+  stage1_mixed    continues stage 1 with Caption2Bbox mixed in (the paper's Fig. 4), which a frozen decoder cannot learn
+  guesser         trains the decoder without the image: the baseline
   stage2          projector and decoder, encoder frozen: Caption2Bbox and a little Bbox2Caption
   report          report.md with the table and pictures
 """
@@ -33,10 +34,10 @@ from granvit.demo.pretrained import GROUND, WHERE, compose_text, place, publish_
 from granvit.demo.scenes import scenes
 from granvit.train import train_command
 
-ROOT = Path("runs/demo")  # what configs/demo writes in its paths
+ROOT = Path("runs/demo")  # the root of all paths in configs/demo
 SCENES = {"train": 12_000, "heldout": 200}
 TOKENIZER_SCENES = 1_000
-# Wording that the tokenizer need not spell out: a question is 30 tokens instead of 55, and the demo half as long.
+# Phrases that become single tokens. A question then has 30 tokens instead of 55, which halves the demo's time.
 PHRASES = (
     prompts.BBOX2CAPTION.partition("{box}")[0] + "[0.",
     "]" + prompts.BBOX2CAPTION.partition("{box}")[2],
@@ -49,16 +50,16 @@ PHRASES = (
     " to ",
     " columns ",
 )
-# Share of the whole that a part takes, in seconds on the 2-core machine of docs/demo.md: for the time left.
+# Seconds of each part on the 2-core machine of docs/demo.md, to estimate the remaining time.
 PARTS = {"data": 21, "pretrain_text": 270, "pretrain_image": 72, "stage1": 174, "stage1_mixed": 86, "guesser": 143,
          "stage2": 482, "report": 3}  # fmt: skip
 PREPARE = ("data", "pretrain_text", "pretrain_image")
 RUNS = ("pretrain_text", "pretrain_image", "stage1", "stage1_mixed", "guesser", "stage2")
-STAGES = {"stage1_mixed": "stage1"}  # of parts that are called otherwise
+STAGES = {"stage1_mixed": "stage1"}  # part -> stage, where the names differ
 
 
 class Demo:
-    """One demo in one directory: its configurations and what is finished."""
+    """One demo in one directory: the configurations of its parts, and which parts are finished."""
 
     def __init__(self, root: Path, seed: int, framework: str):
         self.root, self.seed, self.framework = root, seed, framework
@@ -66,7 +67,7 @@ class Demo:
         self.finished: dict[str, dict] = json.loads(self.finished_path.read_text()) if self.finished_path.exists() else {}
 
     def overrides(self, part: str) -> list[str]:
-        """`key=value` that lead the part's configuration into this demo's directory, with this demo's seed."""
+        """`key=value` overrides that put this demo's directory and seed into the part's configuration."""
         config = load_config(CONFIGS / "demo" / f"{part}.yaml")
         moved = lambda path: str(self.root / Path(path).relative_to(ROOT))  # noqa: E731
         found = [f"seed={self.seed}", f"output={moved(config.output)}"]
@@ -80,21 +81,21 @@ class Demo:
         return load_config(CONFIGS / "demo" / f"{part}.yaml", self.overrides(part))
 
     def key(self, part: str) -> str:
-        """Changes with whatever the part's result depends on: its configuration, and the part before it."""
+        """A hash of all that the part's result depends on: its configuration and the part before it."""
         names = list(PARTS)
         before = self.key(names[names.index(part) - 1]) if part != "data" else ""
         contents = dump_config(self.config(part)) if part in RUNS else repr((SCENES, TOKENIZER_SCENES, self.seed))
         return hashlib.sha256(f"{before}\0{self.framework if part in RUNS else ''}\0{contents}".encode()).hexdigest()[:16]
 
     def run(self, parts: list[str]) -> None:
-        """Runs what is not finished of `parts`."""
+        """Runs the parts that are not finished."""
         for number, part in enumerate(parts):
             if part != "report" and self.finished.get(part, {}).get("key") == self.key(part):
-                print(f"== {part}: finished before, in {self.finished[part]['seconds']:.0f} s", flush=True)
+                print(f"== {part}: already finished, in {self.finished[part]['seconds']:.0f} s", flush=True)
                 continue
             unfinished = [p for p in parts[number:] if p == part or self.finished.get(p, {}).get("key") != self.key(p)]
             minutes = sum(PARTS[p] for p in unfinished) / 60
-            print(f"== {part} ({number + 1} of {len(parts)}); about {minutes:.0f} min left in all on 2 cores", flush=True)
+            print(f"== {part} ({number + 1} of {len(parts)}); about {minutes:.0f} min left on 2 cores", flush=True)
             start = time.monotonic()
             self._make(part)
             seconds = time.monotonic() - start
@@ -107,12 +108,12 @@ class Demo:
         if part == "data":
             self._make_data()
         elif part == "report":
-            from granvit.demo.report import write_report  # matplotlib: the ranks of a run do without
+            from granvit.demo.report import write_report  # imported here: a training run does not need matplotlib
 
             seconds = {name: self.finished[name]["seconds"] for name in PARTS if name in self.finished}
             path = write_report(self.root, self.framework, seconds)
             print(path.read_text().split("## Caption2Bbox", 1)[0])
-            print(f"{path} and its pictures are written")
+            print(f"{path} and its pictures were written")
         else:
             self._train(part)
             vision, language = resolve_models(self.config(part))
@@ -133,7 +134,7 @@ class Demo:
         train_tokenizer(texts, language.vocab, language.chat, PHRASES).save(str(self.root / "tokenizer.json"))
 
     def _train(self, part: str) -> None:
-        """The part's run with two ranks under the framework's launcher; `SystemExit` where it fails."""
+        """Trains the part with two ranks under the framework's launcher; `SystemExit` if that fails."""
         port = _free_port()
         bin_directory = Path(sys.executable).parent
         if self.framework == "mindspore":
@@ -141,12 +142,12 @@ class Demo:
                         "--bind_core", "True", "--join", "True", "--log_dir", str(self.root / part / "msrun")]  # fmt: skip
         else:
             launcher = [str(bin_directory / "torchrun"), "--nproc_per_node", "2", "--master_port", str(port)]
-        script = [Path(sys.argv[0]).resolve(), "rank", part]  # a launcher starts a file: the one that this was started by
+        script = [Path(sys.argv[0]).resolve(), "rank", part]  # the file that this process was started with
         config = ["--config", CONFIGS / "demo" / f"{part}.yaml", "--framework", self.framework, *self.overrides(part)]
         command = [str(word) for word in (*launcher, *script, *config)]
         print(" ".join(command), flush=True)
-        # Two ranks share the cores; MindSpore's workers warn at every attempt to reach each other (hundreds of lines), and
-        # leave in steps of 3 to 5 s (2 s instead of 7 to 10 with steps of 1 s); msrun starts the first `python` of PATH.
+        # OMP_NUM_THREADS: two ranks share the cores. GLOG_v: MindSpore's workers log hundreds of warnings while they connect.
+        # MS_RETRY_INTERVAL: their end takes 2 s instead of 7 to 10. PATH: msrun starts the first `python` in it.
         search = f"{bin_directory}{os.pathsep}{os.environ['PATH']}"
         defaults = {"OMP_NUM_THREADS": "1", "GLOG_v": "3", "MS_RETRY_INTERVAL_LOWER": "0", "MS_RETRY_INTERVAL_UPPER": "1"}
         environment = {**defaults, **os.environ, "PATH": search}
@@ -158,11 +159,11 @@ class Demo:
             child.wait()
             raise
         if status:
-            raise SystemExit(f"{part} failed (exit status {status}); the lines above and {self.root / part / 'log'} say why")
+            raise SystemExit(f"{part} failed (exit status {status}); see the lines above and {self.root / part / 'log'}")
 
 
 def _texts(record: ImageRecord) -> list[str]:
-    """Every text that the demo asks or answers about a scene, for the tokenizer."""
+    """All texts of the questions and answers about a scene, for the training of the tokenizer."""
     assert record.global_caption is not None, record.id
     found = [f"system\n{SYSTEM}", "user\n", "assistant\n", GROUND, place(0, 1, 2, 3), prompts.GLOBAL, record.global_caption]
     for region in record.regions:
@@ -180,16 +181,16 @@ def _free_port() -> int:
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["rank"]:  # one rank of a part's run
+    if sys.argv[1:2] == ["rank"]:  # this process is one rank of a part's run
         part = sys.argv[2]
         compose = compose_text if part == "pretrain_text" else Packer.row
         return train_command(STAGES.get(part, part), sys.argv[3:], compose, f"{sys.argv[0]} rank {part}")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=("all", "prepare", "report"), default="all",
                         help="all (default); prepare: data and the pretrained pair; report: write the report again")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of the scenes, the weights and the order of data (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of scenes, weights and data order (default: 0)")
     parser.add_argument("--framework", choices=("mindspore", "torch"), default="mindspore", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, help="directory (default: runs/demo, with the seed's number unless that is 0)")
+    parser.add_argument("--out", type=Path, help="directory (default: runs/demo, or runs/demo-SEED for other seeds than 0)")
     options = parser.parse_args()
     root = options.out or (ROOT if options.seed == 0 else Path(f"{ROOT}-{options.seed}"))
     root.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,13 @@
-"""The demo's own small pretrained pair: what it learns from, and the directories it is shipped in.
+"""The demo's small pretrained decoder and encoder: their training rows, and their export in the layouts of transformers.
 
-GranViT starts from a pretrained language model and a pretrained encoder. The demo downloads none, so it makes a small pair:
-- the decoder, on text alone. A row's image slot holds a text map: one token for each patch of the image saying what covers
-  it (a word of the object's caption, or a sign for bare ground), made from the annotations, never from pixels. Bbox2Caption
-  and global questions, and in which rows and columns of the map an object is, teach it to look up WHERE in its context, as a
-  large language model can;
-- the encoder, on whole images with their global captions through the frozen decoder: an image-level encoder, as SigLIP is.
-Neither sees Caption2Bbox, nor a region question about an image.
+GranViT starts from a pretrained decoder and a pretrained encoder. The demo downloads none, it trains a small pair:
+- The decoder learns from text alone. A row has a text map in the place of the image: one token for each patch, which names what
+  covers the patch (a word of the object's caption, or "." for the background). The map is made from the annotations, not from
+  pixels. The questions are Bbox2Caption, global captions, and in which rows and columns of the map an object is. They teach the
+  decoder to find a position in its context, which a large language model can do already.
+- The encoder learns from whole images and their global captions, through the frozen decoder. It is an image-level encoder, as
+  SigLIP is.
+Neither is trained on Caption2Bbox or on region questions about an image.
 """
 import json
 from collections.abc import Sequence
@@ -26,22 +27,23 @@ from granvit.data.images import box_to_square
 from granvit.data.records import ImageRecord
 from granvit.models import LanguageConfig, VisionConfig
 
-GROUND = "."  # what a map writes where there is no object
+GROUND = "."  # the text of a map's cells without an object
 WHERE = "where is "
 FUNCTION_WORDS = {"the", "word", "in", '"'}
 
 
 def _content_tokens(caption: str, chat: Chat) -> list[int]:
-    """The caption's tokens as its answer spells them, without function words and quotation marks."""
+    """The tokens of the caption as an answer, without function words and quotation marks."""
     ids = chat.answer_ids(caption)[:-1]
     return [i for i in ids if chat.decode([i]).strip() not in FUNCTION_WORDS]
 
 
 def text_map(record: ImageRecord, chat: Chat, grid: int) -> list[int]:
-    """One token for each of `grid` x `grid` cells of the padded frame, row by row.
+    """Token ids of the `grid` x `grid` cells of the image padded to a square, row by row.
 
-    A cell belongs to the region that covers most of it; a region writes the content words of its caption into its cells,
-    over and over, in an order drawn from the record's id. It has a cell for every word if it touches that many.
+    A cell belongs to the region that covers the largest share of it. The content words of the region's caption fill its cells,
+    repeated, in a random order seeded by the record's id. A region fills the cells of which it covers more than 40%, and at least
+    as many cells as it has words, if it has that many cells. Other cells hold `GROUND`.
     """
     rng = np.random.default_rng(list(record.id.encode()))
     edges = np.arange(grid + 1) / grid
@@ -63,7 +65,7 @@ def text_map(record: ImageRecord, chat: Chat, grid: int) -> list[int]:
 
 
 def where_turns(record: ImageRecord, grid: int) -> list[tuple[str, str]]:
-    """Where each object is: the lines of the grid nearest to the sides of its box."""
+    """(question, answer) for each region: the grid lines nearest to the sides of its box."""
     turns = []
     for region in record.regions:
         left, top, right, bottom = (int(side * grid + 0.5) for side in box_to_square(region.box, record.width, record.height))
@@ -72,12 +74,12 @@ def where_turns(record: ImageRecord, grid: int) -> list[tuple[str, str]]:
 
 
 def place(top: int, bottom: int, left: int, right: int) -> str:
-    """A rectangle of the map, in lines of its grid, as answers name it."""
+    """The answer text for a rectangle of the map, given by its grid lines."""
     return f"rows {top} to {bottom} columns {left} to {right}"
 
 
 def compose_text(packer: Packer, record: ImageRecord, questions: Sequence[Question], bucket: Bucket) -> Batch:
-    """A row about the record's text map in place of its image (`granvit.data.loader.Loader`'s `compose`)."""
+    """A row with the record's text map in the place of its image (a `compose` function of `granvit.data.loader.Loader`)."""
     grid = packer.vision.grid
     cells = text_map(record, packer.chat, grid)
     turns = [question.turn(record) for question in questions]
@@ -86,13 +88,13 @@ def compose_text(packer: Packer, record: ImageRecord, questions: Sequence[Questi
 
 
 def publish_language(run: Path, language: LanguageConfig, tokenizer: Path, out: Path) -> None:
-    """Writes a run's decoder as transformers ships a Qwen2: config.json, model.safetensors, tokenizer.json."""
+    """Writes a run's decoder to `out` in transformers' layout of Qwen2: config.json, model.safetensors, tokenizer.json."""
     _publish(run, QWEN2, QWEN2.write_config(None, language), out)
     (out / "tokenizer.json").write_bytes(tokenizer.read_bytes())
 
 
 def publish_vision(run: Path, vision: VisionConfig, out: Path) -> None:
-    """Writes a run's encoder, all of whose blocks were trained, as transformers ships a SigLIP vision tower."""
+    """Writes a run's encoder to `out` in transformers' layout of a SigLIP vision tower. All of its blocks must be built."""
     _publish(run, SIGLIP, SIGLIP.write_config(vision, None), out)
 
 

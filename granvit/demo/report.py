@@ -1,4 +1,4 @@
-"""The demo's report: RUN/report.md with its table and pictures, read from the runs' evaluations and metrics alone."""
+"""The demo's report: report.md with a table and pictures, made from the evaluations and metrics of the demo's runs."""
 import json
 import os
 import platform
@@ -39,7 +39,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of one run: means of the scores by task (0..1), every prediction, held-out losses, and the settings."""
+    """One evaluation file of one run: mean scores by task (0..1), predictions, held-out losses, and the `eval` settings."""
 
     step: int
     table: dict[Task, dict[str, float]]
@@ -65,7 +65,7 @@ class Evaluation:
 
 
 def evaluations(run: Path) -> list[Evaluation]:
-    """A run's evaluations in order of steps; `ValueError` where it has none, or one that an earlier version scored."""
+    """A run's evaluations in order of steps. `ValueError` if it has none, or if one lacks a score (of an earlier version)."""
     found = [Evaluation(**json.loads(path.read_text())) for path in sorted((run / "eval").glob("step_*.json"))]
     if not found:
         raise ValueError(f"{run}: no evaluation in {run / 'eval'}; `python scripts/demo.py` makes it")
@@ -73,12 +73,12 @@ def evaluations(run: Path) -> list[Evaluation]:
         for task, scores in evaluation.table.items():
             if missing := set(SCORES[task]) - scores.keys():
                 file = evaluation_file(run, evaluation.step)
-                raise ValueError(f"{file}: no {min(missing)} of {task}: an earlier version wrote it; name another --out")
+                raise ValueError(f"{file}: no score {min(missing)} of {task}; an earlier version wrote it, choose another --out")
     return found
 
 
 def machine() -> str:
-    """What this ran on, in words."""
+    """A description of this machine and its Python."""
     model = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -89,7 +89,7 @@ def machine() -> str:
 
 
 def write_report(root: Path, framework: str, seconds: dict[str, float]) -> Path:
-    """Writes report.md and its pictures into the demo's directory; `seconds` says how long each part took."""
+    """Writes report.md and its pictures into `root`; `seconds` is the time that each part took. Returns the report's path."""
     runs = {name: evaluations(root / name) for name in COLUMNS}
     last = {name: found[-1] for name, found in runs.items()}
     _draw_curve(root, runs, root / "figure4a.png")
@@ -117,7 +117,7 @@ def _text(root: Path, last: dict[str, Evaluation], framework: str, seconds: dict
         "# GranViT's demo",
         "",
         f"One run, seed {configs['stage1'].seed}, {framework}, {machine()}. Held-out: {samples} questions of each task about "
-        f"{samples // 4} images whose backgrounds come from photographs that were not trained on.",
+        f"{samples // 4} images whose backgrounds come from photographs that training did not use.",
         "",
         "| % | " + " | ".join(TITLES[name] for name in COLUMNS) + " |",
         "|---|" + "---|" * len(COLUMNS),
@@ -129,16 +129,16 @@ def _text(root: Path, last: dict[str, Evaluation], framework: str, seconds: dict
         "",
         f"- Exact match of Bbox2Caption after stage 1: {stage1.exact_match:.1f}% against the guesser's "
         f"{guesser.exact_match:.1f}% (aim: at least 3 times).",
-        f"- ACC@IoU0.5 after stage 2: {stage2.acc_iou50:.1f}% (aim: at least 20%); after stage 1 went on with Caption2Bbox mixed "
-        f"in, the decoder frozen, {mixed.acc_iou50:.1f}% (aim: at most a quarter); the guesser's: {guesser.acc_iou50:.1f}%.",
+        f"- ACC@IoU0.5 after stage 2: {stage2.acc_iou50:.1f}% (aim: at least 20%). After stage 1 continued with Caption2Bbox, "
+        f"with a frozen decoder: {mixed.acc_iou50:.1f}% (aim: at most a quarter of it). The guesser: {guesser.acc_iou50:.1f}%.",
         "",
-        "Stage 2 starts from stage 1 without the mixture, which was never asked for a box: its zero says little. The column "
-        "beside it says what the frozen decoder can learn of Caption2Bbox, as the paper's Fig. 4 does.",
+        "Stage 2 starts from the plain stage 1, which was not trained on Caption2Bbox, so its ACC@IoU0.5 is no test. The next "
+        "column shows what a frozen decoder can learn of Caption2Bbox, as the paper's Fig. 4 does.",
         "",
-        "The guesser is the honest floor: the same decoder, all of it trained, image tokens zeroed, on the same questions for "
-        "as many steps as stage 1. It reads the question alone; a box's size and shape give much away.",
+        "The guesser is the baseline: the same decoder, fully trained on the same questions for as many steps as stage 1, with "
+        "zeros in place of the image tokens. It sees only the question; the size and shape of a box already say much.",
         "",
-        "![the paper's Fig. 4(a) in small](figure4a.png)",
+        "![scores over training steps, like the paper's Fig. 4(a)](figure4a.png)",
         "",
         "## Caption2Bbox on held-out images: predicted green, true red",
         "![boxes](caption2bbox.png)",
@@ -146,7 +146,7 @@ def _text(root: Path, last: dict[str, Evaluation], framework: str, seconds: dict
         "## Bbox2Caption on held-out images",
         "![captions](bbox2caption.png)",
         "",
-        "## What was trained on what",
+        "## Training of the parts",
         f"Data: {stores['train'].records} training and {stores['heldout'].records} held-out scenes of four "
         "objects (granvit/demo/scenes.py).",
         "",
@@ -154,9 +154,9 @@ def _text(root: Path, last: dict[str, Evaluation], framework: str, seconds: dict
         "|---|---|---|---|---|",
     ]
     content = {
-        "pretrain_text": "Bbox2Caption, global captions and in which rows and columns an object is, about text maps in the "
-        "image's place (no image)",
-        "pretrain_image": "global captions of whole images (no region)",
+        "pretrain_text": "Bbox2Caption, global captions, and in which rows and columns an object is, about text maps in place "
+        "of images",
+        "pretrain_image": "global captions of whole images (no region question)",
     }
     for name, config in configs.items():
         spec = config.stage_spec
@@ -171,7 +171,7 @@ def _text(root: Path, last: dict[str, Evaluation], framework: str, seconds: dict
 
 
 def _draw_curve(root: Path, runs: dict[str, list[Evaluation]], path: Path) -> None:
-    """Both scores over the steps of stage 1 and then stage 2, with the guesser's as dashed lines."""
+    """Draws three scores over the steps of stage 1 and then stage 2; the guesser's scores are dotted lines."""
     first, second = runs["stage1"], runs["stage2"]
     border = first[-1].step
     steps = [e.step for e in first] + [border + e.step for e in second]
@@ -192,7 +192,7 @@ def _draw_curve(root: Path, runs: dict[str, list[Evaluation]], path: Path) -> No
                       va="top" if lower else "bottom")  # fmt: skip
         for at in (len(first) - 1, len(points) - 1):
             close_above = any(0 < getattr(points[at], other) - values[at] < 8 for _, other, *_ in series)
-            lift = -14 if close_above and values[at] > 5 else 7  # points; 5: not across the axis
+            lift = -14 if close_above and values[at] > 5 else 7  # points; labels of values up to 5 stay above, clear of the axis
             axes.annotate(f"{values[at]:.1f}", (steps[at], values[at]), textcoords="offset points", xytext=(-4, lift), ha="right",
                           color=colour, fontsize=9)  # fmt: skip
     axes.axvspan(0, border, color="#f3f0e6", zorder=0)
@@ -209,7 +209,7 @@ def _draw_curve(root: Path, runs: dict[str, list[Evaluation]], path: Path) -> No
 
 
 def _answers(evaluation: Evaluation, task: str) -> dict[tuple[str, str], dict[str, Any]]:
-    """Predictions of one task by record and question."""
+    """(record, question) -> prediction, for one task."""
     return {(p["record"], p["question"]): p for p in evaluation.predictions if p["task"] == task}
 
 
@@ -227,7 +227,7 @@ def _rectangle(axes: plt.Axes, box: Sequence[float], scale: np.ndarray, colour: 
 
 
 def _one_per_image(evaluation: Evaluation, task: str, count: int) -> list[dict[str, Any]]:
-    """One question about each of the first `count` images: number i mod 4 about image i. Scores play no part in the choice."""
+    """One question about each of the first `count` images: question i mod n of the n about image i, whatever its score."""
     by_image: dict[str, list[dict[str, Any]]] = {}
     for prediction in evaluation.predictions:
         if prediction["task"] == task:
@@ -236,7 +236,7 @@ def _one_per_image(evaluation: Evaluation, task: str, count: int) -> list[dict[s
 
 
 def _draw_boxes(records: dict[str, ImageRecord], last: dict[str, Evaluation], path: Path) -> None:
-    """For each image the answer of the stage 1 that mixed Caption2Bbox in above the answer after stage 2."""
+    """Draws Caption2Bbox answers: for each image, the answer of `stage1_mixed` above that of `stage2`."""
     columns, rows = 4, 2
     chosen = _one_per_image(last["stage2"], "caption2bbox", columns * rows)
     figure, grid = plt.subplots(2 * rows, columns, figsize=(3.3 * columns, 7.2 * rows), dpi=100)
@@ -251,7 +251,7 @@ def _draw_boxes(records: dict[str, ImageRecord], last: dict[str, Evaluation], pa
 
 def _draw_boxes_of_one(axes: plt.Axes, record: ImageRecord, sample: dict[str, Any], last: dict[str, Evaluation], name: str,
                        fontsize: float) -> None:  # fmt: skip
-    """The image with the true box and the box that run `name` answered; the title has the caption asked for and the IoU."""
+    """Draws the image with the true box and the box answered by run `name`; the title has the caption and the IoU."""
     answer = _answers(last[name], "caption2bbox")[sample["record"], sample["question"]]["answer"]
     scale = _show(axes, record)
     _rectangle(axes, sample["box"], scale, TRUE)
@@ -269,7 +269,7 @@ def _caption_of(record: ImageRecord, box: Sequence[float]) -> str:
 
 
 def _draw_captions(records: dict[str, ImageRecord], last: dict[str, Evaluation], path: Path) -> None:
-    """The box that was asked about, and what the guesser, stage 1 and stage 2 say it holds."""
+    """Draws Bbox2Caption answers: the box in the question, and the captions by the guesser, stage 1 and stage 2."""
     columns, rows = 4, 3
     chosen = _one_per_image(last["stage1"], "bbox2caption", columns * rows)
     figure, grid = plt.subplots(rows, columns, figsize=(3.3 * columns, 4.3 * rows), dpi=100)
@@ -282,7 +282,10 @@ def _draw_captions(records: dict[str, ImageRecord], last: dict[str, Evaluation],
 
 def _draw_captions_of_one(axes: plt.Axes, record: ImageRecord, sample: dict[str, Any], last: dict[str, Evaluation],
                           fontsize: float, width: int) -> None:  # fmt: skip
-    """The image with the box asked about, its caption as title, three answers below (green: exact), cut at `width` letters."""
+    """Draws the image with the box in the question, its true caption as title, and three answers below it.
+
+    Answers are shortened to `width` characters; an exact match is green.
+    """
     scale = _show(axes, record)
     _rectangle(axes, sample["box"], scale, TRUE)
     axes.set_title(sample["reference"], fontsize=fontsize + 2.5, color=TRUE)

@@ -1,10 +1,10 @@
-"""The demo's region data: photographs with coloured shapes and rendered words composed onto them.
+"""The demo's region data: photographs with coloured shapes and words drawn onto them.
 
-The backgrounds are crops of photographs that ship inside scikit-image's package (nothing is fetched); the photographs of
-the held-out split are not among those of the training split. Four objects stand on every scene, without overlap: one of 4
-shapes in 6 colours and 2 sizes, or one of 8 words in 6 colours. All words have four letters, so that the shape of a box
-says little about the word. Boxes are exact: the extent of the outline or of the glyphs before rasterisation. Scenes are
-square, 128 x 128 pixels: the tests, not the demo, exercise padding.
+The backgrounds are crops of photographs from scikit-image's package (nothing is downloaded); training and held-out scenes use
+different photographs. Each scene has four objects that do not overlap. An object is one of 4 shapes in 6 colours and 2 sizes, or
+one of 8 words in 6 colours. All words have four letters, so that the shape of a box says little about the word. Boxes are exact:
+the extent of the outline, or of the glyphs at `SUPERSAMPLING` times the size. Scenes are square, 128 x 128 pixels, so the demo
+does not use padding; the tests do.
 """
 import io
 import os
@@ -34,7 +34,7 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "star")
 WORDS = ("exit", "stop", "cafe", "taxi", "open", "sale", "milk", "park")
-SIZES = {"small": (22.0, 28.0), "large": (40.0, 52.0)}  # pixels across
+SIZES = {"small": (22.0, 28.0), "large": (40.0, 52.0)}  # pixels, the larger side
 WORD_HEIGHT = (16, 22)  # font size in pixels
 OBJECTS = 4
 WORD_SHARE = 0.25
@@ -46,10 +46,10 @@ WORD_RIM = 3  # supersampled pixels
 
 @dataclass(frozen=True)
 class Stamp:
-    """One object ready to be pasted.
+    """One object, ready to be pasted.
 
-    `mask` is its coverage and `inner` that of what lies within its rim, both at `SUPERSAMPLING` times its size; `extent` is
-    (width, height) in pixels.
+    `mask` is the coverage of the whole object, `inner` that of the part inside its rim, both at `SUPERSAMPLING` times the size in
+    the image. `extent` is (width, height) in pixels of the image.
     """
 
     caption: str
@@ -65,7 +65,7 @@ def _photograph(name: str) -> Image.Image:
 
     path = Path(skimage.data.__file__).parent / name
     if not path.exists():
-        raise ValueError(f"{path}: scikit-image's wheel should hold this photograph; pip install -e '.[demo]'")
+        raise ValueError(f"{path}: no such photograph, though scikit-image's wheel has it; pip install -e '.[demo]'")
     return Image.open(path).convert("RGB")
 
 
@@ -109,7 +109,7 @@ def _word(rng: np.random.Generator) -> Stamp:
     mask, inner = Image.new("L", (x2 - x1, y2 - y1)), Image.new("L", (x2 - x1, y2 - y1))
     ImageDraw.Draw(mask).text((-x1, -y1), word, font=font, fill=255, stroke_width=WORD_RIM)
     ImageDraw.Draw(inner).text((-x1, -y1), word, font=font, fill=255)
-    ink = mask.getbbox()  # a font's own box has bearings around it
+    ink = mask.getbbox()  # the box of the drawn pixels; the font's own box has margins
     assert ink is not None, word
     left, top, right, bottom = ink
     across, down = (-(-side // SUPERSAMPLING) * SUPERSAMPLING for side in (right - left, bottom - top))
@@ -132,7 +132,7 @@ def _background(rng: np.random.Generator, split: str, width: int, height: int) -
 
 
 def _place(rng: np.random.Generator, stamps: list[Stamp], width: int, height: int) -> list[tuple[int, int]] | None:
-    """Top left corners without overlap, the largest first; None where no place was found in 40 attempts for one of them."""
+    """Random top left corners of the stamps, without overlap; None if one stamp found no place in 40 attempts."""
     occupied: list[tuple[float, float, float, float]] = []
     corners: dict[int, tuple[int, int]] = {}
     for index in sorted(range(len(stamps)), key=lambda i: -max(stamps[i].extent)):
@@ -150,7 +150,7 @@ def _place(rng: np.random.Generator, stamps: list[Stamp], width: int, height: in
 
 
 def _paste(image: Image.Image, stamp: Stamp, corner: tuple[int, int], rng: np.random.Generator) -> None:
-    """Draws the stamp: a darker rim around the colour, which varies a little from object to object."""
+    """Draws the stamp onto the image: its colour, slightly varied, and a darker rim."""
     size = (stamp.mask.width // SUPERSAMPLING, stamp.mask.height // SUPERSAMPLING)
     colour = np.clip(np.array(COLOURS[stamp.colour]) * rng.uniform(0.9, 1.05) + rng.normal(0, 5, 3), 0, 255)
     for mask, tone in ((stamp.mask, colour * 0.55), (stamp.inner, colour)):
@@ -186,11 +186,11 @@ def compose(rng: np.random.Generator, split: str, identifier: str) -> ImageRecor
 
 
 def scene(split: str, seed: int, index: int) -> ImageRecord:
-    """Scene number `index` of the split (`train` or `heldout`): it depends on nothing but these three."""
+    """Scene number `index` of the split (`train` or `heldout`); it depends only on the three arguments."""
     return compose(np.random.default_rng((seed, list(PHOTOGRAPHS).index(split), index)), split, f"{split}-{index:06d}")
 
 
 def scenes(split: str, count: int, seed: int) -> Iterator[ImageRecord]:
-    """The first `count` scenes of the split, made on all cores."""
+    """The first `count` scenes of the split, computed on all cores."""
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         yield from pool.map(partial(scene, split, seed), range(count), chunksize=32)

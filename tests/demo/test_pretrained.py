@@ -1,4 +1,4 @@
-"""The demo's pretrained pair: text maps show the annotations, rows are supervised where they claim, directories load anywhere."""
+"""The demo's pretrained pair: text maps match the annotations, the right tokens are supervised, transformers loads exports."""
 import json
 
 import numpy as np
@@ -64,14 +64,14 @@ def test_a_row_asks_the_regions_of_its_map_and_where_they_are(chat):
 
 
 def _turn(row, segment: int, chat: Chat) -> tuple[str, str]:
-    """The question's text (and what of the answer is input) and the answer's of one segment."""
+    """Texts of one segment: its input tokens (question and answer), and its supervised answer."""
     text = chat.tokenizer.decode(row.token_ids_BS[0][row.segments_BS[0] == segment], skip_special_tokens=True)
     own = (row.segments_BS[0][row.answer_positions_BA[0]] == segment) & (row.answer_weights_BA[0] > 0)
     return text, chat.decode(row.answer_targets_BA[0][own].tolist()).strip()
 
 
 def test_the_pair_is_shipped_as_transformers_reads_it(monkeypatch, tmp_path, chat):
-    """The published directories give transformers the very tensors of the run."""
+    """transformers loads tensors from the published directories that equal those of the run."""
     weights = initial_values(vision_shapes(VISION) | language_shapes(LANGUAGE), 1)
     monkeypatch.setattr(pretrained, "_newest", lambda run: iter(weights.items()))
     chat.tokenizer.save(str(tmp_path / "tokenizer.json"))

@@ -1,4 +1,4 @@
-"""The demo's scenes: what a box claims must be where the pixels changed, and held-out photographs must stay apart."""
+"""The demo's scenes: boxes must enclose the changed pixels, and the splits must not share photographs."""
 import io
 
 import numpy as np
@@ -40,10 +40,10 @@ def test_captions_are_distinct_and_boxes_lie_inside_without_overlap(record):
 
 
 def test_boxes_are_exact_to_a_pixel(monkeypatch):
-    """Painted on a flat ground, each object's changed pixels span its box."""
+    """On a plain background, the changed pixels of each object span its box."""
     flat = lambda rng, split, width, height: Image.new("RGB", (width, height), (128, 128, 128))  # noqa: E731
     monkeypatch.setattr(scenes, "_background", flat)
-    monkeypatch.setitem(COLOURS, "white", (10, 10, 10))  # far from the ground
+    monkeypatch.setitem(COLOURS, "white", (10, 10, 10))  # far from the background
     for index in range(8):
         record = scene("train", 11, index)
         pixels = np.asarray(Image.open(io.BytesIO(record.image)).convert("RGB")).astype(int)
