@@ -1,4 +1,4 @@
-"""LLaVA's conversations: at the door, in the store, in rows."""
+"""LLaVA's conversations: validated, stored, packed into rows."""
 import json
 from collections import Counter
 from dataclasses import fields

@@ -214,7 +214,7 @@ def test_what_tiling_cannot_use_is_named(sizes_store, tiled, chat, tmp_path):
     manifest = json.loads((tmp_path / "old" / "manifest.json").read_text())
     del manifest["bytes"]["sizes.u4"]
     (tmp_path / "old" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"old: was built before image sizes were kept.*vision\.tiling.*rebuild"):
+    with pytest.raises(ValueError, match=r"old: has no image sizes.*vision\.tiling.*rebuild"):
         Loader(tiled_run(Store(tmp_path / "old")), tiled, chat, 0, 1)
     Loader(tiled_run(Store(tmp_path / "old")), tiled.model_copy(update={"tiles": 0}), chat, 0, 1)
     (tmp_path / "odd.yaml").write_text("{image_size: 24, patch_size: 8, width: 8, layers: 2, heads: 1, mlp: 8}")
