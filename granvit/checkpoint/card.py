@@ -16,8 +16,8 @@ DIGITS = 16  # of a hash, as in the names of RUN/parts
 
 @dataclass(frozen=True)
 class Exported:
-    """What the card says of the folder that it lies in. `title` heads it, `about` says what it is, `loading` is Python code,
-    `remarks` are sentences on use, on what was left out and on what was filled, `parts` are those that the folder holds."""
+    """Content of a card about the exported folder: `about` describes it, `loading` is Python code that loads it, `remarks` are
+    sentences on its use, on what was left out and on fillers, `parts` are the model's parts in it."""
 
     title: str
     about: str
@@ -30,7 +30,7 @@ class Exported:
 
 
 def model_card(exported: Exported, runs: Sequence[PastRun], missing_origin: str | None, shapes: Shapes) -> str:
-    """The card's text. `runs` and `missing_origin` are what `granvit.checkpoint.history.history` returned; `shapes` are those of
+    """The card's text. `runs` and `missing_origin` are the result of `granvit.checkpoint.history.history`; `shapes` are those of
     the model's parameters."""
     front = {"library_name": "transformers", "pipeline_tag": exported.pipeline, "tags": ["granvit"]}
     if exported.license is not None:
@@ -57,12 +57,12 @@ def model_card(exported: Exported, runs: Sequence[PastRun], missing_origin: str 
 
 
 def short_path(path: str | Path) -> str:
-    """A path as a card may show it: relative as the configuration has it; of an absolute one, the last name."""
+    """A path as a card may show it: a relative path unchanged, of an absolute one only the last name."""
     return Path(path).name if Path(path).is_absolute() else str(path)
 
 
 def _parts(exported: Exported, runs: Sequence[PastRun], missing_origin: str | None, shapes: Shapes) -> str:
-    """A row per part of the model: where it came from, its hash then and now, and what each run did to it."""
+    """A table with one row per part of the model: its start weights, their hash, its change in each run, its hash now."""
     names = [short_path(run.directory) for run in runs]
     header = ["part", "parameters", "start weights", "their hash", *(f"`{name}`" for name in names), "hash now"]
     rows = [header, ["---"] * len(header)]
@@ -99,7 +99,7 @@ def _origin(part: str, config: RunConfig, missing_origin: str | None) -> str:
 
 
 def _stage(number: int, run: PastRun) -> str:
-    """One run: what it trained, on what, how, and what it measured."""
+    """The section on one run: trained parts, data, optimizer, losses and evaluation."""
     checkpoint, config = run.checkpoint, run.checkpoint.config
     stage, rate, data = config.stage_spec, config.optimizer, config.data
     trains = " and ".join(part for part in PARTS if part in stage.trains)

@@ -165,7 +165,7 @@ def test_what_is_left_out_is_said_with_the_reason(published, tmp_path, capsys):
 def test_an_old_files_integer_positions_are_left_out(editable, tmp_path):
     name = "vision_model.embeddings.position_ids"
     source = editable("siglip-tower", replace(name, torch.arange(16)))
-    assert "old files carry it" in convert(source, tmp_path / "default", "default").left_out[name]
+    assert "old files" in convert(source, tmp_path / "default", "default").left_out[name]
 
 
 def test_a_tower_without_its_prefix_comes_back_without_it(editable, tmp_path):
@@ -345,7 +345,7 @@ def test_a_checkpoint_gives_its_decoder_and_its_encoder(run, tmp_path):
     directory, engine = run
     checkpoint = directory / "checkpoints" / "step_0000002"
     report = convert(checkpoint, tmp_path / "qwen2", "qwen2")
-    assert report.left_out["projector.linear_1.weight"] == "the 'qwen2' layout holds language alone"
+    assert report.left_out["projector.linear_1.weight"] == "the 'qwen2' layout has only: language"
     found = Qwen2ForCausalLM.from_pretrained(tmp_path / "qwen2")
     np.testing.assert_array_equal(found.model.norm.weight.detach(), engine.weights["language.model.norm.weight"])
     assert found.config.tie_word_embeddings and found.config.rope_theta == 1e4
@@ -406,7 +406,7 @@ def replace(name, value):
         ("qwen2", lambda t: None, {"model_type": "gpt2"}, "config.json: model_type 'gpt2'; known: "),
         ("qwen2", lambda t: None, {"rope_scaling": {"rope_type": "yarn"}}, "config.json: rope_type 'yarn'"),
         ("llama", lambda t: None, {"model_type": "qwen2"}, "k_proj.bias is missing"),
-        ("siglip-tower", lambda t: None, {"hidden_act": "relu"}, "config.json: hidden_act 'relu' has no counterpart"),
+        ("siglip-tower", lambda t: None, {"hidden_act": "relu"}, "config.json: hidden_act 'relu'"),
         ("llava-llama", lambda t: None, {"vision_feature_layer": -3}, "config.json: vision_feature_layer -3"),
         ("llava-clip", lambda t: None, {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy 'full'"),
         ("llava-llama", lambda t: [t.pop(n) for n in list(t) if ".layers.2." in n and "vision_tower" in n],
@@ -417,7 +417,7 @@ def replace(name, value):
             t["vision_model.embeddings.position_embedding.weight"].clone()}), {},
          "tensors 'vision_model.embeddings.position_embedding.weight' and 'embeddings.position_embedding.weight' are both"),
         ("siglip-tower", lambda t: t.update({"post_layernorm.weight": t.pop("vision_model.post_layernorm.weight")}), {},
-         "tensor 'post_layernorm.weight' is spelled otherwise than the rest"),
+         "tensor 'post_layernorm.weight' should be named 'vision_model.post_layernorm.weight'"),
     ],
 )  # fmt: skip
 def test_a_file_that_does_not_fit_is_refused_by_name(editable, tmp_path, capsys, kind, change, config, expected):
@@ -503,7 +503,7 @@ def test_the_layout_can_be_named_and_must_be_where_names_do_not_decide(published
 
 def test_what_a_layout_has_no_words_for_is_refused(published, tmp_path, capsys):
     assert "use 'llama'" in refused(capsys, published / "llama", tmp_path / "out", "qwen2")
-    assert "'qwen2' has" in refused(capsys, published / "qwen2", tmp_path / "out", "llama")
+    assert "use 'qwen2'" in refused(capsys, published / "qwen2", tmp_path / "out", "llama")
     assert "holds no projector and no vision" in refused(capsys, published / "qwen2", tmp_path / "out", "llava")
     existing = tmp_path / "there"
     existing.mkdir()
@@ -609,5 +609,5 @@ def test_checksums_of_a_default_directory_are_checked(published, tmp_path, capsy
     path = tmp_path / "default" / "model.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert "(checksum)" in refused(capsys, tmp_path / "default", tmp_path / "out", "llama")
+    assert "checksum" in refused(capsys, tmp_path / "default", tmp_path / "out", "llama")
     assert TensorSet(tmp_path / "default").shapes

@@ -167,7 +167,7 @@ def test_transformers_5_writes_rope_parameters(published):
 def test_scaled_rotary_angles_and_windows_are_refused(published, stated, named):
     path = published / "language" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | stated))
-    with pytest.raises(ValueError, match=rf"language/config\.json: {named} has no counterpart"):
+    with pytest.raises(ValueError, match=rf"language/config\.json: {named} "):
         start_weights(configuration(published), VISION, QWEN)
 
 
