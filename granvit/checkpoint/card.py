@@ -44,7 +44,7 @@ def model_card(exported: Exported, runs: Sequence[PastRun], missing_origin: str 
         f"## Load it\n\n```python\n{exported.loading}\n```",
         "## What to know",
         "\n".join(f"- {remark}" for remark in exported.remarks),
-        "## Start weights, and how far they moved",
+        "## Start weights, and their change in training",
         _parts(exported, runs, missing_origin, shapes),
         "## Training",
         *(_stage(number, run) for number, run in enumerate(runs, 1)),
@@ -52,7 +52,7 @@ def model_card(exported: Exported, runs: Sequence[PastRun], missing_origin: str 
         ", ".join(f"{name} {version}" for name, version in runs[-1].checkpoint.versions.items()) + ".",
     ]
     if exported.license is None:
-        sections.append("No license is stated: that is for whoever publishes this, within the terms of the start weights.")
+        sections.append("No license is stated: whoever publishes this must choose one, within the terms of the start weights.")
     return "\n\n".join(sections) + "\n"
 
 
@@ -82,7 +82,7 @@ def _parts(exported: Exported, runs: Sequence[PastRun], missing_origin: str | No
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return (
         f"{table}\n\nMoved: the L2 distance from the weights at the start of that run. A hash is the first {DIGITS} digits of a "
-        f"sha256 over the tensors' names and sha256s, in the precision that they are stored in: float32 once trained."
+        f"sha256 over the tensors' names and sha256s, in the dtype that they are stored in (float32 for trained parts)."
     )
 
 
@@ -92,7 +92,7 @@ def _moved(state: Part) -> str:
 
 def _origin(part: str, config: RunConfig, missing_origin: str | None) -> str:
     if missing_origin is not None:
-        return f"`{short_path(missing_origin)}`, a run that was not at hand"
+        return f"`{short_path(missing_origin)}`, a run that was not available"
     if config.model.init == "random" or part == "projector":
         return f"random, seed {config.seed}"
     return f"`{short_path(config.model.weights_vision if part == 'vision' else config.model.weights_language)}`"
@@ -126,16 +126,16 @@ def _stage(number: int, run: PastRun) -> str:
         losses = ", ".join(f"{name} {value:.4g}" for name, value in run.losses.items())
         lines.append(f"- losses, mean of the last {run.averaged} steps: {losses}")
     else:
-        lines.append("- losses: metrics.jsonl was not there")
+        lines.append("- losses: unknown, metrics.jsonl is missing")
     if run.went_on:
-        lines.append("- the next run did not start from this run's newest checkpoint, which is what is described here")
+        lines.append("- the next run did not start from this run's newest checkpoint, which is the one described here")
     lines += ["", *_evaluation(run)]
     return "\n".join(lines)
 
 
 def _evaluation(run: PastRun) -> list[str]:
     if not run.table:
-        return ["No evaluation was kept."]
+        return ["There is no evaluation."]
     source = run.checkpoint.config.eval.source
     lines = [f"Held-out data{f' `{short_path(source)}`' if source else ''}, after step {run.table_step:,}:", ""]
     lines += ["| task | samples | scores |", "| --- | --- | --- |"]

@@ -99,7 +99,7 @@ def _published(source: Source) -> dict[str, Any] | None:
 
 
 def _leave_out_fillers(source: Source, contents: Contents) -> None:
-    """Leaves out the fillers that an earlier conversion added (`_complete_tower`), unless any of them has changed."""
+    """Leaves out the fillers that an earlier conversion added (`granvit.checkpoint.convert`), unless any of them has changed."""
     ours = (source.tree or {}).get("granvit")
     listed = ours.get("filled") if isinstance(ours, dict) else None
     if not isinstance(listed, list):
@@ -141,7 +141,8 @@ def _stated(source: Source, layout: Layout, contents: Contents) -> tuple[VisionC
     except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{source.config_path}: {error}") from None
     for config in (vision, language):
-        if config is not None and not 0 < config.layers <= len(contents.names) + 1:  # before as many names are made
+        # A damaged config.json may state any number: `_check_shapes` would make names for all of its layers.
+        if config is not None and not 0 < config.layers <= len(contents.names) + 1:
             raise ValueError(f"{source.config_path}: {config.layers} layers, but there are {len(contents.names)} tensors")
     return vision, language
 
@@ -184,7 +185,7 @@ def _settle_head(source: Source, contents: Contents, tied: bool | None) -> None:
         del names[HEAD]
     elif tied:
         file = source.tensors.entries[head]["path"]
-        remedy = "set it to false in config.json"
+        remedy = "set it to false in config.json to keep the head"
         raise ValueError(f"{file}: tensor {head!r} differs from {embedding!r}, but tie_word_embeddings is true: {remedy}")
 
 

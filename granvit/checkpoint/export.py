@@ -293,16 +293,15 @@ def _encoder(
         plan.config["granvit"]["pooling_head"] = "start" if work.pooling else "left out"
     without_class = ", the class token left out" if built.class_token else ""
     work.remarks += [
-        f"The features are `{features}`, what projector and decoder were trained to read: {built.patches} patches row by "
+        f"The features are `{features}`, the input that the projector was trained on: {built.patches} patches row by "
         f"row{without_class}.",
         *_about_top(work, tower, above, start),
         _about_pixels(built),
     ]
     about = (
         f"The vision encoder of a GranViT run as `{tower.loader}`: {built.image_size} x {built.image_size} pixels, patches of "
-        f"{built.patch_size}, width {built.width}, {built.layers} blocks. GranViT trains an encoder to see regions: from its "
-        f"features a language model says what is inside a box. Projector and decoder, through which it was trained, are not in "
-        f"this folder."
+        f"{built.patch_size}, width {built.width}, {built.layers} blocks. GranViT trains an encoder on regions: a language "
+        f"model describes the content of a box from its features. The projector and the decoder are not in this folder."
     )
     load = LOAD_ENCODER.format(features=features, options="" if last_alone else ", output_hidden_states=True")
     return plan, {"about": about, "loading": load, "parts": ("vision",), "pipeline": "image-feature-extraction"}, {}
@@ -368,10 +367,10 @@ def _about_top(work: Work, tower: Tower, above: Shapes, start: Path | None) -> l
     if above:
         which = f"The last of {work.vision.layers} blocks and the closing norm" if blocks else "The closing norm's weights"
         if start is not None:
-            how = f"those of the start weights, `{short_path(start)}`, and were not trained with what is below them"
+            how = f"those of the start weights, `{short_path(start)}`: they were not trained together with the blocks below"
         else:
-            how = "zeros and norms of one, which pass their input on: above the features there is nothing more to read"
-        sentences.append(f"{which}, which the training left out, are {how}.")
+            how = "zeros, with norm weights of 1: these blocks return their input unchanged"
+        sentences.append(f"{which}, which were not part of the training, are {how}.")
     if tower.layout is SIGLIP:
         head = "is that of the start weights, untrained" if work.pooling else "is left out: there is no `pooler_output`"
         sentences.append(f"SigLIP's pooling head {head}.")
@@ -460,11 +459,11 @@ def _llava(work: Work, tower: Tower, for_transformers_4: bool, report: Report) -
             **({"suppress_tokens": appended} if appended else {}),
         }),
     }  # fmt: skip
-    blank = "blocks and the closing norm above it, which nothing reads, are zeros and norms of one"
+    blank = "the unused blocks and the closing norm above it are zeros, with norm weights of 1"
     mixes = [run.checkpoint.config.stage_spec.mix for run in work.runs]
     questions = [f"`{question}`" for task, question in QUESTIONS.items() if any(mix.get(task) for mix in mixes)]
     work.remarks += [
-        f"Ask one question about one picture, in the words of the training: {', '.join(questions)}. "
+        f"Ask one question about one picture, with the wording of the training: {', '.join(questions)}. "
         f"Boxes are `[x1, y1, x2, y2]`, divided by the picture's own width and height, with three decimals.",
         f"The chat template is that of the training (`{chat.family}`), its system message `{SYSTEM}` included.",
         about_image_token,
@@ -474,7 +473,7 @@ def _llava(work: Work, tower: Tower, for_transformers_4: bool, report: Report) -
     about = (
         f"A GranViT run as `LlavaForConditionalGeneration`: an encoder built like `{tower.loader}` ({vision.image_size} x "
         f"{vision.image_size} pixels, {vision.patches} tokens), a projector of two layers, and a decoder (`{language.name}`). "
-        f"GranViT trains an encoder to see regions: the decoder says what is inside a box of a picture, and where something is."
+        f"GranViT trains an encoder on regions: the decoder describes the content of a box, and locates what is described."
     )
     return plan, {"about": about, "loading": LOAD_LLAVA, "parts": PARTS, "pipeline": "image-text-to-text"}, texts
 
@@ -492,7 +491,7 @@ def _image_token(chat: Chat, vocab: int) -> tuple[Tokenizer, str, int, str]:
     spare = sorted((i, text) for text, i in tokenizer.get_vocab(with_added_tokens=True).items() if RESERVED.fullmatch(text))
     if not known and chat.size >= vocab and spare:
         image_id, text = spare[-1]
-        return tokenizer, text, image_id, f"`{text}` (id {image_id}), kept in reserve by the publisher, stands for the image."
+        return tokenizer, text, image_id, f"`{text}` (id {image_id}), reserved by the publisher, stands for the image."
     tokenizer.add_special_tokens([IMAGE_TOKEN])
     image_id = tokenizer.token_to_id(IMAGE_TOKEN)
     if not known and image_id < chat.size:
@@ -502,7 +501,7 @@ def _image_token(chat: Chat, vocab: int) -> tuple[Tokenizer, str, int, str]:
     elif image_id < vocab:
         why = f"new in the tokenizer: the embedding's {vocab} rows had room"
     else:
-        why = f"new, with zeros after the training's {vocab} rows of the embedding; never generated (`suppress_tokens`)"
+        why = f"new, with rows of zeros after the embedding's {vocab} trained rows; never generated (`suppress_tokens`)"
     return tokenizer, IMAGE_TOKEN, image_id, f"`{IMAGE_TOKEN}` (id {image_id}) stands for the image: {why}."
 
 

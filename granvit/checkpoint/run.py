@@ -135,7 +135,7 @@ def open_part(run: Path, name: str, digest: str) -> TensorSet:
     tensors = TensorSet(run / "parts" / f"{name}-{digest[:16]}", "model", checked=True)
     assert tensors.digests is not None  # because `checked`
     if set_digest(tensors.digests) != digest:
-        raise ValueError(f"{tensors.directory}: its checksums do not give the hash {digest[:16]} in state.json; it is damaged")
+        raise ValueError(f"{tensors.directory}: its checksums do not give its hash {digest[:16]}...; it is damaged")
     return tensors
 
 

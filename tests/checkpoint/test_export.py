@@ -321,7 +321,7 @@ def test_the_card_tells_the_runs_and_what_they_measured(tmp_path, published):
     stages = card.split("### ")
     assert stages[1].startswith("1. stage1 (`stage-one`)") and stages[2].startswith("2. stage2 (`stage-two`)")
     assert "`data_store/scenes` (0.5 of its regions), `private`" in stages[1] and "learning rate 0.01" in stages[1]
-    assert "self-distillation: weight 1, EMA rate 0.9" in stages[1] and "metrics.jsonl was not there" in stages[1]
+    assert "self-distillation: weight 1, EMA rate 0.9" in stages[1] and "metrics.jsonl is missing" in stages[1]
     assert "mean of the last 2 steps: loss 0.75, loss_caption 0.375" in stages[2]
     assert "after step 2:" in stages[2] and "| caption2bbox | 12 | acc_iou50 0.25 |" in stages[2]
     rows = {row.split(" | ")[0].strip("| "): row for row in card.splitlines() if row.startswith("|")}
