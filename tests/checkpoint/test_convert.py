@@ -284,7 +284,7 @@ def test_a_ckpt_written_by_mindspore_is_read(tmp_path, monkeypatch, crc):
     mindspore = pytest.importorskip("mindspore")
     from mindspore.train import serialization
 
-    monkeypatch.setattr(serialization, "SLICE_SIZE", 1)  # KB: what is larger comes in slices
+    monkeypatch.setattr(serialization, "SLICE_SIZE", 1)  # KB: larger tensors are written in slices
     rng = np.random.default_rng(0)
     arrays = {"a": rng.normal(size=(40, 33)).astype(np.float32), "b.weight": rng.normal(size=7).astype(np.float16),
               "scalar": np.float32(2.5).reshape(())}  # fmt: skip
@@ -356,7 +356,7 @@ def test_a_checkpoint_gives_its_decoder_and_its_encoder(run, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     back = convert(tmp_path / "siglip", tmp_path / "vision", "default")
     assert len(back.left_out) == len(vision_fillers()) and raw(tmp_path / "vision").items() <= raw(directory).items()
-    file = tmp_path / "siglip" / "model.safetensors"  # as if trained further: then the whole block is the model's
+    file = tmp_path / "siglip" / "model.safetensors"  # as if trained further: then the block is not a filler
     tensors = load_file(file)
     tensors["vision_model.encoder.layers.2.mlp.fc2.bias"] += 1
     save_file(tensors, file)

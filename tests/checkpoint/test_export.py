@@ -191,7 +191,7 @@ def test_an_encoder_that_a_bfloat16_run_froze_goes_out_as_it_came_in(tmp_path, p
 
 
 def llama3_tokenizer(path: Path) -> Path:
-    """A file like Llama 3's: tokens in reserve, and a post-processor that would write the first control token once more."""
+    """A file like Llama 3's: reserved tokens, and a post-processor that would add the first control token a second time."""
     tokenizer = byte_tokenizer("llama-3")
     tokenizer.add_special_tokens([f"<|reserved_special_token_{i}|>" for i in range(4)])
     begin = "<|begin_of_text|>"

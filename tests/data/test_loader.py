@@ -61,7 +61,7 @@ def all_questions(records: list[ImageRecord], mix: dict) -> Counter:
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_ranks_share_out_what_one_rank_reads(store, vision, chat, stage):
-    """Every step: the rows are the same for any number of ranks and any micro-batch, and so is what they leave out; the ranks
+    """Every step: the rows, and what is left out of them, are the same for any number of ranks and any micro-batch; the ranks
     have the same shapes in the same order. Some rows are longer than the largest bucket, whoever is beside them."""
     short = [{"length": 300, "answers": 60}, {"length": 600, "answers": 120}]
 
@@ -211,7 +211,7 @@ def test_reading_processes_end_with_their_parent(store, tmp_path):
 
 
 def _running(pid: int) -> bool:
-    """A process that has ended but that nobody has waited for (state Z) is not running."""
+    """A zombie (state Z) is not running."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
