@@ -328,7 +328,7 @@ def _find_start(work: Work, given: Path | None) -> Path:
     if not path.is_dir():
         key = "--start-weights" if given else f"model.weights_vision of {first.path}"
         raise ValueError(
-            f"--top start: no directory {path} ({key}, relative to {Path.cwd()}); the start weights' config.json and "
+            f"--top start: no directory {path} ({key}, current directory: {Path.cwd()}); the start weights' config.json and "
             f"safetensors files belong there; {instead}"
         )
     return path

@@ -93,7 +93,7 @@ def _from_run(config: RunConfig, vision: VisionConfig, language: LanguageConfig,
         before = STAGE_BEFORE.get(config.stage)
         make = f"scripts/{before}.py makes it, with the --config that has this output" if before else "run that stage first"
         raise ValueError(
-            f"model.init_from {run}: no checkpoint in {run / 'checkpoints'} (relative to {Path.cwd()}); {make}. {without}"
+            f"model.init_from {run}: no checkpoint in {run / 'checkpoints'} (current directory: {Path.cwd()}); {make}. {without}"
         )
     same = checkpoint.language.is_built_like(language)
     theirs, ours = checkpoint.language, language
@@ -159,7 +159,7 @@ def _read_config_json(key: str, folder: Path, tokenizer: bool) -> dict[str, Any]
     belongs = "config.json, model.safetensors (or model.safetensors.index.json with its files)"
     belongs += " and tokenizer.json" if tokenizer else ""
     if not folder.is_dir():
-        raise ValueError(f"{key}: no directory {folder} (relative to {Path.cwd()}); {belongs} belong there. {INSTEAD}")
+        raise ValueError(f"{key}: no directory {folder} (current directory: {Path.cwd()}); {belongs} belong there. {INSTEAD}")
     if not (folder / "config.json").exists():
         raise ValueError(f"{key}: no config.json in {folder}; {belongs} belong there. {INSTEAD}")
     return read_json(folder / "config.json")
