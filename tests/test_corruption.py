@@ -29,7 +29,7 @@ from granvit.init import initial_values
 from granvit.logs import MetricsFile
 from granvit.models import parameter_shapes, part_of
 from tests.conftest import random_record
-from tests.helpers import run_config
+from tests.helpers import rewrite_as_format_1, run_config
 from tests.toy import ToyEngine
 
 CASES = 150  # for each of the three readers
@@ -198,6 +198,37 @@ MAKERS = {"run": make_run, "store": make_store, "published": make_published}
 @pytest.mark.parametrize("what", MAKERS)
 def test_a_damaged_file_is_named_or_does_no_harm(what, tmp_path):
     assert faults(tmp_path / what, MAKERS[what], CASES, 0) == []
+
+
+def without_config(state: dict) -> None:
+    del state["config"]
+
+
+def with_no_questions_per_row(state: dict) -> None:
+    state["config"]["data"]["regions_per_row"] = 0
+
+
+def with_rows_as_text(state: dict) -> None:
+    state["config"]["train"]["global_batch"] = "4"
+
+
+def with_a_list_as_section(state: dict) -> None:
+    state["config"]["train"] = [4]
+
+
+@pytest.mark.parametrize("change", [without_config, with_no_questions_per_row, with_rows_as_text, with_a_list_as_section])
+def test_a_state_of_format_1_that_cannot_be_converted_is_named(change, tmp_path):
+    """Its checksum is right: the fault shows only when `train.global_batch` is converted to rows."""
+    make_run(tmp_path)
+    checkpoint = newest_checkpoint(tmp_path).path
+    rewrite_as_format_1(checkpoint)
+    assert newest_checkpoint(tmp_path).config.train.global_batch == 2
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["sha256"]
+    change(state)
+    (checkpoint / "state.json").write_text(json.dumps({"sha256": state_digest(state)} | state))
+    with pytest.raises(ValueError, match=r"step_0000002/state\.json: .*damaged"):
+        newest_checkpoint(tmp_path)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ DIGITS = 16  # of a hash, as in the names of RUN/parts
 
 @dataclass(frozen=True)
 class Exported:
-    """What the card says of the folder that it lies in. `title` heads it, `about` says what it is, `loading` is Python code,
-    `remarks` are sentences on use, on what was left out and on what was filled, `parts` are those that the folder holds."""
+    """Content of a card about the exported folder: `about` describes it, `loading` is Python code that loads it, `remarks` are
+    sentences on its use, on what was left out and on fillers, `parts` are the model's parts in it."""
 
     title: str
     about: str
@@ -30,7 +30,7 @@ class Exported:
 
 
 def model_card(exported: Exported, runs: Sequence[PastRun], missing_origin: str | None, shapes: Shapes) -> str:
-    """The card's text. `runs` and `missing_origin` are what `granvit.checkpoint.history.history` returned; `shapes` are those of
+    """The card's text. `runs` and `missing_origin` are the result of `granvit.checkpoint.history.history`; `shapes` are those of
     the model's parameters."""
     front = {"library_name": "transformers", "pipeline_tag": exported.pipeline, "tags": ["granvit"]}
     if exported.license is not None:
@@ -44,7 +44,7 @@ def model_card(exported: Exported, runs: Sequence[PastRun], missing_origin: str 
         f"## Load it\n\n```python\n{exported.loading}\n```",
         "## What to know",
         "\n".join(f"- {remark}" for remark in exported.remarks),
-        "## Start weights, and how far they moved",
+        "## Start weights, and their change in training",
         _parts(exported, runs, missing_origin, shapes),
         "## Training",
         *(_stage(number, run) for number, run in enumerate(runs, 1)),
@@ -52,17 +52,17 @@ def model_card(exported: Exported, runs: Sequence[PastRun], missing_origin: str 
         ", ".join(f"{name} {version}" for name, version in runs[-1].checkpoint.versions.items()) + ".",
     ]
     if exported.license is None:
-        sections.append("No license is stated: that is for whoever publishes this, within the terms of the start weights.")
+        sections.append("No license is stated: whoever publishes this must choose one, within the terms of the start weights.")
     return "\n\n".join(sections) + "\n"
 
 
 def short_path(path: str | Path) -> str:
-    """A path as a card may show it: relative as the configuration has it; of an absolute one, the last name."""
+    """A path as a card may show it: a relative path unchanged, of an absolute one only the last name."""
     return Path(path).name if Path(path).is_absolute() else str(path)
 
 
 def _parts(exported: Exported, runs: Sequence[PastRun], missing_origin: str | None, shapes: Shapes) -> str:
-    """A row per part of the model: where it came from, its hash then and now, and what each run did to it."""
+    """A table with one row per part of the model: its start weights, their hash, its change in each run, its hash now."""
     names = [short_path(run.directory) for run in runs]
     header = ["part", "parameters", "start weights", "their hash", *(f"`{name}`" for name in names), "hash now"]
     rows = [header, ["---"] * len(header)]
@@ -82,7 +82,7 @@ def _parts(exported: Exported, runs: Sequence[PastRun], missing_origin: str | No
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return (
         f"{table}\n\nMoved: the L2 distance from the weights at the start of that run. A hash is the first {DIGITS} digits of a "
-        f"sha256 over the tensors' names and sha256s, in the precision that they are stored in: float32 once trained."
+        f"sha256 over the tensors' names and sha256s, in the dtype that they are stored in (float32 for trained parts)."
     )
 
 
@@ -92,14 +92,14 @@ def _moved(state: Part) -> str:
 
 def _origin(part: str, config: RunConfig, missing_origin: str | None) -> str:
     if missing_origin is not None:
-        return f"`{short_path(missing_origin)}`, a run that was not at hand"
+        return f"`{short_path(missing_origin)}`, a run that was not available"
     if config.model.init == "random" or part == "projector":
         return f"random, seed {config.seed}"
     return f"`{short_path(config.model.weights_vision if part == 'vision' else config.model.weights_language)}`"
 
 
 def _stage(number: int, run: PastRun) -> str:
-    """One run: what it trained, on what, how, and what it measured."""
+    """The section on one run: trained parts, data, optimizer, losses and evaluation."""
     checkpoint, config = run.checkpoint, run.checkpoint.config
     stage, rate, data = config.stage_spec, config.optimizer, config.data
     trains = " and ".join(part for part in PARTS if part in stage.trains)
@@ -126,16 +126,16 @@ def _stage(number: int, run: PastRun) -> str:
         losses = ", ".join(f"{name} {value:.4g}" for name, value in run.losses.items())
         lines.append(f"- losses, mean of the last {run.averaged} steps: {losses}")
     else:
-        lines.append("- losses: metrics.jsonl was not there")
+        lines.append("- losses: unknown, metrics.jsonl is missing")
     if run.went_on:
-        lines.append("- the next run did not start from this run's newest checkpoint, which is what is described here")
+        lines.append("- the next run did not start from this run's newest checkpoint, which is the one described here")
     lines += ["", *_evaluation(run)]
     return "\n".join(lines)
 
 
 def _evaluation(run: PastRun) -> list[str]:
     if not run.table:
-        return ["No evaluation was kept."]
+        return ["There is no evaluation."]
     source = run.checkpoint.config.eval.source
     lines = [f"Held-out data{f' `{short_path(source)}`' if source else ''}, after step {run.table_step:,}:", ""]
     lines += ["| task | samples | scores |", "| --- | --- | --- |"]

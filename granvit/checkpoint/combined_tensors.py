@@ -1,7 +1,7 @@
-"""Tensors that a foreign layout holds together, or behind axes of length one.
+"""Tensors that a foreign layout stores concatenated, or with leading axes of length one.
 
-In a layout's table `name@k/n` is part k of n equal parts of the tensor `name` along its first axis (queries, keys and values in
-one matrix), and `name@[1,1]` the tensor `name` without that many leading axes of length one.
+In a layout's table `name@k/n` stands for part k (from 0) of n equal parts of the tensor `name` along its first axis (for example
+queries, keys and values in one matrix). `name@[1,1]` stands for the tensor `name` without two leading axes of length one.
 """
 import re
 from collections.abc import Iterable, Sequence
@@ -20,13 +20,13 @@ def name_in_file(name: str) -> str:
 
 
 def count_parts(name: str) -> int:
-    """How many parts the tensor in the file has that `name` is a part of; 1 where it is the whole tensor."""
+    """The number of parts of the tensor in the file that `name` is a part of; 1 if `name` is the whole tensor."""
     found = _PART.search(name)
     return int(found[2]) if found else 1
 
 
 def shape_in_file(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in the file of the tensor that `name` of this shape belongs to."""
+    """The shape of the tensor in the file, if `name` has the shape `shape`."""
     if axes := _AXES.search(name):
         return (1,) * len(axes[1].split(",")) + shape
     return (count_parts(name) * shape[0], *shape[1:]) if count_parts(name) > 1 else shape
@@ -38,7 +38,7 @@ def combine(shape: tuple[int, ...], parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def part_names(names: Iterable[str], layout: Layout) -> list[str]:
-    """The names in a file as the layout's table has them: those of combined tensors once for each part."""
+    """The names in a file as the layout's table writes them: a combined tensor gives one name per part."""
     suffixes: dict[str, list[str]] = {}
     for pattern in (foreign for spelling in layout.spellings for foreign, _ in spelling.rows if "@" in foreign):
         suffixes.setdefault(name_in_file(pattern), []).append(pattern.partition("@")[2])
@@ -50,8 +50,10 @@ def part_names(names: Iterable[str], layout: Layout) -> list[str]:
 
 
 class SeparatedTensors(StoredTensors):
-    """A file's tensors under the names of a layout's table, combined ones separated into their parts. Nothing is read when it is
-    made. `ValueError` names a tensor whose shape has no such parts."""
+    """A file's tensors under the names of a layout's table, with combined tensors split into their parts.
+
+    Construction reads no tensor. `ValueError` names a tensor whose shape cannot be split so.
+    """
 
     def __init__(self, tensors: StoredTensors, layout: Layout):
         self.tensors, self.dtypes = tensors, tensors.dtypes
@@ -71,10 +73,10 @@ def _entry_of_part(name: str, entry: dict) -> dict:
     if axes := _AXES.search(name):
         ones = len(axes[1].split(","))
         if shape[:ones] != (1,) * ones:
-            raise ValueError(f"{tensor}, expected {[1] * ones} before the rest")
+            raise ValueError(f"{tensor}, expected {ones} leading axes of length 1")
         return entry | {"shape": shape[ones:]}
     if not shape or shape[0] % count:
-        raise ValueError(f"{tensor}, which has no {count} equal parts")
+        raise ValueError(f"{tensor}, which cannot be split into {count} equal parts")
     part = _PART.search(name)
     assert part is not None, name
     total, number = sum(length for _, length in entry["spans"]), int(part[1])
@@ -83,8 +85,8 @@ def _entry_of_part(name: str, entry: dict) -> dict:
 
 
 def _between(spans: Iterable[tuple[int, int]], first: int, last: int) -> Iterable[tuple[int, int]]:
-    """Where the tensor's bytes from `first` to `last` lie."""
-    start = 0  # of the span, counted in the tensor's bytes
+    """The spans (offset, length) in the file of the tensor's bytes from `first` to `last` (exclusive)."""
+    start = 0  # index of the span's first byte in the tensor
     for offset, length in spans:
         low, high = max(first, start), min(last, start + length)
         if low < high:

@@ -1,6 +1,6 @@
-"""What a source holds: every tensor under its canonical name, and the model that they make up.
+"""Maps a source's tensors to canonical names, and determines the model's configuration.
 
-Names, shapes and config.json are held against each other before anything is written.
+Names, shapes and config.json are checked against each other before anything is written.
 """
 import math
 from collections.abc import Iterator, Sequence
@@ -26,15 +26,16 @@ from granvit.models import (
     vision_shapes,
 )
 
-RESAMPLE: dict[Any, str] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, which preprocessor_config.json holds
+RESAMPLE: dict[Any, str] = {2: "bilinear", 3: "bicubic"}  # the numbers in preprocessor_config.json are Pillow's
 EMBEDDING, HEAD = "language.model.embed_tokens.weight", "language.lm_head.weight"
 
 
 @dataclass
 class Contents:
-    """The source's model: where each canonical tensor lies, and its description. `stated`: a configuration says all of it;
-    otherwise it was derived from shapes and is good for shapes alone. `published` is what a foreign config.json said. `left_out`
-    maps what belongs to no part of the model to the reason, `notes` says what a reader should know."""
+    """The source's model. `names` maps canonical names to names in the source. `vision` and `language` are the configurations:
+    complete if `stated`; otherwise derived from shapes, and to be used for shapes only. `published` is the content of a foreign
+    config.json with its layout and spelling. `left_out` maps tensors that are not used to the reason, `notes` are messages for
+    the user."""
 
     names: dict[str, str] = field(default_factory=dict)
     vision: VisionConfig | None = None
@@ -46,7 +47,10 @@ class Contents:
 
 
 def open_contents(path: Path, named: str | None = None) -> tuple[Source, Layout, Contents]:
-    """Opens what is at `path`, its tensors under the names of its layout's table (`named`, or found out); nothing is read."""
+    """Opens the source at `path`, in the layout `named` or the detected one; its tensors have the names of the layout's table.
+
+    Tensors are read only to compare a head with the embedding and to recognise fillers.
+    """
     source = open_source(path)
     layout, spelling = detect(source, named)
     source = replace(source, tensors=SeparatedTensors(source.tensors, layout))
@@ -54,7 +58,7 @@ def open_contents(path: Path, named: str | None = None) -> tuple[Source, Layout,
 
 
 def read_contents(source: Source, layout: Layout, spelling: Spelling) -> Contents:
-    """Maps every name, settles the head, and holds names and shapes against the configuration."""
+    """Maps all names to canonical ones and checks names and shapes against the configuration; `ValueError` if they differ."""
     contents = Contents()
     names = contents.names
     for foreign in source.tensors.shapes:
@@ -80,7 +84,7 @@ def read_contents(source: Source, layout: Layout, spelling: Spelling) -> Content
 
 
 def _published(source: Source) -> dict[str, Any] | None:
-    """What a default directory remembers of the publisher's, so that it can be written again as it was."""
+    """The record of the publisher's config.json in a default directory, with which the publisher's files can be written again."""
     assert source.tree is not None
     record = source.tree.get("published")
     if record is None:
@@ -90,33 +94,33 @@ def _published(source: Source) -> dict[str, Any] | None:
     except (KeyError, TypeError):
         known = False
     if not known:
-        raise ValueError(f"{source.config_path}: its record under 'published' is damaged; without it the names stay readable")
+        raise ValueError(f"{source.config_path}: the key 'published' is damaged; remove it: the tensors can be read without")
     return record
 
 
 def _leave_out_fillers(source: Source, contents: Contents) -> None:
-    """Leaves out what an earlier conversion wrote to complete the tower, as long as all of it is still that."""
+    """Leaves out the fillers that an earlier conversion added (`granvit.checkpoint.convert`), unless any of them has changed."""
     ours = (source.tree or {}).get("granvit")
     listed = ours.get("filled") if isinstance(ours, dict) else None
     if not isinstance(listed, list):
         return
     fillers = {canonical: foreign for canonical, foreign in contents.names.items() if name_in_file(foreign) in listed}
     if not all(np.all(source.tensors.read(foreign) == filler_value(canonical)) for canonical, foreign in fillers.items()):
-        return  # trained since
+        return  # trained since then
     for canonical, foreign in fillers.items():
-        contents.left_out[foreign] = "written by an earlier conversion to complete the tower: nothing reads it"
+        contents.left_out[foreign] = "a filler of an earlier conversion, which the model does not use"
         del contents.names[canonical]
 
 
 def filler_value(canonical: str) -> float:
-    """What completes a tower: zeros, and norms of weight one. Such a block passes its input on."""
+    """The value of a filler: 1 for the weights of norms, else 0. A block of fillers is the identity."""
     return float("norm" in canonical and canonical.endswith(".weight"))
 
 
 def _stated(source: Source, layout: Layout, contents: Contents) -> tuple[VisionConfig | None, LanguageConfig | None] | None:
-    """The model that config.json describes; None where there is none."""
+    """The configurations of encoder and decoder in config.json; None if there is no config.json of this model."""
     if source.tree is None or (source.beside and source.tree.get("model_type") not in layout.model_types):
-        contents.notes.append("no config.json of this model: names and shapes were held against each other alone")
+        contents.notes.append("no config.json of this model: names and shapes were only checked against each other")
         return None
     label = source.path.name if source.path.is_dir() else source.path.parent.name
     try:
@@ -128,7 +132,7 @@ def _stated(source: Source, layout: Layout, contents: Contents) -> tuple[VisionC
         language = LanguageConfig(**({"name": label} | fields["language"])) if "language" in fields else None
     except KeyError as error:
         if source.beside:
-            contents.notes.append(f"{source.config_path} is not of this layout and was not read")
+            contents.notes.append(f"{source.config_path} is not of this layout and was not used")
             return None
         raise ValueError(f"{source.config_path}: no key {error.args[0]!r}") from None
     except ValidationError as error:
@@ -137,17 +141,18 @@ def _stated(source: Source, layout: Layout, contents: Contents) -> tuple[VisionC
     except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{source.config_path}: {error}") from None
     for config in (vision, language):
-        if config is not None and not 0 < config.layers <= len(contents.names) + 1:  # before names are made for that many
-            raise ValueError(f"{source.config_path}: {config.layers} layers, but {len(contents.names)} tensors are there")
+        # A damaged config.json may state any number: `_check_shapes` would make names for all of its layers.
+        if config is not None and not 0 < config.layers <= len(contents.names) + 1:
+            raise ValueError(f"{source.config_path}: {config.layers} layers, but there are {len(contents.names)} tensors")
     return vision, language
 
 
 def _pixels(source: Source, contents: Contents) -> dict[str, Any]:
     """The fields of `VisionConfig` that preprocessor_config.json states."""
-    assert source.config_path is not None  # it was read
+    assert source.config_path is not None  # config.json was read
     path = source.config_path.parent / "preprocessor_config.json"
     if not path.exists():
-        contents.notes.append("no preprocessor_config.json: mean, std and resize are taken to be this family's")
+        contents.notes.append("no preprocessor_config.json: mean, std and resize are the defaults of this family")
         return {}
     tree = read_json(path)
     stated = {"mean": tree.get("image_mean"), "std": tree.get("image_std"), "resize": RESAMPLE.get(tree.get("resample"))}
@@ -155,21 +160,21 @@ def _pixels(source: Source, contents: Contents) -> dict[str, Any]:
 
 
 def _vision(fields: dict[str, Any], contents: Contents) -> VisionConfig:
-    """An encoder that reaches as high as its tensors do: LLaVA's towers may come without the last block."""
+    """The encoder's configuration, with `built_level` from the tensors: LLaVA checkpoints may lack the last block."""
     if {"top", "built_level"} & fields.keys():
         return VisionConfig(**fields)
     names = contents.names
     last = any(name.startswith(f"vision.encoder.layers.{fields['layers'] - 1}.") for name in names)
     for name in [name for name in names if name.startswith("vision.post_layernorm.") and not last]:
-        contents.left_out[names.pop(name)] = "the closing norm of a last block that is not there"
+        contents.left_out[names.pop(name)] = "the closing norm: the last block before it is missing"
     built_level = "final" if "vision.post_layernorm.weight" in names else "last" if last else "penultimate"
     return VisionConfig(**(fields | {"built_level": built_level}))
 
 
 def _settle_head(source: Source, contents: Contents, tied: bool | None) -> None:
-    """Leaves out a head that is the embedding once more; `ValueError` where it should be and is not.
+    """Leaves out a head that equals the embedding; `ValueError` if `tied` and they differ.
 
-    Without a configuration (`tied` None), equal bytes say that the head is tied.
+    Without a configuration (`tied` None), a head with the same bytes as the embedding is taken to be tied.
     """
     names = contents.names
     if HEAD not in names or EMBEDDING not in names or tied is False:
@@ -180,11 +185,12 @@ def _settle_head(source: Source, contents: Contents, tied: bool | None) -> None:
         del names[HEAD]
     elif tied:
         file = source.tensors.entries[head]["path"]
-        raise ValueError(f"{file}: tensor {head!r} differs from {embedding!r}, but tie_word_embeddings says that they are one")
+        remedy = "set it to false in config.json to keep the head"
+        raise ValueError(f"{file}: tensor {head!r} differs from {embedding!r}, but tie_word_embeddings is true: {remedy}")
 
 
 def _derived(source: Source, names: dict[str, str]) -> tuple[VisionConfig | None, LanguageConfig | None]:
-    """Encoder and decoder of these shapes. How queries split into heads does not follow from them: one head is assumed."""
+    """Encoder and decoder configurations derived from shapes; the number of heads is unknown, one (key) head is assumed."""
     shapes = {canonical: source.tensors.shapes[foreign] for canonical, foreign in names.items()}
     parts = {part_of(name) for name in shapes}
     try:
@@ -193,7 +199,7 @@ def _derived(source: Source, names: dict[str, str]) -> tuple[VisionConfig | None
     except KeyError as error:
         raise ValueError(f"{source.path}: tensor {error.args[0]!r} (canonical name) is missing") from None
     except (ValidationError, ValueError, ZeroDivisionError):
-        raise ValueError(f"{source.path}: the tensors' shapes are those of no model, and no config.json says more") from None
+        raise ValueError(f"{source.path}: the tensors' shapes fit no model; a config.json is needed") from None
     return vision, language
 
 
@@ -252,11 +258,11 @@ def _in_file(name: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
 
 
 def _check_shapes(source: Source, layout: Layout, spelling: Spelling, contents: Contents) -> None:
-    """`ValueError` naming, in the source's words, the first tensors that are missing, unexpected or of another shape."""
+    """`ValueError` naming, as in the source, the first tensors that are missing, unexpected or of another shape."""
     names, vision, language = contents.names, contents.vision, contents.language
     held = {part_of(name) for name in names}
     if layout.name not in OURS and held != layout.parts:
-        raise ValueError(f"{source.path}: no tensor of the {sorted(layout.parts - held)[0]}, which {layout.name!r} has")
+        raise ValueError(f"{source.path}: no tensor of the {sorted(layout.parts - held)[0]}; {layout.name!r} needs it")
     expected: Shapes = {}
     if vision is not None:
         expected |= vision_shapes(vision)
@@ -275,7 +281,7 @@ def _check_shapes(source: Source, layout: Layout, spelling: Spelling, contents: 
 
 
 def common_name(names: Sequence[str]) -> str:
-    """One name, or what several have in common."""
+    """The one name, or the common prefix of several and their count."""
     if len(names) == 1:
         return names[0]
     common = []
@@ -287,7 +293,7 @@ def common_name(names: Sequence[str]) -> str:
 
 
 def left_out_lines(left_out: dict[str, str]) -> Iterator[str]:
-    """What was left out and why, a line for all that have first word and reason in common."""
+    """Lines about what was left out: one for all names with the same first component and the same reason."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name, reason in left_out.items():
         groups.setdefault((name.split(".")[0], reason), []).append(name)

@@ -18,8 +18,8 @@ layouts:
   mindformers  Llama and Qwen2 of MindFormers: the decoder, a .ckpt file
   mindspore    this project's own names in a .ckpt file
 
-Every tensor keeps its bytes and its dtype. What SRC holds beyond the layout is listed with the reason; anything that is not
-explained is an error. Exit status: 0 done, 2 refused (DST is not created).
+Every tensor keeps its bytes and its dtype. Tensors in SRC that LAYOUT does not have are listed with the reason; an unknown tensor
+is an error. Exit status: 0 done, 2 refused (DST is not created).
 """
 import argparse
 import json
@@ -66,12 +66,12 @@ EXAMPLES = """examples:
   python parity/convert.py runs/stage2/checkpoints/step_0001000 decoder --to qwen2
   python parity/convert.py models/Qwen2.5-1.5B-Instruct qwen.ckpt --to mindformers
   python parity/convert.py qwen.ckpt qwen-default --to default --from mindformers"""
-ProgressCallback = Callable[[str, int, int], None]  # what is done, bytes done, bytes in all
+ProgressCallback = Callable[[str, int, int], None]  # name of the step, bytes done, total bytes
 
 
 @dataclass
 class Report:
-    """What was converted. `left_out` maps names in the source to reasons, `filled` lists names that only the target has."""
+    """The result of a conversion. `left_out` maps names in the source to reasons, `filled` lists fillers in the target."""
 
     source: Path
     destination: Path
@@ -89,8 +89,8 @@ class Report:
 
 @dataclass
 class Plan:
-    """What is written: target name -> the source's names of its parts in order, or the value and dtype of a filler; and the
-    configuration."""
+    """What to write. `names` maps each target name to the source's names of its parts in order, `fillers` to value and dtype;
+    `config` is the content of config.json, None without a complete configuration."""
 
     names: dict[str, list[str]]
     shapes: Shapes
@@ -99,7 +99,7 @@ class Plan:
 
 
 def make_plan(source: Source, contents: Contents, target: Layout, report: Report) -> Plan:
-    """Names every tensor in the target's words; `ValueError` where the target has none, or needs a part that is not there."""
+    """Maps every tensor to its name in the target; `ValueError` if it has none, or the target needs a part that is missing."""
     held = {part_of(name) for name in contents.names}
     holds = ", ".join(part for part in PARTS if part in target.parts)
     lacking = target.parts - held
@@ -117,7 +117,7 @@ def make_plan(source: Source, contents: Contents, target: Layout, report: Report
     parts: dict[str, dict[str, str]] = {}
     for canonical, foreign in contents.names.items():
         if part_of(canonical) not in target.parts:
-            report.left_out[foreign] = f"the {target.name!r} layout holds {holds} alone"
+            report.left_out[foreign] = f"the {target.name!r} layout has only: {holds}"
             continue
         name = spelling.foreign(canonical)
         if name is None:
@@ -135,7 +135,7 @@ def make_plan(source: Source, contents: Contents, target: Layout, report: Report
 def _complete_tower(
     source: Source, contents: Contents, vision: VisionConfig, spelling: Spelling, plan: Plan, report: Report
 ) -> None:
-    """Adds the blocks above `vision.level` that are not in the source: transformers builds them, though nothing reads them."""
+    """Adds fillers for the blocks above `vision.level` that the source lacks: transformers builds them, but they are not used."""
     dtype = source.tensors.dtypes[source.tensors.entries[contents.names["vision.embeddings.patch_embedding.weight"]]["tag"]]
     for canonical, shape in vision_shapes(vision.with_all_blocks).items():
         if canonical not in contents.names:
@@ -148,7 +148,7 @@ def _complete_tower(
 
 def _config(tree: dict[str, Any], source: Source, contents: Contents, target: Layout, plan: Plan,
             came_from: dict[str, Any] | None, report: Report) -> dict[str, Any]:  # fmt: skip
-    """The target's config.json: `tree` with what the publisher's said beyond it, and what follows from the tensors."""
+    """The target's config.json: `tree`, with additional keys of the publisher's config.json and keys derived from the tensors."""
     if target.name in OURS:
         return tree | ({"published": contents.published} if contents.published else {})
     if came_from and came_from["config"].get("model_type") == tree["model_type"]:
@@ -161,16 +161,16 @@ def _config(tree: dict[str, Any], source: Source, contents: Contents, target: La
         if "image_token_index" not in tree:
             tree["image_token_index"] = contents.language.vocab - 1
             last_id = tree["image_token_index"]
-            report.notes.append(f"image_token_index is {last_id}, the last token id: let it stand for the image")
+            report.notes.append(f"image_token_index is set to {last_id}, the last token id: use this id for the image tokens")
         if contents.vision.level == "final":
-            report.notes.append(f"load it with transformers 4.57 alone: {FINAL_DIFFERS}")
+            report.notes.append(f"load it only with transformers 4.57: {FINAL_DIFFERS}")
     if plan.fillers:
         tree["granvit"] = {"filled": list(plan.fillers)}
     return tree
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` laid over `below`, objects merged key by key."""
+    """`below` updated with `above`; nested objects are merged."""
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(below.get(key), dict)
@@ -185,7 +185,7 @@ def _bytes(source: Source, plan: Plan) -> dict[str, int]:
 
 
 def _arrays(source: Source, plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor that is written, one in memory at a time."""
+    """Yields every tensor to write, one in memory at a time."""
     for name, parts in plan.names.items():
         yield name, combine(plan.shapes[name], [source.tensors.read(part) for part in parts])
     for name, (value, dtype) in plan.fillers.items():
@@ -194,7 +194,7 @@ def _arrays(source: Source, plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
 
 @contextmanager
 def _beside(destination: Path) -> Iterator[Path]:
-    """A folder beside the destination that is gone afterwards, with what is left in it."""
+    """A temporary folder in the destination's directory, removed at the end."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     folder = destination.with_name(f".tmp-{destination.name}-{os.getpid()}")
     folder.mkdir()
@@ -206,7 +206,10 @@ def _beside(destination: Path) -> Iterator[Path]:
 
 def write_plan(source: Source, plan: Plan, target: Layout, destination: Path, verify: bool, report: Report,
                progress: ProgressCallback, accompany: Callable[[Path], None] = lambda folder: None) -> None:  # fmt: skip
-    """Writes beside the destination, re-reads, renames. `accompany` puts further files into the folder before that."""
+    """Writes to a temporary folder, reads back if `verify`, renames. `accompany` writes further files before that.
+
+    `ValueError` if what was read back differs, or `destination` exists.
+    """
     one_file = destination.suffix in (".ckpt", ".safetensors")
     as_ckpt = destination.suffix == ".ckpt" or (not one_file and target.name in IN_CKPT)
     sizes = _bytes(source, plan)
@@ -232,14 +235,14 @@ def write_plan(source: Source, plan: Plan, target: Layout, destination: Path, ve
         if plan.config is not None and not one_file:
             write_synced(inside / "config.json", json.dumps(plan.config, indent=2) + "\n")
         elif plan.config is not None:
-            report.notes.append("one file holds no configuration: a directory as DST would have a config.json")
+            report.notes.append("a single file has no config.json: use a directory as DST to get one")
         accompany(inside)
         if verify:
             written = CkptFile(inside / f"{stem}.ckpt") if as_ckpt else TensorSet(inside, stem)
             _verify(source, plan, written, digests, sizes, progress)
         sync_directory(inside)
         if os.path.lexists(destination):
-            raise ValueError(f"{destination}: has come to exist meanwhile; nothing was replaced")
+            raise ValueError(f"{destination}: was created by another process meanwhile and is left as it is; choose another name")
         os.rename(inside / destination.name if one_file else inside, destination)
         sync_directory(destination.parent)
     report.tensors, report.bytes, report.verified = len(plan.shapes), sum(sizes.values()), verify
@@ -247,10 +250,10 @@ def write_plan(source: Source, plan: Plan, target: Layout, destination: Path, ve
 
 def _verify(source: Source, plan: Plan, written: StoredTensors, digests: dict[str, str], sizes: dict[str, int],
             progress: ProgressCallback) -> None:  # fmt: skip
-    """Reads back what was written: names, shapes, dtypes and the sha256 of every tensor's bytes."""
+    """`ValueError` if names, shapes, dtypes or the sha256 of a tensor's bytes differ in what was written."""
     found = shape_differences(written.shapes, plan.shapes)
     if found:
-        raise ValueError(f"what was written reads back differently: {'; '.join(found)}")
+        raise ValueError(f"the written file reads back differently: {'; '.join(found)}")
     done = 0
     for name, parts in (plan.names | dict.fromkeys(plan.fillers)).items():
         kind = plan.fillers[name][1] if parts is None else source.tensors.dtypes[source.tensors.entries[parts[0]]["tag"]]
@@ -270,12 +273,12 @@ def convert(
 ) -> Report:
     """Converts `source` to the layout `to` at `destination`; everything is checked before the first tensor is written.
 
-    `ValueError` says in one line what is wrong, where, and leaves no destination behind; `OSError` is the disk's.
+    `ValueError` (one line) for invalid input, `OSError` from reading and writing; then `destination` is not created.
     """
     source, destination, start = Path(source), Path(destination), time.perf_counter()
     target = layout_named(to)
     if to == MINDSPORE.name and destination.suffix == ".safetensors":
-        raise ValueError(f"{destination}: the layout {to!r} is a .ckpt file; 'default' has the same names in safetensors")
+        raise ValueError(f"{destination}: the layout {to!r} is a .ckpt file; the layout 'default' is the same in safetensors")
     if os.path.lexists(destination):
         raise ValueError(f"{destination}: exists already; remove it or choose another name")
     opened, layout, contents = open_contents(source, from_)
@@ -317,10 +320,10 @@ class Bar:
 
 
 def lines(report: Report) -> Iterator[str]:
-    """The report in words: what was left out or added and why, sizes, time and memory."""
+    """The report as lines of text: what was left out or added and why, sizes, time and memory."""
     yield from left_out_lines(report.left_out)
     if report.filled:
-        yield f"added {common_name(report.filled)}: blocks that transformers builds above the level in use (zeros; norms of one)"
+        yield f"added {common_name(report.filled)}: fillers (zeros, norm weights 1) for blocks that only transformers builds"
     yield from (f"note: {note}" for note in report.notes)
     yield (
         f"{report.from_layout} -> {report.to_layout}: {report.tensors} tensors, {report.bytes / 1e9:.3f} GB, "
@@ -330,7 +333,7 @@ def lines(report: Report) -> Iterator[str]:
 
 
 def command() -> int:
-    """`main` of a process of its own, which a SIGTERM ends in order: what is half written is removed."""
+    """`main` for a script: SIGTERM ends the process with exit status 143 and temporary files are removed."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     return main()
 
@@ -340,11 +343,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="convert.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", metavar="SRC", type=Path, help="what is converted; never written to")
-    parser.add_argument("destination", metavar="DST", type=Path, help="what is made; must not exist")
+    parser.add_argument("source", metavar="SRC", type=Path, help="checkpoint to convert; not changed")
+    parser.add_argument("destination", metavar="DST", type=Path, help="file or directory to create; must not exist")
     parser.add_argument("--to", metavar="LAYOUT", required=True, choices=tuple(LAYOUTS), help="the layout of DST")
     parser.add_argument("--from", dest="from_", metavar="LAYOUT", choices=tuple(LAYOUTS), help="that of SRC (default: detected)")
-    parser.add_argument("--no-verify", action="store_true", help="do not re-read what was written")
+    parser.add_argument("--no-verify", action="store_true", help="do not read back what was written")
     options = parser.parse_args(arguments)
     try:
         with Bar() as bar:

@@ -1,4 +1,4 @@
-"""Which layout a source has: by its config.json and its names."""
+"""Detects the layout of a source from its config.json and its tensors' names."""
 from collections.abc import Sequence
 
 from granvit.checkpoint.combined_tensors import name_in_file, part_names
@@ -22,12 +22,15 @@ LAYOUTS = {
         *(QWEN2, LLAMA, LLAVA, MINDFORMERS, MINDSPORE),
     )
 }
-DETECTED = tuple(layout for layout in LAYOUTS.values() if layout is not MINDSPORE)  # which differs from DEFAULT by its file alone
-OURS = ("default", "mindspore")  # these hold any parts of the model
+DETECTED = tuple(layout for layout in LAYOUTS.values() if layout is not MINDSPORE)  # same names as DEFAULT
+OURS = ("default", "mindspore")  # these may have any subset of the model's parts
 
 
 def detect(source: Source, named: str | None) -> tuple[Layout, Spelling]:
-    """The source's layout, by its config.json and its names; `ValueError` where that does not decide, or a name is unknown."""
+    """The source's layout and spelling, from config.json and tensor names, or those of the layout `named`.
+
+    `ValueError` if none or several layouts fit, or a tensor's name is unknown.
+    """
     if source.vision is not None:  # a run's checkpoint
         if named not in (None, DEFAULT.name):
             raise ValueError(f"{source.path}: a run's checkpoint has the layout {DEFAULT.name!r}, not {named!r}")
@@ -40,33 +43,33 @@ def detect(source: Source, named: str | None) -> tuple[Layout, Spelling]:
     fitting = [layout for layout in (stated or DETECTED) if any(_explains(layout, s, names) for s in layout.spellings)]
     if len(fitting) > 1:
         candidates = ", ".join(layout.name for layout in fitting)
-        raise ValueError(f"{source.path}: its names fit several layouts ({candidates}); name one with --from")
-    # Where none fits, the nearest one names the tensor that is in the way.
+        raise ValueError(f"{source.path}: its tensor names fit several layouts ({candidates}); name one with --from")
+    # If none fits, the closest one is used for an error that names the tensor.
     layout = fitting[0] if fitting else max(stated or DETECTED, key=lambda layout: _mapped(layout, names))
     if not fitting and not _mapped(layout, names):
         file = source.tensors.entries[names[0]]["path"] if names else source.path
-        what = f"tensor {names[0]!r} is in no known layout" if names else "no tensor is there"
-        raise ValueError(f"{file}: {what} ({', '.join(layout.name for layout in stated or DETECTED)})")
+        what = f"tensor {names[0]!r} is in no known layout" if names else "has no tensors"
+        raise ValueError(f"{file}: {what}; known: {', '.join(layout.name for layout in stated or DETECTED)}")
     return layout, _best_spelling(source, layout, names)
 
 
 def _by_model_type(source: Source) -> tuple[Layout, ...]:
-    """The layouts that config.json names; none where there is no config.json."""
+    """The layouts with the `model_type` of config.json; empty if there is no config.json, or one that may be of another file."""
     if source.tree is None or (source.beside and "model_type" not in source.tree):
         return ()
     model_type = source.tree.get("model_type")
     found = tuple(layout for layout in DETECTED if model_type in layout.model_types)
     if not found and not source.beside:
         known = ", ".join(dict.fromkeys(t for layout in DETECTED for t in layout.model_types))
-        raise ValueError(f"{source.config_path}: model_type {model_type!r}; known: {known}. --from names one that fits")
-    if source.beside:  # it may belong to another file: it decides only where it agrees
+        raise ValueError(f"{source.config_path}: model_type {model_type!r}; known: {known}; or name the layout with --from")
+    if source.beside:  # it may belong to another file: used only if the names agree
         names = list(source.tensors.shapes)
         found = tuple(layout for layout in found if any(_explains(layout, s, names) for s in layout.spellings))
     return found
 
 
 def layout_named(name: str) -> Layout:
-    """The layout of this name; `ValueError` where there is none."""
+    """The layout with this name; `ValueError` if there is none."""
     if name not in LAYOUTS:
         raise ValueError(f"layout {name!r} is not known; known: {', '.join(LAYOUTS)}")
     return LAYOUTS[name]
@@ -82,7 +85,7 @@ def _explains(layout: Layout, spelling: Spelling, names: Sequence[str]) -> bool:
 
 
 def _unpaired(layout: Layout, canonicals: Sequence[str]) -> bool:
-    """Whether a first name of the layout's pairs is there without its second."""
+    """Whether the first name of one of the layout's pairs is present without the second."""
     present = set(canonicals)
     for first, second in layout.pairs:
         pairing = Spelling(((second, first),))
@@ -97,7 +100,7 @@ def _mapped(layout: Layout, names: Sequence[str]) -> int:
 
 
 def _best_spelling(source: Source, layout: Layout, names: Sequence[str]) -> Spelling:
-    """The spelling that maps most; `ValueError` naming the first tensor that it does not know."""
+    """The spelling that maps the most names; `ValueError` naming the first tensor that it neither maps nor leaves out."""
     names = part_names(names, layout)
     spelling = max(layout.spellings, key=lambda s: sum(s.canonical(name) is not None for name in names))
     for name in names:
@@ -109,6 +112,6 @@ def _best_spelling(source: Source, layout: Layout, names: Sequence[str]) -> Spel
             raise ValueError(f"{file}: tensor {name!r} is in no row of the {layout.name!r} layout")
         twin = spelling.foreign(canonical)
         if twin in source.tensors.entries:
-            raise ValueError(f"{file}: tensors {twin!r} and {name!r} are both {canonical!r}")
-        raise ValueError(f"{file}: tensor {name!r} is spelled otherwise than the rest, where it would be {twin!r}")
+            raise ValueError(f"{file}: tensors {twin!r} and {name!r} are both {canonical!r}; remove one")
+        raise ValueError(f"{file}: tensor {name!r} should be named {twin!r}, like the other tensors")
     return spelling

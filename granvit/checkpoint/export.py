@@ -1,19 +1,19 @@
-"""Exports a run for transformers: its encoder as a vision model, or the whole as LLaVA, with all files that loading needs.
+"""Exports a run for transformers: the encoder as a vision model, or the whole model as LLaVA, with all files for loading it.
 
     python scripts/export_hf.py RUN DST --as encoder|llava [--top start|blank] [--start-weights DIR] [--license ID] ...
 
-RUN is a run's directory (its newest checkpoint) or one checkpoint (RUN/checkpoints/step_0001000); it is never written to. DST
-must not exist. Beside the weights lie config.json, preprocessor_config.json and a model card, README.md; for LLaVA also the
+RUN is a run's directory (its newest checkpoint) or one checkpoint (RUN/checkpoints/step_0001000); it is not changed. DST must not
+exist. Besides the weights it gets config.json, preprocessor_config.json and a model card, README.md; for LLaVA also the
 tokenizer, the processor, the chat template and generation_config.json.
 
-The projector usually reads the last block but one, and a run builds nothing above that, but a vision model of transformers has
-all blocks and a closing norm. --top says what they are: `start` takes them from the weights that the run started from (SigLIP's
-pooling head too), `blank` fills them with what passes its input on and leaves the head out. Both leave the features as they
-are; which of the hidden states these are is in config.json under `granvit` and in the card. LLaVA reads nothing above the
-features: there it is always blank.
+The projector usually reads the output of the second-to-last block, and a run builds no block above it. A vision model of
+transformers needs all blocks and a closing norm. --top selects where these come from: `start` takes them from the weights that
+the run started from (for SigLIP also the pooling head), `blank` makes the blocks identities and omits the head. The features are
+the same with both; config.json (key `granvit`) and the card say which hidden state they are. LLaVA does not use what is above the
+features, so it is always blank there.
 
-A LLaVA of a run whose projector reads the level `final` is refused without --for-transformers-4: transformers 5 and vLLM read
-that hidden state before the closing norm, and answer otherwise without an error. Other levels, and encoders, are read alike.
+If the projector reads the level `final`, a LLaVA is only exported with --for-transformers-4: transformers 5 and vLLM read that
+hidden state before the closing norm and give other answers without an error. Other levels and encoders do not have this problem.
 
 Exit status: 0 done, 2 refused (DST is not created).
 """
@@ -59,7 +59,7 @@ EXAMPLES = """examples:
   python scripts/export_hf.py runs/stage2 granvit --as llava --base-model google/siglip2-so400m-patch16-512 \\
       --base-model Qwen/Qwen2.5-1.5B-Instruct"""
 IMAGE_TOKEN = "<image>"
-RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>")  # Llama 3: tokens whose rows nothing uses
+RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>")  # Llama 3: unused tokens
 POOLING = re.compile(r"(?:vision_model\.)?(head\..*)")  # SigLIP's pooling head in a publisher's file
 QUESTIONS: dict[Task, str] = {"global": GLOBAL, "bbox2caption": BBOX2CAPTION, "caption2bbox": CAPTION2BBOX}
 LOAD_ENCODER = """\
@@ -84,11 +84,11 @@ Members = dict[str, tuple[StoredTensors, str]]  # name -> the set that holds it,
 
 @dataclass(frozen=True)
 class Tower:
-    """A vision model of transformers: its layout, its class, and which of its hidden states is which of our levels.
+    """A vision model of transformers: its layout, its class (`loader`), and our level for the indices of its hidden states.
 
-    `final` is read as `last_hidden_state`: that is behind the closing norm in every version, `hidden_states[-1]` in 4.57 alone.
-    `last_alone`: transformers 4.57 hands out its last hidden state and no other. Without a closing norm, that is the features
-    where blank blocks pass them on.
+    The level `final` is read as `last_hidden_state`, which is the output of the closing norm in all versions; `hidden_states[-1]`
+    is so only in 4.57. `last_alone`: transformers 4.57 returns only the last hidden state. If there is no closing norm and the
+    blocks above the features are blank, it equals the features.
     """
 
     layout: Layout
@@ -106,7 +106,7 @@ TOWERS = (
 
 
 class Composed(StoredTensors):
-    """Tensors out of several sets; those in `rows` have zeros appended until they are that many rows long."""
+    """Tensors from several sets. `rows` maps tensors to a number of rows: they are extended to it with zeros."""
 
     def __init__(self, members: Members, rows: dict[str, int]):
         self.members, self.rows = members, rows
@@ -127,8 +127,10 @@ class Composed(StoredTensors):
 
 @dataclass
 class Work:
-    """One export on its way: the checkpoint, the runs behind it, what is read (with what was added to it), and what is said of
-    it: `record` in config.json under `granvit`, `remarks` in the card, `notes` by the command."""
+    """The state of an export: the checkpoint, its history, and the tensors to write (`source`; `pooling`: SigLIP's pooling head).
+
+    `record` goes into config.json under `granvit`, `remarks` into the card, and the command prints `notes`.
+    """
 
     checkpoint: Checkpoint
     runs: list[PastRun]
@@ -145,13 +147,13 @@ class Work:
         return self.source.vision
 
     def add(self, members: Members, rows: dict[str, int]) -> None:
-        """Lays further tensors, and longer ones, over what is read."""
+        """Adds `members` to the tensors to write and extends those in `rows` (see `Composed`)."""
         own = self.source.tensors
         self.source.tensors = Composed({name: (own, name) for name in own.entries} | members, rows)
 
 
 def tower_of(vision: VisionConfig) -> Tower:
-    """The vision model of transformers that is built like this encoder; `ValueError` where there is none."""
+    """The vision model of transformers with this encoder's architecture; `ValueError` if there is none."""
     reasons = []
     for tower in TOWERS:
         try:
@@ -159,7 +161,7 @@ def tower_of(vision: VisionConfig) -> Tower:
             return tower
         except ValueError as error:
             reasons.append(f"{tower.loader}: {error}")
-    raise ValueError(f"encoder {vision.name!r} is built like no vision model known here ({'; '.join(reasons)})")
+    raise ValueError(f"encoder {vision.name!r} has the architecture of no vision model known here ({'; '.join(reasons)})")
 
 
 def export(
@@ -173,12 +175,12 @@ def export(
     for_transformers_4: bool = False,
     progress: ProgressCallback = lambda what, done, total: None,
 ) -> Report:
-    """Exports the run's newest checkpoint, or the checkpoint, at `run` to the directory `destination`.
+    """Exports a checkpoint, or the newest one of a run, from the directory `run` to the directory `destination`.
 
-    `top` is what becomes of the encoder's blocks above its level (encoder alone), `start_weights` where the weights lie that the
-    first run started from (default: where its configuration says). `license_id` and `base_models` go into the card's front
-    matter. `for_transformers_4` lets a LLaVA be written that other readers misread (`FINAL_DIFFERS`). `ValueError` says in one
-    line what is wrong and leaves no destination behind; `OSError` is the disk's.
+    `top` selects the encoder's blocks above its level (only for `kind` encoder), `start_weights` is the directory of the weights
+    that the first run started from (default: the one in its configuration). `license_id` and `base_models` go into the card's
+    front matter. `for_transformers_4` permits a LLaVA that other programs read wrongly (`FINAL_DIFFERS`). `ValueError` (one line)
+    for invalid input, `OSError` from reading and writing; then `destination` is not created.
     """
     run, destination, began = Path(run), Path(destination), time.perf_counter()
     if os.path.lexists(destination):
@@ -186,11 +188,11 @@ def export(
     if destination.suffix in (".safetensors", ".ckpt"):
         raise ValueError(f"{destination}: an export is a directory, not a {destination.suffix} file")
     if kind == "llava" and top is not None:
-        raise ValueError("--top belongs to --as encoder: LLaVA reads nothing above the features")
+        raise ValueError("--top belongs to --as encoder: LLaVA does not use blocks above the features")
     if start_weights is not None and top != "start":
         raise ValueError("--start-weights belongs to --top start")
     if kind == "encoder" and for_transformers_4:
-        raise ValueError("--for-transformers-4 belongs to --as llava: an encoder is read alike by every version")
+        raise ValueError("--for-transformers-4 belongs to --as llava: all versions read an encoder in the same way")
     work = _open(run)
     tower = tower_of(work.vision)
     target = tower.layout if kind == "encoder" else LLAVA
@@ -221,14 +223,14 @@ def export(
 
 
 def _open(run: Path) -> Work:
-    """The checkpoint and what led to it; `ValueError` where there is none, or its model does not see the image."""
+    """The checkpoint and its history; `ValueError` if there is none, or its model does not use the image."""
     source = open_source(run)
     if source.vision is None:
         raise ValueError(f"{run}: not a run's directory, nor one of its checkpoints (parity/convert.py converts other files)")
     checkpoint = open_checkpoint(source.path)
     stage = checkpoint.config.stage_spec
     if stage.zero_image_tokens:
-        raise ValueError(f"{source.path}: stage {stage.name!r} trains a decoder that never sees the image: no GranViT to export")
+        raise ValueError(f"{source.path}: stage {stage.name!r} trains a decoder without images: there is no GranViT to export")
     runs, missing_origin = history(checkpoint)
     work = Work(checkpoint, runs, missing_origin, source)
     work.record = {
@@ -237,15 +239,15 @@ def _open(run: Path) -> Work:
         "parts": {name: part.hash for name, part in checkpoint.parts.items()},
     }
     if missing_origin is not None:
-        work.notes.append(f"no checkpoint in {missing_origin} (model.init_from): the card begins with the run after it")
+        work.notes.append(f"no checkpoint in {missing_origin} (model.init_from): the card begins with the next run")
     return work
 
 
 def _plan(work: Work, target: Layout, report: Report) -> Plan:
-    """The conversion's plan for what is read now, with `work.record` in its config.json to be completed."""
+    """The conversion's plan for `work.source`, with `work.record` in its config.json."""
     contents = read_contents(work.source, *detect(work.source, None))
     plan = make_plan(work.source, contents, target, report)
-    report.notes = work.notes  # the conversion's own speak of what is settled here
+    report.notes = work.notes  # replaces the conversion's notes, which the export has dealt with
     assert plan.config is not None  # a run's source states its model
     plan.config["granvit"] = plan.config.get("granvit", {}) | work.record
     return plan
@@ -254,22 +256,22 @@ def _plan(work: Work, target: Layout, report: Report) -> Plan:
 def _encoder(
     work: Work, tower: Tower, top: Top | None, start_weights: Path | None, report: Report
 ) -> tuple[Plan, dict[str, Any], dict[str, str]]:
-    """The plan of the encoder's files, the card's words, and no further text."""
+    """The plan of the encoder's files, the content of the card, and an empty dict of further text files."""
     built, path = work.vision, work.checkpoint.path
     state = next((index for index, level in tower.states.items() if level == built.level), None)
     if state is None:
         shown_levels = ", ".join(tower.states.values())
-        raise ValueError(f"{path}: its projector reads the level {built.level!r}; {tower.loader} shows {shown_levels} alone")
+        raise ValueError(f"{path}: its projector reads the level {built.level!r}; {tower.loader} returns only {shown_levels}")
     above = _above(built)
     if above and top is None:
         raise ValueError(
-            f"{path}: the run built {built.built_layers} of {built.layers} blocks and no more, {tower.loader} has all; --top "
-            f"start takes the rest from the weights that the run started from, --top blank fills it with what passes its input on"
+            f"{path}: the run built {built.built_layers} of {built.layers} blocks, {tower.loader} needs all; --top start takes "
+            f"the rest from the weights that the run started from, --top blank makes it blocks that return their input"
         )
     if tower.last_alone and state != -1 and not (above and top == "blank"):
-        remedy = "with --top blank that is the features" if above else "this run has trained blocks above the features"
+        remedy = "use --top blank, which makes it the features" if above else "this run has trained blocks above the features"
         raise ValueError(
-            f"{path}: its projector reads hidden_states[{state}], and {tower.loader} hands out the last alone; {remedy}"
+            f"{path}: its projector reads hidden_states[{state}], but {tower.loader} returns only the last; {remedy}"
         )
     last_alone = tower.last_alone or built.level == "final"
     shown_as = "last_hidden_state" if last_alone else f"hidden_states[{state}]"
@@ -291,52 +293,51 @@ def _encoder(
         plan.config["granvit"]["pooling_head"] = "start" if work.pooling else "left out"
     without_class = ", the class token left out" if built.class_token else ""
     work.remarks += [
-        f"The features are `{features}`, what projector and decoder were trained to read: {built.patches} patches row by "
+        f"The features are `{features}`, the input that the projector was trained on: {built.patches} patches row by "
         f"row{without_class}.",
         *_about_top(work, tower, above, start),
         _about_pixels(built),
     ]
     about = (
         f"The vision encoder of a GranViT run as `{tower.loader}`: {built.image_size} x {built.image_size} pixels, patches of "
-        f"{built.patch_size}, width {built.width}, {built.layers} blocks. GranViT trains an encoder to see regions: from its "
-        f"features a language model says what is inside a box. Projector and decoder, through which it was trained, are not in "
-        f"this folder."
+        f"{built.patch_size}, width {built.width}, {built.layers} blocks. GranViT trains an encoder on regions: a language "
+        f"model describes the content of a box from its features. The projector and the decoder are not in this folder."
     )
     load = LOAD_ENCODER.format(features=features, options="" if last_alone else ", output_hidden_states=True")
     return plan, {"about": about, "loading": load, "parts": ("vision",), "pipeline": "image-feature-extraction"}, {}
 
 
 def _above(vision: VisionConfig) -> Shapes:
-    """What the whole tower has above the blocks that a run built."""
+    """The parameters of the whole tower that the run did not build."""
     built = vision_shapes(vision)
     return {name: shape for name, shape in vision_shapes(vision.with_all_blocks).items() if name not in built}
 
 
 def _find_start(work: Work, given: Path | None) -> Path:
-    """The publisher's directory that the first run started from; `ValueError` says where it was looked for."""
+    """The publisher's directory that the first run started from; `ValueError` names the place if it is missing."""
     first = work.runs[0].checkpoint
     instead = "name the directory with --start-weights DIR, or use --top blank"
     if given is None and work.missing_origin is not None:
         raise ValueError(
-            f"--top start: the first run's configuration names the start weights, but {work.missing_origin} (model.init_from of "
-            f"{first.path}) is not there; {instead}"
+            f"--top start: the first run's configuration names the start weights, but that run, {work.missing_origin} "
+            f"(model.init_from of {first.path}), is missing; {instead}"
         )
     if work.missing_origin is None and first.config.model.init == "random":
-        raise ValueError(f"--top start: {first.path} started from random weights (model.init): none to take; use --top blank")
+        raise ValueError(f"--top start: {first.path} started from random weights (model.init); use --top blank")
     path = given or Path(first.config.model.weights_vision)
     if not path.is_dir():
         key = "--start-weights" if given else f"model.weights_vision of {first.path}"
         raise ValueError(
-            f"--top start: no directory {path} ({key}, looked for in {Path.cwd()}); the start weights' config.json and "
+            f"--top start: no directory {path} ({key}, current directory: {Path.cwd()}); the start weights' config.json and "
             f"safetensors files belong there; {instead}"
         )
     return path
 
 
 def _take_top(work: Work, tower: Tower, path: Path, above: Shapes) -> None:
-    """Adds the start weights' blocks above the level, closing norm and pooling head to what is read.
+    """Adds the start weights' blocks above the level, closing norm and pooling head to the tensors to write.
 
-    `ValueError` where they are of another architecture, or not the weights that the first run started from.
+    `ValueError` if they have another architecture or are not the weights that the first run started from.
     """
     start, _, contents = open_contents(path)
     found = {name: start.tensors.shapes[foreign] for name, foreign in contents.names.items() if part_of(name) == "vision"}
@@ -352,7 +353,7 @@ def _take_top(work: Work, tower: Tower, path: Path, above: Shapes) -> None:
                 f"{first.parts['vision'].start[:16]})"
             )
     else:
-        work.notes.append(f"whether the first run started from {path} could not be checked: {work.missing_origin} is not there")
+        work.notes.append(f"whether the first run started from {path} could not be checked: {work.missing_origin} is missing")
     work.add({name: (start.tensors, contents.names[name]) for name in above}, {})
     work.source.vision = work.vision.with_all_blocks
     if tower.layout is SIGLIP:
@@ -360,16 +361,16 @@ def _take_top(work: Work, tower: Tower, path: Path, above: Shapes) -> None:
 
 
 def _about_top(work: Work, tower: Tower, above: Shapes, start: Path | None) -> list[str]:
-    """The card's words on what is above the features."""
+    """Sentences for the card on the blocks above the features."""
     blocks = work.vision.layers - work.checkpoint.vision.built_layers
     sentences = []
     if above:
         which = f"The last of {work.vision.layers} blocks and the closing norm" if blocks else "The closing norm's weights"
         if start is not None:
-            how = f"those of the start weights, `{short_path(start)}`, and were not trained with what is below them"
+            how = f"those of the start weights, `{short_path(start)}`: they were not trained together with the blocks below"
         else:
-            how = "zeros and norms of one, which pass their input on: above the features there is nothing more to read"
-        sentences.append(f"{which}, which the training left out, are {how}.")
+            how = "zeros, with norm weights of 1: these blocks return their input unchanged"
+        sentences.append(f"{which}, which were not part of the training, are {how}.")
     if tower.layout is SIGLIP:
         head = "is that of the start weights, untrained" if work.pooling else "is left out: there is no `pooler_output`"
         sentences.append(f"SigLIP's pooling head {head}.")
@@ -385,7 +386,7 @@ def _about_pixels(vision: VisionConfig) -> str:
 
 
 def preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
-    """preprocessor_config.json: `granvit.data.images.to_square` and the encoder's normalisation in transformers' words."""
+    """preprocessor_config.json for transformers: `granvit.data.images.to_square`, then the encoder's normalisation."""
     side = {"height": vision.image_size, "width": vision.image_size}
     return {
         "image_processor_type": "LlavaImageProcessor",
@@ -395,7 +396,7 @@ def preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
         "size": side,
         "resample": next(number for number, name in RESAMPLE.items() if name == vision.resize),
         "do_center_crop": False,
-        "crop_size": side,  # read all the same, for the number of tokens
+        "crop_size": side,  # the number of tokens is computed from it
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -405,19 +406,19 @@ def preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
 
 
 def _llava(work: Work, tower: Tower, for_transformers_4: bool, report: Report) -> tuple[Plan, dict[str, Any], dict[str, str]]:
-    """The plan of LLaVA's files, the card's words, and the texts of the processor and the tokenizer.
+    """The plan of LLaVA's files, the content of the card, and the text files of the processor and the tokenizer.
 
-    `ValueError` for the level `final`, unless the LLaVA is stated to be for transformers 4.57.
+    `ValueError` for the level `final` without `for_transformers_4`.
     """
     vision, language, config = work.vision, work.source.language, work.checkpoint.config
     assert language is not None  # a run's source states its model
     if vision.level == "final":
         if not for_transformers_4:
             raise ValueError(
-                f"{work.source.path}: {FINAL_DIFFERS}. --for-transformers-4 writes it all the same; --as encoder is read alike"
+                f"{work.source.path}: {FINAL_DIFFERS}. --for-transformers-4 writes it nevertheless; --as encoder is safe"
             )
-        work.notes.append(f"load it with transformers 4.57 alone: {FINAL_DIFFERS}")
-        work.remarks.append(f"**Load it with transformers 4.57 alone**: {FINAL_DIFFERS}.")
+        work.notes.append(f"load it only with transformers 4.57: {FINAL_DIFFERS}")
+        work.remarks.append(f"**Load it only with transformers 4.57**: {FINAL_DIFFERS}.")
     chat = load_chat(config, language)
     tokenizer, image_token, image_id, about_image_token = _image_token(chat, language.vocab)
     appended = list(range(language.vocab, image_id + 1))
@@ -458,11 +459,11 @@ def _llava(work: Work, tower: Tower, for_transformers_4: bool, report: Report) -
             **({"suppress_tokens": appended} if appended else {}),
         }),
     }  # fmt: skip
-    blank = "blocks and the closing norm above it, which nothing reads, are zeros and norms of one"
+    blank = "the unused blocks and the closing norm above it are zeros, with norm weights of 1"
     mixes = [run.checkpoint.config.stage_spec.mix for run in work.runs]
     questions = [f"`{question}`" for task, question in QUESTIONS.items() if any(mix.get(task) for mix in mixes)]
     work.remarks += [
-        f"Ask one question about one picture, in the words of the training: {', '.join(questions)}. "
+        f"Ask one question about one picture, with the wording of the training: {', '.join(questions)}. "
         f"Boxes are `[x1, y1, x2, y2]`, divided by the picture's own width and height, with three decimals.",
         f"The chat template is that of the training (`{chat.family}`), its system message `{SYSTEM}` included.",
         about_image_token,
@@ -472,35 +473,35 @@ def _llava(work: Work, tower: Tower, for_transformers_4: bool, report: Report) -
     about = (
         f"A GranViT run as `LlavaForConditionalGeneration`: an encoder built like `{tower.loader}` ({vision.image_size} x "
         f"{vision.image_size} pixels, {vision.patches} tokens), a projector of two layers, and a decoder (`{language.name}`). "
-        f"GranViT trains an encoder to see regions: the decoder says what is inside a box of a picture, and where something is."
+        f"GranViT trains an encoder on regions: the decoder describes the content of a box, and locates what is described."
     )
     return plan, {"about": about, "loading": LOAD_LLAVA, "parts": PARTS, "pipeline": "image-text-to-text"}, texts
 
 
 def _image_token(chat: Chat, vocab: int) -> tuple[Tokenizer, str, int, str]:
-    """The tokenizer with a token that stands for the image, that token, its id, and the card's words on it.
+    """A tokenizer with an image token, that token, its id, and a sentence about it for the card.
 
-    No trained row of the embedding is touched: it is a token that the tokenizer has for it, the first row that no token uses, a
-    token that its publisher kept in reserve, or else a new row (an id of `vocab` or above).
+    No trained row of the embedding is used for it. The token is the tokenizer's own `<image>`, else a new token in an unused row,
+    else a token that the publisher reserved, else a new token with a new row (an id of `vocab` or above).
     """
     tokenizer = Tokenizer.from_str(chat.tokenizer.to_str())
-    if tokenizer.encode("", add_special_tokens=True).ids:  # the template writes all control tokens: none may come twice
+    if tokenizer.encode("", add_special_tokens=True).ids:  # remove it: the template already has all control tokens
         tokenizer = Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | {"post_processor": None}))
     known = tokenizer.token_to_id(IMAGE_TOKEN) is not None
     spare = sorted((i, text) for text, i in tokenizer.get_vocab(with_added_tokens=True).items() if RESERVED.fullmatch(text))
     if not known and chat.size >= vocab and spare:
         image_id, text = spare[-1]
-        return tokenizer, text, image_id, f"`{text}` (id {image_id}), kept in reserve by the publisher, stands for the image."
+        return tokenizer, text, image_id, f"`{text}` (id {image_id}), reserved by the publisher, stands for the image."
     tokenizer.add_special_tokens([IMAGE_TOKEN])
     image_id = tokenizer.token_to_id(IMAGE_TOKEN)
     if not known and image_id < chat.size:
-        raise ValueError(f"{chat.origin}: its ids have gaps, so a new token would take another's; add {IMAGE_TOKEN!r} to it")
+        raise ValueError(f"{chat.origin}: its ids have gaps: a new token would get the id of another; add {IMAGE_TOKEN!r} to it")
     if known:
         why = "the tokenizer's own"
     elif image_id < vocab:
         why = f"new in the tokenizer: the embedding's {vocab} rows had room"
     else:
-        why = f"new, with zeros after the training's {vocab} rows of the embedding; never generated (`suppress_tokens`)"
+        why = f"new, with rows of zeros after the embedding's {vocab} trained rows; never generated (`suppress_tokens`)"
     return tokenizer, IMAGE_TOKEN, image_id, f"`{IMAGE_TOKEN}` (id {image_id}) stands for the image: {why}."
 
 
@@ -509,7 +510,7 @@ def _json(tree: dict[str, Any]) -> str:
 
 
 def command() -> int:
-    """`main` of a process of its own, which a SIGTERM ends in order: what is half written is removed."""
+    """`main` for a script: SIGTERM ends the process with exit status 143 and temporary files are removed."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     return main()
 
@@ -520,12 +521,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="export_hf.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's directory or one of its checkpoints")
-    parser.add_argument("destination", metavar="DST", type=Path, help="the directory that is made; must not exist")
-    parser.add_argument("--as", dest="kind", required=True, choices=("encoder", "llava"), help="the encoder alone, or the whole")
-    parser.add_argument("--top", choices=("start", "blank"), help="what is above the encoder's features (no default)")
+    parser.add_argument("destination", metavar="DST", type=Path, help="directory to create; must not exist")
+    parser.add_argument("--as", dest="kind", required=True, choices=("encoder", "llava"), help="the encoder, or the whole model")
+    parser.add_argument("--top", choices=("start", "blank"), help="source of the blocks above the encoder's features")
     parser.add_argument("--start-weights", metavar="DIR", type=Path, help="for --top start (default: model.weights_vision)")
-    parser.add_argument("--for-transformers-4", action="store_true", help="for --as llava where the projector reads the level "
-                        "'final': write what transformers 5 and vLLM misread")  # fmt: skip
+    parser.add_argument("--for-transformers-4", action="store_true", help="for --as llava if the projector reads the level "
+                        "'final': export it although transformers 5 and vLLM read it wrongly")  # fmt: skip
     parser.add_argument("--license", metavar="ID", help="for the card, as the hub spells it (default: none is stated)")
     parser.add_argument("--base-model", metavar="ID", action="append", default=[], help="for the card, as often as needed")
     options = parser.parse_args(arguments)
@@ -540,5 +541,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print("\n".join(lines(report)))
     if options.license is None:
-        print("note: README.md states no license (--license): settle it before you publish")
+        print("note: README.md states no license; choose one with --license before you publish")
     return 0

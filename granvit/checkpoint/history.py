@@ -1,4 +1,4 @@
-"""What a checkpoint came from: the runs behind it, followed through `model.init_from`, and what each of them measured."""
+"""The runs that led to a checkpoint, found through `model.init_from`, with their losses and evaluations."""
 import json
 import re
 from collections import deque
@@ -9,15 +9,15 @@ from granvit.checkpoint.run import Checkpoint, newest_checkpoint
 from granvit.evaluate import Table, evaluation_file, read_evaluation
 from granvit.models import PARTS, vision_shapes
 
-LAST_STEPS = 20  # of metrics.jsonl, over which losses are averaged
+LAST_STEPS = 20  # losses are averaged over the last so many steps in metrics.jsonl
 LOSSES = ("loss", "loss_caption", "loss_distill")
 
 
 @dataclass(frozen=True)
 class PastRun:
-    """One run of a history. `losses` are means over the last `averaged` steps up to the checkpoint (0: metrics.jsonl is not
-    there), `table` is the newest evaluation up to the checkpoint, made after `table_step`. `went_on` says that the next run
-    did not start from this checkpoint, the run's newest."""
+    """One run of a history. `losses` are means over the last `averaged` steps up to the checkpoint (0: there is no
+    metrics.jsonl), `table` is the newest evaluation up to the checkpoint, made after step `table_step`. `went_on`: the next run
+    did not start from this checkpoint, which is the newest of its run."""
 
     checkpoint: Checkpoint
     losses: dict[str, float]
@@ -32,9 +32,9 @@ class PastRun:
 
 
 def history(checkpoint: Checkpoint) -> tuple[list[PastRun], str | None]:
-    """The runs that led to a checkpoint, the first one first, and the `init_from` whose run is not there (None: all are).
+    """The runs that led to a checkpoint, oldest first, and the value of `init_from` that has no checkpoint (None: all have).
 
-    `ValueError` names a run that starts from itself, and damaged files.
+    `ValueError` if a run descends from itself or a file is damaged.
     """
     runs = [_past(checkpoint)]
     while (origin := runs[0].checkpoint.config.model.init_from) is not None:
@@ -49,11 +49,11 @@ def history(checkpoint: Checkpoint) -> tuple[list[PastRun], str | None]:
 
 
 def _hands_over(parent: Checkpoint, child: Checkpoint) -> bool:
-    """Whether every part that both built alike is the same at the end of the one and at the start of the other."""
+    """Whether the child's start weights equal the parent's weights, for all parts with the same architecture in both."""
     comparable = set(PARTS)
     if vision_shapes(parent.vision) != vision_shapes(child.vision):
         comparable.remove("vision")
-    if not parent.language.is_built_like(child.language):  # the child took the encoder alone
+    if not parent.language.is_built_like(child.language):  # the child took only the encoder
         comparable &= {"vision"}
     return all(parent.parts[part].hash == child.parts[part].start for part in comparable)
 
@@ -68,10 +68,10 @@ def _past(checkpoint: Checkpoint, went_on: bool = False) -> PastRun:
                     record = json.loads(line)
                     if record["step"] > checkpoint.step:
                         break
-                    if "loss" in record:  # not a step that was left out, not an evaluation
+                    if "loss" in record:  # else a skipped step or an evaluation
                         averaged.append({name: float(record[name]) for name in LOSSES})
                 except (ValueError, KeyError, TypeError):
-                    break  # the line that a killed run was writing
+                    break  # incomplete: the run was killed while it wrote the line
     losses = {name: sum(record[name] for record in averaged) / len(averaged) for name in LOSSES if averaged}
     names = [path.name for path in (run / "eval").glob("step_*.json")]
     steps = [int(found[1]) for name in names if (found := re.fullmatch(r"step_(\d+)\.json", name))]

@@ -1,4 +1,4 @@
-"""Weights from outside: where a run's start from (a seed, publishers' directories, another run), and models by themselves."""
+"""Start weights of a run (from a seed, publishers' directories or another run), and reading and writing parts of a model."""
 import json
 import logging
 import os
@@ -39,13 +39,12 @@ Tensors = Iterator[tuple[str, np.ndarray]]
 
 
 def start_weights(config: RunConfig, vision: VisionConfig, language: LanguageConfig, origin: Checkpoint | None = None) -> Tensors:
-    """Every parameter of `parameter_shapes` with its start value, one at a time, in the precision it is stored in.
+    """Yields the start value of every parameter of `parameter_shapes`, one at a time, in the dtype that it is stored in.
 
-    `model.init_from` takes all parts from another run's newest checkpoint, or, where that has another decoder, the encoder
-    alone (refused where that run trained a projector alone: nothing of its training would be kept); for the rest `model.init`
-    chooses between the seeded initialisation and the publishers' files, beside which the projector is the seeded one. `origin` is
-    the checkpoint of `model.init_from` where it was chosen before (default: its newest). Directories and names are checked before
-    the first tensor is read: `ValueError` names what is missing, unknown or of another shape.
+    With `model.init_from` all parts come from another run's newest checkpoint (or from `origin`). If that has another decoder,
+    only its encoder is used; this is an error if that run trained only a projector, because nothing it trained would be used.
+    Other parts come from `model.init`: random values from the seed, or publishers' files and a random projector. Directories and
+    names are checked before the first tensor is read: `ValueError` names what is missing, unknown or of another shape.
     """
     if config.model.init_from is not None:
         return _from_run(config, vision, language, origin)
@@ -56,11 +55,11 @@ def start_weights(config: RunConfig, vision: VisionConfig, language: LanguageCon
 
 
 def _without(config: RunConfig) -> str:
-    """What a run starts from where it names no other."""
+    """Describes what a run starts from without `model.init_from`."""
     if config.model.init == "random":
         return "from random weights"
     encoder, decoder = config.model.weights_vision, config.model.weights_language
-    return f"from {encoder}, {decoder} and a projector of random numbers"
+    return f"from {encoder}, {decoder} and a random projector"
 
 
 def _new_projector_and_decoder(config: RunConfig, vision: VisionConfig, language: LanguageConfig) -> Tensors:
@@ -81,7 +80,7 @@ def _seeded(shapes: Shapes, seed: int) -> Tensors:
 
 
 def _above(vision: VisionConfig) -> set[str]:
-    """Names of the encoder's blocks above the highest level that this configuration builds: stated, known, not used."""
+    """Names of the encoder's parameters in blocks that this configuration does not build: other files may have them."""
     return vision_shapes(vision.with_all_blocks).keys() - vision_shapes(vision).keys()
 
 
@@ -94,15 +93,15 @@ def _from_run(config: RunConfig, vision: VisionConfig, language: LanguageConfig,
         before = STAGE_BEFORE.get(config.stage)
         make = f"scripts/{before}.py makes it, with the --config that has this output" if before else "run that stage first"
         raise ValueError(
-            f"model.init_from {run}: no checkpoint in {run / 'checkpoints'} (looked for in {Path.cwd()}); {make}. {without}"
+            f"model.init_from {run}: no checkpoint in {run / 'checkpoints'} (current directory: {Path.cwd()}); {make}. {without}"
         )
     same = checkpoint.language.is_built_like(language)
     theirs, ours = checkpoint.language, language
     if not same and checkpoint.config.stage_spec.trains == {"projector"}:
         raise ValueError(
             f"model.init_from {checkpoint.path}: its decoder is {theirs.name!r} of width {theirs.width} and {theirs.layers} "
-            f"layers, this run's {ours.name!r} of width {ours.width} and {ours.layers} layers, so that nothing it trained fits "
-            f"here; train it with model.language={config.model.language}. {without}"
+            f"layers, this run's {ours.name!r} of width {ours.width} and {ours.layers} layers, so its projector does not "
+            f"fit; train it with model.language={config.model.language}. {without}"
         )
     parts = PARTS if same else ("vision",)
     unused = _above(vision)
@@ -132,7 +131,10 @@ def _from_run(config: RunConfig, vision: VisionConfig, language: LanguageConfig,
 
 
 def _published(key: str, directory: str, ours: VisionConfig | LanguageConfig, expected: Shapes) -> Tensors:
-    """The tensors of a publisher's directory under canonical names."""
+    """One part from a publisher's directory: yields its tensors under canonical names.
+
+    `ValueError` if the directory is incomplete or has another model than `ours`.
+    """
     folder = Path(directory)
     part = "vision" if isinstance(ours, VisionConfig) else "language"
     tree = _read_config_json(key, folder, tokenizer=part == "language")
@@ -154,10 +156,10 @@ def _published(key: str, directory: str, ours: VisionConfig | LanguageConfig, ex
 
 
 def _read_config_json(key: str, folder: Path, tokenizer: bool) -> dict[str, Any]:
-    belongs = "config.json, model.safetensors (or model.safetensors.index.json with its parts)"
+    belongs = "config.json, model.safetensors (or model.safetensors.index.json with its files)"
     belongs += " and tokenizer.json" if tokenizer else ""
     if not folder.is_dir():
-        raise ValueError(f"{key}: no directory {folder} (looked for in {Path.cwd()}); {belongs} belong there. {INSTEAD}")
+        raise ValueError(f"{key}: no directory {folder} (current directory: {Path.cwd()}); {belongs} belong there. {INSTEAD}")
     if not (folder / "config.json").exists():
         raise ValueError(f"{key}: no config.json in {folder}; {belongs} belong there. {INSTEAD}")
     return read_json(folder / "config.json")
@@ -165,9 +167,9 @@ def _read_config_json(key: str, folder: Path, tokenizer: bool) -> dict[str, Any]
 
 @dataclass(frozen=True)
 class Opened:
-    """Parts of a model in files: their configurations, and their tensors, none of which is read before its turn.
+    """Parts of a model in files: their configurations, and an iterator that reads their tensors one at a time.
 
-    `dtype` is the one that all tensors are stored in, float32 where they differ.
+    `dtype` is the dtype that all tensors are stored in, float32 if they differ.
     """
 
     path: Path
@@ -178,10 +180,10 @@ class Opened:
 
 
 def open_pretrained(directory: str | Path, *parts: str) -> Opened:
-    """Opens these parts of the model in a publisher's directory of any known layout, in a run's or in one of
-    `write_pretrained`; what else is there is named in a warning.
+    """Opens `parts` of the model in a publisher's directory of any known layout, a run's directory, or one written by
+    `write_pretrained`. A warning names tensors that are not used.
 
-    `ValueError` names file and tensor, or the key of config.json, where it is none of these or a part is not there.
+    `ValueError` names the file and tensor, or the key of config.json, that is invalid, or a part that is missing.
     """
     path = Path(directory)
     source, layout, contents = open_contents(path)
@@ -189,8 +191,8 @@ def open_pretrained(directory: str | Path, *parts: str) -> Opened:
     if missing:
         raise ValueError(f"{path}: holds no {' and no '.join(sorted(missing))} (its layout is {layout.name!r})")
     if not contents.stated:
-        raise ValueError(f"{path}: no config.json says what model this is (how many heads, say): put the publisher's there")
-    other = {n: f"of the {part_of(c)}, which was not asked for" for c, n in contents.names.items() if part_of(c) not in parts}
+        raise ValueError(f"{path}: no config.json describes this model (the number of heads, for example): add the publisher's")
+    other = {n: f"of the {part_of(c)}, which was not requested" for c, n in contents.names.items() if part_of(c) not in parts}
     for line in left_out_lines(contents.left_out | other):
         log.warning(f"{path}: {line}")
     names = {canonical: name for canonical, name in contents.names.items() if part_of(canonical) in parts}
@@ -201,16 +203,16 @@ def open_pretrained(directory: str | Path, *parts: str) -> Opened:
 
 def write_pretrained(directory: str | Path, vision: VisionConfig | None, language: LanguageConfig | None, shapes: Shapes,
                      tensors: Iterable[tuple[str, np.ndarray]]) -> None:  # fmt: skip
-    """Writes parts of a model in the default layout: config.json and model.safetensors (in parts where it is large).
+    """Writes parts of a model in the default layout: config.json and model.safetensors (several files if it is large).
 
-    What a directory holds under these names is replaced once all is written; nothing else in it is touched.
+    Files of these names in the directory are replaced once everything is written; other files are not changed.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=directory) as folder:
         write_set(Path(folder), "model", shapes, tensors)
         write_synced(Path(folder) / "config.json", json.dumps(DEFAULT.write_config(vision, language), indent=2) + "\n")
-        new = sorted(os.listdir(folder), key=lambda name: name == "config.json")  # it comes last
+        new = sorted(os.listdir(folder), key=lambda name: name == "config.json")  # config.json last
         for name in new:
             os.replace(Path(folder) / name, directory / name)
         for old in directory.iterdir():

@@ -1,26 +1,26 @@
-"""Which run may go on from a checkpoint: the same configuration but for what changes no result, and the same data."""
+"""Checks that a run may resume from a checkpoint: the same data, and no changed key that affects results."""
 from collections.abc import Collection, Mapping
 
 from granvit.checkpoint.run import Checkpoint
 from granvit.config import RunConfig, differences
 from granvit.models import LanguageConfig, VisionConfig
 
-# What a resumed run may change. How a global batch is divided (micro-batches, ranks), whether activations are computed again, and
-# on which device: these change the order of floating-point sums at most.
+# Keys that a resumed run may change. Micro-batches, ranks, recomputation, device and kernels change the order of floating-point
+# sums at most; the other keys do not affect results.
 MAY_CHANGE = (
     "output", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.skip_non_finite",
     "train.micro_batch", "data.workers", "eval.", "runtime.device", "runtime.jit_level", "runtime.attention",
     "runtime.recompute", "ranks",
 )  # fmt: skip
-PER_DEVICE = ("train.micro_batch", "ranks")  # enter the result where train.loss_reduction averages means of each device
-WHERE_STATED = ("runtime.compute",)  # changes every rounding: only where the command line says so
+PER_DEVICE = ("train.micro_batch", "ranks")  # these affect results if train.loss_reduction is per_device
+WHERE_STATED = ("runtime.compute",)  # changes all rounding: allowed only if given on the command line
 
 
 def check_same_run(checkpoint: Checkpoint, config: RunConfig, vision: VisionConfig, language: LanguageConfig, ranks: int,
                    stated: Collection[str] = ()) -> list[str]:  # fmt: skip
-    """`ValueError` naming every difference where `config` on so many ranks may not continue the run that `checkpoint` belongs to.
+    """`ValueError` naming every forbidden difference if `config` on `ranks` ranks may not resume the run of `checkpoint`.
 
-    Returns the differences that may be, as `key: old -> new`. `stated` are the keys given on the command line.
+    Returns the allowed differences as `key: old -> new`. `stated` are the keys given on the command line.
     """
     changed = differences(checkpoint.config, config)
     if checkpoint.ranks not in (None, ranks):
@@ -36,15 +36,15 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig, vision: VisionConf
         )
     if unstated:
         raise ValueError(
-            f"{run} holds a run of another precision: {'; '.join(unstated)}. Every later step would round otherwise: "
-            f"state runtime.compute={config.runtime.compute} on the command line if that is meant, or use the same configuration"
+            f"{run} holds a run of another precision: {'; '.join(unstated)}. All later steps would round differently: "
+            f"state runtime.compute={config.runtime.compute} on the command line if intended, or use the same configuration"
         )
     checkpoint.check_architecture(vision, language)
     return changed
 
 
 def check_same_data(checkpoint: Checkpoint, fingerprints: Mapping[str, str]) -> None:
-    """`ValueError` naming each store, or the tokenizer, that is not the one the run was trained on until `checkpoint`."""
+    """`ValueError` naming the tokenizer and each store whose fingerprint differs from the one in `checkpoint`."""
     changed = [
         f"{what} has fingerprint {fingerprints[what]}, the run was trained on {before}"
         for what, before in checkpoint.fingerprints.items()
@@ -52,6 +52,6 @@ def check_same_data(checkpoint: Checkpoint, fingerprints: Mapping[str, str]) -> 
     ]
     if changed:
         raise ValueError(
-            f"{checkpoint.path} was made from other data: {'; '.join(changed)}. Put back what was there, "
+            f"{checkpoint.path} was made from other data: {'; '.join(changed)}. Restore the old data, "
             f"use --fresh to start over, or another output="
         )

@@ -1,20 +1,20 @@
-"""A run's checkpoints, read: safetensors and a state, streamed, atomic, checked (`granvit.checkpoint.run_writer` writes them).
+"""Reads a run's checkpoints (`granvit.checkpoint.run_writer` writes them). Their files:
 
-    RUN/checkpoints/step_0001000/model.safetensors        the parts that the stage trains: float32, they ARE the masters
-                                 teacher.safetensors      where the stage distils
+    RUN/checkpoints/step_0001000/model.safetensors        the parts that the stage trains, in float32 (the master weights)
+                                 teacher.safetensors      the teacher, only if the stage distils
                                  optimizer.safetensors    first_moment.<parameter>, second_moment.<parameter>
                                  *.sha256.json            the checksum of every tensor
                                  state.json               step (also the position in the data), configuration, versions, counters,
-                                                          number of ranks, fingerprints of stores and tokenizer, hash and
-                                                          distance from the start weights per part
-    RUN/parts/<part>-<hash>/model.safetensors             every part as it was at the start, in the precision it came in, written
-                                                          once: a frozen part is never written again and goes on to the next
-                                                          stage as it came, a trained one is what distances are measured from
+                                                          number of ranks, fingerprints of stores and tokenizer; for each part its
+                                                          hash and its distance from the start weights
+    RUN/parts/<part>-<hash>/model.safetensors             the start weights of every part, in the dtype that they were read in,
+                                                          written once. A frozen part is stored only here. Of a trained part,
+                                                          distances are measured from these weights.
 
-There is no separate masters file: trained parameters are held in float32 and cast in the forward pass. There is no random
-state: the order of the data is a function of seed and step, and nothing else in a step is random.
+There is no separate file of master weights: trained parameters are held in float32 and cast in the forward pass. There is no
+random state: the order of the data is a function of seed and step, and nothing else in a step is random.
 
-A checkpoint is written beside, synced and renamed: a reader sees all of it or nothing. Rank 0 writes alone.
+Rank 0 writes a checkpoint under a temporary name, syncs it to the disk and renames it, so that readers see complete ones only.
 """
 import hashlib
 import json
@@ -37,8 +37,8 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the model in a checkpoint: `hash` of its weights now, `start` of its start weights, `distance` (L2)
-    between the two."""
+    """One part of the model in a checkpoint: `hash` is that of its weights, `start` that of its start weights, `distance` the L2
+    distance between the two."""
 
     trained: bool
     hash: str
@@ -73,8 +73,8 @@ class State(Strict):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One whole checkpoint, opened for reading. `digest` is that of its state. `ranks` (how many wrote it) and `fingerprints` (of
-    tokenizer and stores) are None and empty in a checkpoint from before they were kept."""
+    """One complete checkpoint, opened for reading. `digest` is the checksum of its state, `ranks` the number of ranks of the run.
+    `fingerprints` are those of the tokenizer and the stores. Older checkpoints without these two have None and {}."""
 
     path: Path
     digest: str
@@ -89,16 +89,16 @@ class Checkpoint:
     fingerprints: dict[str, str]
 
     def tensors(self, group: Group) -> Iterator[tuple[str, np.ndarray]]:
-        """A group's tensors, each checked against its checksum (`model`: frozen parts included, in canonical order)."""
+        """A group's tensors, each checked against its checksum. `model` includes frozen parts and is in canonical order."""
         for name, (tensors, stored) in self._group(group).items():
             yield name, tensors.read(stored)
 
     def shapes(self, group: Group) -> Shapes:
-        """A group's names and shapes."""
+        """Names and shapes of a group's tensors."""
         return {name: tensors.shapes[stored] for name, (tensors, stored) in self._group(group).items()}
 
     def check_architecture(self, vision: VisionConfig, language: LanguageConfig) -> None:
-        """`ValueError` naming the first keys in which the checkpoint is of another architecture."""
+        """`ValueError` naming the first tensors that do not fit the architecture."""
         expected: dict[Group, Shapes] = {"model": parameter_shapes(vision, language)}
         trained = {n: s for n, s in expected["model"].items() if self.parts[part_of(n)].trained}
         expected |= {"first_moment": trained, "second_moment": trained}
@@ -110,7 +110,7 @@ class Checkpoint:
                 raise ValueError(f"checkpoint {self.path} is of another architecture ({group}): " + "; ".join(found))
 
     def _group(self, group: Group) -> dict[str, tuple[TensorSet, str]]:
-        """parameter name -> (the set that holds it, its name there)."""
+        """Maps each parameter to the set that has it and its name in that set."""
         if group in ("first_moment", "second_moment"):
             moments = TensorSet(self.path, "optimizer", checked=True)
             prefix = f"{group}."
@@ -131,41 +131,42 @@ class Checkpoint:
 
 
 def open_part(run: Path, name: str, digest: str) -> TensorSet:
-    """A part in RUN/parts, its checksums compared with the hash it is referred to by."""
+    """Opens a part in RUN/parts; `ValueError` if its checksums do not give the hash `digest`."""
     tensors = TensorSet(run / "parts" / f"{name}-{digest[:16]}", "model", checked=True)
-    assert tensors.digests is not None  # they are checked
+    assert tensors.digests is not None  # because `checked`
     if set_digest(tensors.digests) != digest:
-        raise ValueError(f"{tensors.directory}: its checksums do not add up to the hash it is referred to by; it is damaged")
+        raise ValueError(f"{tensors.directory}: its checksums do not give its hash {digest[:16]}...; it is damaged")
     return tensors
 
 
 def saved_steps(run: Path) -> list[int]:
-    """Steps of the whole checkpoints, rising. What is half written has another name and is not among them."""
+    """Steps of the complete checkpoints, ascending. Incomplete ones have other names and are not listed."""
     folder = run / "checkpoints"
     names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(m[1]) for name in names if (m := re.fullmatch(r"step_(\d{7,})", name)))
 
 
 def newest_step(run: str | Path) -> int | None:
-    """The step of a run's newest whole checkpoint; None where there is none."""
+    """The step of a run's newest complete checkpoint; None if there is none."""
     return max(saved_steps(Path(run)), default=None)
 
 
 def step_directory(run: str | Path, step: int) -> Path:
-    """Where a run keeps the checkpoint of a step."""
+    """The directory of a step's checkpoint."""
     return Path(run) / "checkpoints" / f"step_{step:07d}"
 
 
 def newest_checkpoint(run: str | Path) -> Checkpoint | None:
-    """The newest whole checkpoint of a run's directory; None where there is none. `ValueError` where it is damaged."""
+    """The newest complete checkpoint in a run's directory; None if there is none. `ValueError` if it is damaged."""
     step = newest_step(run)
     return None if step is None else open_checkpoint(step_directory(run, step))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint's state, of this format or of format 1; `ValueError` where it is damaged or of a later format."""
+    """Reads the state of a checkpoint of this format or format 1. `ValueError` names state.json if it is damaged or of another
+    format."""
     if path.parent.name != "checkpoints":
-        path = path.resolve()  # its run's directory is two above, also where the path is `.`
+        path = path.resolve()  # `Checkpoint.path` must contain the run's directory, which `.` does not
     file = path / "state.json"
     try:
         tree = json.loads(file.read_text())
@@ -173,9 +174,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{file}: cannot be read ({error}); the checkpoint is damaged") from None
     if state_digest(tree) != stated:
-        raise ValueError(f"{file}: its contents are not those that were written (checksum)")
+        raise ValueError(f"{file}: its contents do not match its checksum; the checkpoint is damaged")
     if tree.get("format") == 1:
-        _count_rows(tree)
+        try:
+            _count_rows(tree)
+        except (KeyError, TypeError, ArithmeticError) as error:
+            key = "train.global_batch or data.regions_per_row"
+            raise ValueError(f"{file}: config: {key} is missing or invalid ({error!r}); the checkpoint is damaged") from None
     elif tree.get("format") != FORMAT:
         raise ValueError(f"{file}: checkpoint format {tree.get('format')!r}; this version of granvit reads formats 1 to {FORMAT}")
     state = validate(State, tree, str(file))
@@ -195,7 +200,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _count_rows(state: dict) -> None:
-    """In format 1 `train.global_batch` counted questions, `data.regions_per_row` for every row; it counts rows since."""
+    """Converts a state of format 1, where `train.global_batch` was rows x `data.regions_per_row`; since format 2 it is rows."""
     config = state["config"]
     config["train"]["global_batch"] //= config["data"]["regions_per_row"]
 

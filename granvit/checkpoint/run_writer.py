@@ -1,4 +1,4 @@
-"""Writes a run's checkpoints (`granvit.checkpoint.run` has their files): streamed, synced, renamed. Rank 0 writes alone."""
+"""Writes a run's checkpoints on rank 0, one tensor in memory at a time (`granvit.checkpoint.run` documents the files)."""
 import json
 import os
 import shutil
@@ -18,11 +18,11 @@ from granvit.models import PARTS, LanguageConfig, VisionConfig, parameter_shapes
 
 
 class CheckpointNotSaved(OSError):
-    """The disk refused a checkpoint; the previous one is whole."""
+    """A checkpoint could not be written to the disk; earlier ones are complete."""
 
 
 def versions() -> dict[str, str]:
-    """The installed versions of what can enter a result."""
+    """The installed versions of the packages that can affect results."""
     names = ("granvit", "numpy", "grain", "tokenizers", "pillow", "safetensors", "ml_dtypes", "mindspore", "torch")
     found = {}
     for name in names:
@@ -35,7 +35,7 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def _temporary(folder: Path) -> Iterator[Path]:
-    """A new folder that is gone afterwards, unless it was renamed."""
+    """A new folder that is removed at the end, unless it was renamed."""
     folder.mkdir()
     try:
         yield folder
@@ -54,7 +54,7 @@ def _disk_errors(what: str) -> Iterator[None]:
 @dataclass
 class CheckpointWriter:
     """Writes one run's checkpoints (rank 0). `start` maps each part to the hash of its start weights in RUN/parts, `fingerprints`
-    names what the run reads (`granvit.preflight.fingerprints`)."""
+    is the result of `granvit.preflight.fingerprints`."""
 
     run: Path
     config: RunConfig
@@ -73,9 +73,9 @@ class CheckpointWriter:
                 shutil.rmtree(leftover)
 
     def record_start(self, start: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
-        """Passes the start weights on, and writes them as they pass, in the precision they come in.
+        """Yields the start weights unchanged and writes each to RUN/parts in its dtype.
 
-        The files are there once the last tensor has been taken.
+        The files are complete when the iterator is exhausted. `CheckpointNotSaved` if they cannot be written.
         """
         what = f"the start weights of {self.run} could not be written"
         with ExitStack() as stack:
@@ -93,19 +93,19 @@ class CheckpointWriter:
                 for part, writer in writers.items():
                     self.start[part] = set_digest(writer.finish())
                     into = self.run / "parts" / f"{part}-{self.start[part][:16]}"
-                    if not into.exists():  # it does where an earlier start of the same run wrote the same bytes
+                    if not into.exists():  # it does if an earlier start of the run wrote the same bytes
                         sync_directory(folders[part])
                         os.rename(folders[part], into)
                 sync_directory(self.run / "parts")
 
     def save(self, engine: TrainEngine, step: int, counters: dict[str, int]) -> Checkpoint:
-        """Writes the state after `step` and then drops the oldest checkpoints beyond `train.keep_checkpoints`.
+        """Writes the state after `step`, then deletes the oldest checkpoints beyond `train.keep_checkpoints`.
 
-        `CheckpointNotSaved` where the disk refuses; what was written so far is removed and earlier checkpoints stay whole.
+        `CheckpointNotSaved` if the checkpoint cannot be written; what was written of it is removed, earlier ones are kept.
         """
         into = step_directory(self.run, step)
         if into.exists():
-            return open_checkpoint(into)  # the same step of the same run: the same bytes
+            return open_checkpoint(into)  # the same step of the same run has the same bytes
         temporary = into.with_name(f".tmp-{into.name}-{os.getpid()}")
         with _disk_errors(f"checkpoint {into} could not be written"), _temporary(temporary) as folder:
             parts = self._write_model(engine, folder)
@@ -118,8 +118,11 @@ class CheckpointWriter:
         return open_checkpoint(into)
 
     def _write_model(self, engine: TrainEngine, folder: Path) -> dict[str, Part]:
-        """Writes the trained parts, hashed and measured from their start. The first time, compares the frozen ones with theirs:
-        what changes a frozen weight does so in every step."""
+        """Writes the trained parts and computes their hashes and their distances from the start weights.
+
+        The first call compares the frozen parts with their start weights; `RuntimeError` if one has changed. Later calls do not:
+        a fault that changes frozen weights would do so in every step.
+        """
         shapes = {n: s for n, s in self.model_shapes.items() if part_of(n) in self.trains}
         starts = {part: open_part(self.run, part, self.start[part]) for part in PARTS}
         digests: dict[str, dict[str, str]] = {part: {} for part in PARTS}
@@ -168,5 +171,5 @@ class CheckpointWriter:
         for step in saved_steps(self.run)[: -self.config.train.keep_checkpoints]:
             old = step_directory(self.run, step)
             leaving = old.with_name(f".tmp-old-{old.name}")
-            os.rename(old, leaving)  # a reader sees all of it or nothing
+            os.rename(old, leaving)  # readers never see a partly deleted checkpoint
             shutil.rmtree(leaving)

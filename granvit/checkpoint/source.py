@@ -1,4 +1,4 @@
-"""What a conversion reads: a publisher's directory, a run's checkpoint, or one file, opened without reading a tensor."""
+"""Opens the source of a conversion: a publisher's directory, a run's checkpoint or one file. No tensor is read."""
 import json
 import re
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ from granvit.models import LanguageConfig, VisionConfig
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle")
 NO_PICKLE = (
-    "is a pickle, and reading one runs the code in it: nothing is unpickled here. Take the publisher's safetensors files; where "
-    "there are none, transformers writes them: MODEL.from_pretrained(DIRECTORY).save_pretrained(OUT)"
+    "is a pickle, which is not read: unpickling runs the code in it. Use the publisher's safetensors files; if there are none, "
+    "transformers can write them: MODEL.from_pretrained(DIRECTORY).save_pretrained(OUT)"
 )
 
 
 @dataclass
 class Source:
-    """Tensors under foreign names and what is known of the model: a config.json (`tree`), or a run's own configuration.
+    """Tensors under foreign names, and the description of the model: a config.json (`tree`), or the configuration of a run.
 
-    `beside` says that config.json only lies beside the one file that was named: it may belong to another.
+    `beside`: the source is one file, and config.json is in the same directory; it may belong to another file.
     """
 
     path: Path
@@ -37,7 +37,7 @@ class Source:
 
 
 class RunTensors(StoredTensors):
-    """The model in a run's checkpoint: its own file and the frozen parts that it refers to, checked as they are read."""
+    """The model in a run's checkpoint: the trained parts and the frozen parts, each tensor checked when it is read."""
 
     def __init__(self, sets: Sequence[TensorSet]):
         self.owner: dict[str, TensorSet] = {}
@@ -53,7 +53,7 @@ class RunTensors(StoredTensors):
 
 
 def open_source(path: Path) -> Source:
-    """Opens what is at `path`; `ValueError` says what was expected there."""
+    """Opens the file or directory `path`; `ValueError` if it is neither a checkpoint nor a file of tensors that is known here."""
     if not path.exists():
         raise ValueError(f"{path}: no such file or directory")
     if path.is_dir():
@@ -76,7 +76,7 @@ def _open_file(path: Path) -> StoredTensors:
     if path.suffix == ".ckpt":
         return CkptFile(path)
     if re.search(r"-\d{5}-of-\d{5}\.safetensors$", path.name):
-        raise ValueError(f"{path} is one of several files: name their directory")
+        raise ValueError(f"{path} is one of several files of a model: name the directory")
     if path.suffix == ".safetensors":
         return TensorSet(path.parent, path.stem)
     raise ValueError(f"{path}: expected a directory, a .safetensors file or a .ckpt file")
@@ -89,7 +89,7 @@ def _open_directory(path: Path) -> Source:
     tree = read_json(config) if config.exists() else None
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
     if index.exists() and single.exists():
-        raise ValueError(f"{path}: both {index.name} and {single.name} are there; name the one file, or move it away")
+        raise ValueError(f"{path}: both {index.name} and {single.name} are there; name one of the two files, or remove one")
     if index.exists() or single.exists():
         checked = (path / "model.sha256.json").exists()
         return Source(path, TensorSet(path, checked=checked), tree, config)
@@ -99,7 +99,7 @@ def _open_directory(path: Path) -> Source:
         return Source(path, _open_file(files[0]), tree, config)
     if files:
         names = ", ".join(p.name for p in files[:4])
-        raise ValueError(f"{path}: several files ({names}) and no {index.name}: name the one file, or restore the index")
+        raise ValueError(f"{path}: several files ({names}) and no {index.name}: name one file, or restore the index")
     pickles = sorted(p for p in path.iterdir() if p.suffix in PICKLED)
     if pickles:
         raise ValueError(f"{pickles[0]}: {NO_PICKLE}")
@@ -117,7 +117,7 @@ def _open_run(path: Path) -> Source:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file's JSON object; `ValueError` names the file that holds none."""
+    """Reads a JSON object from a file; `ValueError` names the file if it does not contain one."""
     try:
         tree = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:

@@ -1,8 +1,8 @@
-"""Tensors on disk as safetensors, one tensor in memory at a time, bfloat16 included (as `ml_dtypes.bfloat16`).
+"""Reads and writes safetensors files, one tensor in memory at a time. bfloat16 is `ml_dtypes.bfloat16`.
 
-A set of tensors called `model` is one file `model.safetensors`, or, above a size limit, `model-00001-of-0000N.safetensors`
-with `model.safetensors.index.json`, as model publishers ship them. A set that this module wrote has the sha256 of every
-tensor's bytes beside it in `model.sha256.json`, which every later read is checked against.
+A set of tensors with the stem `model` is one file `model.safetensors`, or, above a size limit, several files
+`model-00001-of-0000N.safetensors` with `model.safetensors.index.json`, as model publishers ship them. A set that was written by
+this module also has `model.sha256.json` with the sha256 of every tensor's bytes, against which later reads are checked.
 """
 import hashlib
 import io
@@ -27,14 +27,14 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
-# What else the format knows. Such a tensor may lie in a file (old files carry integer positions), but is not read.
+# Sizes of the format's other dtypes. A file may have such tensors (some old ones have integer positions), but they are not read.
 OTHER_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8,
 }  # fmt: skip
 CHUNK_BYTES = 16 << 20
 SHARD_BYTES = 5_000_000_000
 MAX_HEADER = 100_000_000  # the format's own limit
-MAX_SIZE = 1 << 48  # no dimension and no file is as large
+MAX_SIZE = 1 << 48  # larger dimensions and offsets are taken as damage
 
 
 def tensor_digest(array: np.ndarray) -> str:
@@ -43,12 +43,12 @@ def tensor_digest(array: np.ndarray) -> str:
 
 
 def set_digest(digests: dict[str, str]) -> str:
-    """One sha256 for a set of tensors, whatever their order: over `name digest` lines sorted by name."""
+    """One sha256 for a set of tensors, independent of their order: over lines `name digest` sorted by name."""
     return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
 
 
 def sync_directory(path: Path) -> None:
-    """Makes the names in a directory durable."""
+    """Writes a directory's entries to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -57,7 +57,7 @@ def sync_directory(path: Path) -> None:
 
 
 def write_synced(path: Path, text: str) -> None:
-    """Writes a text file and waits until it is on the disk."""
+    """Writes a text file and syncs it to the disk."""
     with open(path, "w") as file:
         file.write(text)
         file.flush()
@@ -65,11 +65,11 @@ def write_synced(path: Path, text: str) -> None:
 
 
 class TensorWriter:
-    """Writes one set of tensors, in whatever order they come: `add(name, array)` for all of `shapes`, then `finish()`.
+    """Writes one set of tensors: `add(name, array)` for all of `shapes`, in any order, then `finish()`.
 
-    A failed write raises `OSError` and leaves partial files: write into a directory that is thrown away then. A context
-    manager only so that an error closes the file. `metadata` goes into every header; without `checksums` there is no
-    `model.sha256.json` beside the set (other programs may edit it and would not know).
+    A failed write raises `OSError` and leaves partial files; the caller must remove the directory. It is a context manager so
+    that the file is closed on errors. `metadata` goes into the header of every file. `checksums` False writes no
+    `model.sha256.json`: other programs that edit the set would not update it.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class TensorWriter:
         self.first_entry = {"__metadata__": metadata} if metadata else {}
         self.checksums = checksums
         self.digests: dict[str, str] = {}
-        # The header comes first in the file but is known last. Its room is reserved: no offset has more than 20 digits.
+        # The header is at the start of the file but complete only at the end, so space is reserved for offsets of 20 digits.
         longest = {n: {"dtype": "BF16", "shape": s, "data_offsets": [10**19, 10**19]} for n, s in shapes.items()}
         self.header_bytes = -(-len(json.dumps(self.first_entry | longest)) // 8) * 8
         self.shards: list[dict[str, dict]] = []
@@ -113,11 +113,11 @@ class TensorWriter:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.file is not None:
-            with suppress(OSError) if error is not None else nullcontext():  # a full disk refuses what was still to be written
+            with suppress(OSError) if error is not None else nullcontext():  # closing flushes, which fails on a full disk
                 self.file.close()
 
     def finish(self) -> dict[str, str]:
-        """Completes the files (synced) and returns the tensors' digests."""
+        """Completes and syncs the files; returns the tensors' digests."""
         missing = self.shapes.keys() - self.digests.keys()
         assert not missing, f"{self.stem}: never written: {sorted(missing)[:5]}"
         if self.file is None:
@@ -162,7 +162,7 @@ class TensorWriter:
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object; `ValueError` where it has a key twice (`json` alone keeps the last)."""
+    """A JSON object from its pairs; `ValueError` for a duplicate key (`json` would keep the last)."""
     tree = dict(pairs)
     if len(tree) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -171,7 +171,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _read_header(path: Path) -> dict[str, dict]:
-    """A file's table of tensors with absolute offsets, checked against the file's size; `ValueError` names the file."""
+    """A file's tensors as `StoredTensors.entries`, checked against its size; `ValueError` names the file."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -194,35 +194,35 @@ def _read_header(path: Path) -> dict[str, dict]:
         if tag not in item_bytes:
             raise ValueError(f"{path}: tensor {name!r} has dtype {tag}; expected one of {', '.join(DTYPES)}")
         if first != end or last - first != math.prod(shape) * item_bytes[tag]:
-            raise ValueError(f"{path}: tensor {name!r} does not lie where the header says; the file is damaged")
+            raise ValueError(f"{path}: tensor {name!r} has a wrong offset or size in the header; the file is damaged")
         table[name] = {"tag": tag, "shape": shape, "spans": [(8 + length + first, last - first)], "path": path}
         end = last
     if 8 + length + end != size:
-        raise ValueError(f"{path}: {size} bytes where its header promises {8 + length + end}; the file is truncated or damaged")
+        raise ValueError(f"{path}: {size} bytes, but its header states {8 + length + end}; the file is truncated or damaged")
     return table
 
 
 class StoredTensors:
-    """Random access to tensors in files: `shapes`, `read(name)`. `entries` says where each lies: `path` and the `spans` of
-    its bytes (offset, length) there, its `shape` and the `tag` of its dtype, a key of `dtypes` if it can be read."""
+    """Random access to tensors in files. `entries` has for each name `path`, the `spans` (offset, length) of its bytes in that
+    file, its `shape`, and the `tag` of its dtype. Only tensors whose tag is a key of `dtypes` can be read."""
 
     dtypes = DTYPES
     entries: dict[str, dict]
 
     @property
     def shapes(self) -> Shapes:
-        """Names and shapes, in the files' order."""
+        """Names and shapes, in the order of the files."""
         return {name: entry["shape"] for name, entry in self.entries.items()}
 
     def check_readable(self, name: str) -> None:
-        """`ValueError` naming file and tensor where the dtype is not one of ours."""
+        """`ValueError` naming file and tensor if its dtype is not in `dtypes`."""
         entry = self.entries[name]
         if entry["tag"] not in self.dtypes:
             expected = ", ".join(self.dtypes)
             raise ValueError(f"{entry['path']}: tensor {name!r} has dtype {entry['tag']}; expected one of {expected}")
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor in the dtype it was stored in; `ValueError` names file and tensor where it cannot be read."""
+        """One tensor in the dtype that it is stored in; `ValueError` names file and tensor if it cannot be read."""
         self.check_readable(name)
         entry = self.entries[name]
         raw = np.empty(sum(length for _, length in entry["spans"]), np.uint8)
@@ -234,7 +234,7 @@ class StoredTensors:
         return raw.view(self.dtypes[entry["tag"]]).reshape(entry["shape"])
 
     def digest(self, name: str) -> str:
-        """sha256 of a tensor's bytes, of whatever dtype and size, a chunk in memory at a time."""
+        """sha256 of a tensor's bytes, for any dtype, with one chunk in memory at a time."""
         entry, digest = self.entries[name], hashlib.sha256()
         with open(entry["path"], "rb", buffering=0) as file:
             for offset, length in entry["spans"]:
@@ -255,10 +255,10 @@ class StoredTensors:
 
 
 class TensorSet(StoredTensors):
-    """One set of tensors in safetensors files. Opening reads headers alone.
+    """One set of tensors in safetensors files. Opening reads only the headers.
 
-    `ValueError` names the file that is missing, truncated or damaged. With `checked`, every read is compared with the
-    sha256 written beside the set.
+    `ValueError` names a file that is missing, truncated or damaged. With `checked`, every read is checked against the sha256 in
+    `STEM.sha256.json`.
     """
 
     def __init__(self, directory: str | Path, stem: str = "model", checked: bool = False):
@@ -270,7 +270,7 @@ class TensorSet(StoredTensors):
             try:
                 listed = dict(json.loads(index.read_text())["weight_map"])
                 if not all(isinstance(file, str) for file in listed.values()):
-                    raise ValueError("a file's name that is no text")
+                    raise ValueError("a file name that is not text")
                 files = sorted(set(listed.values()))
             except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
                 raise ValueError(f"{index}: not a safetensors index ({error})") from None
@@ -306,15 +306,15 @@ class TensorSet(StoredTensors):
         return digests
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor in the dtype it was stored in; `ValueError` names file and tensor where its bytes have changed."""
+        """One tensor in the dtype that it is stored in; `ValueError` names file and tensor if its bytes have changed."""
         array = super().read(name)
         if self.digests is not None and tensor_digest(array) != self.digests[name]:
             path = self.entries[name]["path"]
-            raise ValueError(f"{path}: the bytes of tensor {name!r} are not those that were written (checksum)")
+            raise ValueError(f"{path}: the bytes of tensor {name!r} do not match its checksum; the file is damaged")
         return array
 
     def digest_as(self, name: str, dtype: np.dtype) -> str:
-        """sha256 of a tensor's bytes in this dtype; that of the stored one is known where the set is `checked`."""
+        """sha256 of a tensor's bytes after conversion to `dtype`; not computed again if `checked` has it already."""
         if self.digests is not None and self.dtypes[self.entries[name]["tag"]] == dtype:
             return self.digests[name]
         return tensor_digest(self.read(name).astype(dtype))
@@ -326,7 +326,7 @@ class TensorSet(StoredTensors):
 
 
 def shape_differences(found: Shapes, expected: Shapes, limit: int = 5) -> list[str]:
-    """The first names or shapes in which an architecture differs from the expected one, in words."""
+    """Describes the first `limit` differences in names and shapes."""
     lines = [f"{name} is missing" for name in expected if name not in found]
     lines += [f"{name} is not expected" for name in found if name not in expected]
     both = [name for name in expected if name in found]
@@ -335,7 +335,7 @@ def shape_differences(found: Shapes, expected: Shapes, limit: int = 5) -> list[s
 
 
 def write_set(directory: Path, stem: str, shapes: Shapes, tensors: Iterable[tuple[str, np.ndarray]]) -> dict[str, str]:
-    """Writes a whole set; returns the tensors' digests."""
+    """Writes a set of tensors; returns their digests."""
     with TensorWriter(directory, stem, shapes) as writer:
         for name, array in tensors:
             writer.add(name, array)

@@ -1,7 +1,7 @@
-"""Fixed-shape arrays that a step consumes, and the shared-prefix packer that makes them.
+"""The fixed-shape arrays of a training step, and the packer that builds them with one shared prefix per row.
 
-A row is a `Batch` of B = 1; `join` stacks rows. `Packer` builds them: prefix once, then every question (or a whole conversation)
-as a segment of its own, whose last token (the end of the answer's turn) is a target but never an input, since nothing follows it.
+A row is a `Batch` with B = 1; `join` concatenates rows. `Packer` builds a row: the prefix once, then each question with its
+answer (or a whole conversation) as its own segment. The last token of a segment (end of turn) is a target but not an input.
 
 Layout letters: B rows, T views per row, K regions per row, N image tokens, S sequence, A supervised positions, R image side, r
 crop side.
@@ -22,28 +22,28 @@ from granvit.stages import Task
 
 @dataclass(frozen=True)
 class Batch:
-    """One image per row, up to K region questions and one global question about it (DESIGN, "A batch").
+    """One image per row, with up to K region questions and one global question about it.
 
-    Segment 0 is the prefix (system turn, user header, image tokens), 1.. are questions with their answers, -1 is padding. A
-    token may attend to a key iff the key is not later in the row and its segment is 0 or the token's own. Positions
-    restart after the prefix in every segment. The turns of a conversation are one segment.
+    Segment 0 is the prefix (system turn, user header, image tokens), segments 1, 2, ... are the questions with their answers, -1
+    is padding. All turns of a conversation are one segment. A token attends to a key iff the key is not later in the row and the
+    key's segment is 0 or the token's own segment. In every segment the position ids start at the length of the prefix.
     """
 
     pixels_B3RR: np.ndarray  # uint8, RGB in the padded frame, normalised inside the graph; with tiling [B, T, 3, R, R]
-    image_weights_B: np.ndarray  # float32: 1 an image row; 0 a text row, whose image positions hold ordinary token ids
-    token_ids_BS: np.ndarray  # int32; the id at an image position of an image row is replaced by an image feature
+    image_weights_B: np.ndarray  # float32: 1 with an image; 0 in a text row, whose image positions hold ordinary token ids
+    token_ids_BS: np.ndarray  # int32; in a row with an image, image features replace the embeddings at the image positions
     positions_BS: np.ndarray  # int32
     segments_BS: np.ndarray  # int32
-    image_positions_BN: np.ndarray  # int32, where image token n stands in its row; -1 where its tile is absent
-    answer_positions_BA: np.ndarray  # int32, the position whose output predicts the target (0 where the weight is 0)
+    image_positions_BN: np.ndarray  # int32, the index of image token n in its row; -1 where its tile is absent
+    answer_positions_BA: np.ndarray  # int32, the index in the row whose output predicts the target (0 where the weight is 0)
     answer_targets_BA: np.ndarray  # int32
     answer_weights_BA: np.ndarray  # float32, 1 supervised, 0 not
-    boxes_BK4: np.ndarray  # float32, xyxy over the feature map that regions are read from, 0..1; the boxes that are distilled
+    boxes_BK4: np.ndarray  # float32, the distilled boxes: xyxy, 0..1, relative to the feature map that ROIAlign reads
     box_weights_BK: np.ndarray  # float32, 1 valid, 0 not
-    crops_BK3rr: np.ndarray  # uint8, the teacher's views, squashed to r x r
+    crops_BK3rr: np.ndarray  # uint8, the teacher's inputs: each box cut out of the image and resized to r x r
     record_ids: tuple[str, ...]  # per row; "" for a row of weight zero
     questions: int  # questions with at least one supervised token
-    skipped: tuple[tuple[str, str], ...] = ()  # (record id, reason) of what could not be used
+    skipped: tuple[tuple[str, str], ...] = ()  # (name of the record, region or turn; reason) for all that was left out
     grids_B2: np.ndarray | None = None  # int32, rows and columns of tiles; None without tiling
 
     @property
@@ -59,17 +59,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """One open question per row, right-padded, for generation."""
+    """One question without an answer per row, right-padded, for generation."""
 
     pixels_B3RR: np.ndarray  # uint8; with tiling [B, T, 3, R, R]
     token_ids_BS: np.ndarray  # int32
-    lengths_B: np.ndarray  # int32, tokens of the prompt
+    lengths_B: np.ndarray  # int32, number of prompt tokens
     image_positions_BN: np.ndarray  # int32; -1 where the token's tile is absent
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question about an image: `region` indexes the record's regions; None for the global question."""
+    """One question about an image. `region` is an index into the record's regions, None for the global question."""
 
     task: Task
     region: int | None = None
@@ -84,18 +84,18 @@ class Question:
 
 
 def record_pixels(record: ImageRecord | Conversation, max_pixels: int) -> np.ndarray:
-    """The record's image, uint8 `[H, W, 3]`; `ValueError` with the reason where it cannot be used."""
+    """The record's decoded image, uint8 `[H, W, 3]`; `ValueError` with the reason if it cannot be used."""
     image_HW3 = decode(record.image, max_pixels)
     if image_HW3.shape[:2] != (record.height, record.width):
-        raise ValueError("image is not of the size that its record states")
+        raise ValueError("image size differs from the width and height in its record")
     return image_HW3
 
 
 class Packer:
     """Builds rows for one encoder and one chat template.
 
-    `boxes` is the number of distilled boxes a row has room for (0: the stage does not distil), `crop_size` the side of the
-    teacher's crops in pixels, `crop_scale` their enlargement.
+    `boxes` is the number of distilled boxes per row (0 if the stage does not distil), `crop_size` the side of the teacher's crops
+    in pixels, `crop_scale` the factor by which a box is enlarged before it is cropped, `max_pixels` the largest image decoded.
     """
 
     def __init__(self, vision: VisionConfig, chat: Chat, boxes: int, crop_size: int, crop_scale: float, max_pixels: int):
@@ -103,10 +103,10 @@ class Packer:
         self.boxes, self.crop_size, self.crop_scale, self.max_pixels = boxes, crop_size, crop_scale, max_pixels
 
     def row(self, record: ImageRecord, questions: Sequence[Question], bucket: Bucket) -> Batch:
-        """An image and questions about it.
+        """A row with the record's image and these questions about it.
 
-        A question that does not fit in what is left of the bucket is left out whole and named in `skipped`; an image that cannot
-        be used, or a row without any question left, is a row of weight zero.
+        A question that does not fit into the rest of the bucket is left out completely and listed in `skipped`. If the image
+        cannot be used or no question fits, the result is a row of weight zero.
         """
         try:
             image_HW3 = record_pixels(record, self.max_pixels)
@@ -132,8 +132,10 @@ class Packer:
         )
 
     def text_row(self, record_id: str, image_ids: Sequence[int], turns: Sequence[tuple[str, str]], bucket: Bucket) -> Batch:
-        """A row without an image: `image_ids` (as many as the smallest image has tokens) stand at the image positions as ordinary
-        tokens, and `turns` are (question, answer) texts about them. What does not fit is left out whole and named in `skipped`.
+        """A row without an image: ordinary tokens `image_ids` at the image positions, and (question, answer) texts `turns`.
+
+        `ValueError` unless `image_ids` has as many ids as the smallest image has tokens. A turn that does not fit is left out
+        completely and listed in `skipped`.
         """
         if len(image_ids) != (tokens := len(self._image_ids(1, 1))):
             raise ValueError(f"text row {record_id}: {len(image_ids)} ids for {tokens} image positions")
@@ -146,10 +148,10 @@ class Packer:
         )
 
     def conversation_row(self, record: Conversation, bucket: Bucket) -> Batch:
-        """A conversation as one segment: every turn sees those before it.
+        """A conversation as one segment: the tokens of a turn attend to all earlier turns.
 
-        Its turns from the first that does not fit in the bucket on are left out and named in `skipped`; a conversation that
-        cannot be used is a row of weight zero.
+        The first turn that does not fit into the bucket and all later ones are left out and listed in `skipped`. If the
+        conversation cannot be used, the result is a row of weight zero.
         """
         try:
             image = self._image(record_pixels(record, self.max_pixels)) if record.image else self._no_image()
@@ -165,24 +167,24 @@ class Packer:
         return Batch(**image, **text, **self._no_boxes(), record_ids=(record.id,), questions=turns_placed, skipped=skipped)
 
     def empty(self, bucket: Bucket, skipped: tuple[tuple[str, str], ...] = ()) -> Batch:
-        """A row of weight zero: a prefix, nothing supervised, nothing distilled, no division by zero in any attention row."""
+        """A row of weight zero: nothing is supervised or distilled. It has a prefix, so that softmax never gets an empty row."""
         text, _ = self._lay_out(self._image_ids(1, 1), [], bucket)
         return Batch(**self._no_image(), **text, **self._no_boxes(), record_ids=("",), questions=0, skipped=skipped)
 
     def _image_ids(self, width: int, height: int) -> list[int]:
-        """What stands in a row where the tokens of an image of this size are to come."""
+        """One placeholder id per token of an image of this size."""
         return [self.chat.pad_token] * int(image_tokens(width, height, self.vision))
 
     def _segments(self, turns: Iterable[tuple[str, str]]) -> list[TurnIds]:
-        """Each question with its answer as a segment of its own."""
+        """One segment for each (question, answer)."""
         return [[(self.chat.question_ids(question), self.chat.answer_ids(answer))] for question, answer in turns]
 
     def _lay_out(self, image_ids: Sequence[int] | None, segments: Sequence[TurnIds], bucket: Bucket) -> tuple[dict, list[int]]:
-        """The text arrays of one row (`image_ids` None: no place for an image), and how many turns of each segment found room."""
+        """The text arrays of one row, and how many turns of each segment fit. `image_ids` None: no image positions."""
         before, after = self.chat.prefix_before, self.chat.prefix_after
         prefix = list(before) if image_ids is None else [*before, *image_ids, *after]
         if len(prefix) > bucket.length:
-            raise ValueError(f"data.buckets: length {bucket.length} does not hold the prefix of {len(prefix)} tokens")
+            raise ValueError(f"data.buckets: length {bucket.length} does not hold the prefix of {len(prefix)} tokens; raise it")
         token_ids_BS = np.full((1, bucket.length), self.chat.pad_token, np.int32)
         positions_BS = np.zeros((1, bucket.length), np.int32)
         segments_BS = np.full((1, bucket.length), -1, np.int32)
@@ -227,7 +229,7 @@ class Packer:
         return arrays
 
     def _no_boxes(self) -> dict:
-        whole_image = np.array([0, 0, 1, 1], np.float32)  # weight 0, but a box that no ROIAlign divides by zero over
+        whole_image = np.array([0, 0, 1, 1], np.float32)  # weight 0, but with an area: ROIAlign would divide by zero
         return {
             "boxes_BK4": np.tile(whole_image, (1, self.boxes, 1)),
             "box_weights_BK": np.zeros((1, self.boxes), np.float32),
@@ -255,7 +257,7 @@ def _too_long(task: str, bucket: Bucket) -> str:
 
 
 def join(rows: Sequence[Batch]) -> Batch:
-    """Rows of one bucket as one batch."""
+    """Concatenates rows of one bucket to one batch."""
     names = [f.name for f in fields(Batch) if isinstance(getattr(rows[0], f.name), np.ndarray)]
     arrays = {name: np.concatenate([getattr(row, name) for row in rows]) for name in names}
     return Batch(
@@ -267,7 +269,7 @@ def join(rows: Sequence[Batch]) -> Batch:
 
 
 def image_positions(width: int, height: int, chat: Chat, vision: VisionConfig) -> np.ndarray:
-    """Where the tokens of an image of this size stand in their row, int32 `[N]`; -1 for those of tiles that it has not."""
+    """The index in its row of each token of an image of this size, int32 `[N]`; -1 for tokens of tiles that it does not have."""
     places_N = token_places(width, height, vision)
     return np.where(places_N >= 0, len(chat.prefix_before) + places_N, -1).astype(np.int32)
 
@@ -280,9 +282,10 @@ def prompt_batch(
     length: int | None = None,
     sizes: Sequence[tuple[int, int]] | None = None,
 ) -> PromptBatch:
-    """One open question per row about that row's image (as `to_views` shows it), right-padded to `length` (default: the longest).
+    """One question per row about that row's image, right-padded to `length` (default: the longest row).
 
-    `sizes` are the images' own widths and heights, from which their tiles follow: with tiling they must be given.
+    `pixels_B3RR` holds the result of `to_views` for each image. `sizes` are the widths and heights of the original images, which
+    determine their tiles; required with tiling.
     """
     assert sizes is not None or not vision.tiles
     sizes = sizes or [(vision.image_size, vision.image_size)] * len(questions)
@@ -294,7 +297,7 @@ def prompt_batch(
     length = length or max(map(len, rows))
     token_ids_BS = np.full((len(rows), length), chat.pad_token, np.int32)
     for b, row in enumerate(rows):
-        token_ids_BS[b, : len(row)] = row  # numpy raises where `length` is too short: the caller's mistake
+        token_ids_BS[b, : len(row)] = row  # numpy raises if the caller's `length` is too short
     lengths_B = np.array([len(row) for row in rows], np.int32)
     positions_BN = np.stack([image_positions(*size, chat, vision) for size in sizes])
     return PromptBatch(pixels_B3RR, token_ids_BS, lengths_B, positions_BN)

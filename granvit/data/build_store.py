@@ -2,11 +2,12 @@
 
     python -m granvit.data.build_store annotations.jsonl images/ OUT [--bbox-frame padded_square] [--boxes absolute]
 
-One line an image; `id` (default: the image's path), `global` and `regions` may be absent, other keys are ignored:
+Each line describes one image. `id` (default: the image's path), `global` and `regions` are optional, other keys are ignored:
 
     {"image": "a.jpg", "id": "a", "global": "A desk ...", "regions": [{"box": [0.1, 0.2, 0.5, 0.9], "caption": "a red cup"}]}
 
-Whatever is bad is left out and named in `refused.jsonl`, `{"what": ..., "reason": ...}` a line (no file where there is none).
+Invalid lines, images, regions and captions are left out and listed in OUT/refused.jsonl, one `{"what": ..., "reason": ...}` per
+line. The file exists only if something was left out.
 """
 import argparse
 import json
@@ -30,7 +31,7 @@ Input = TypeVar("Input")
 def read_in_threads(
     read: Callable[[Input], Item], inputs: Iterator[Input], done: Callable[[list[Input]], None]
 ) -> Iterator[Item]:
-    """`read` of every input, in order; `done` is told which are behind. A bounded number of images is held in memory."""
+    """Yields `read(input)` for every input, in order; calls `done` with each finished chunk. At most 64 results are in memory."""
     with ThreadPoolExecutor() as pool:
         while chunk := list(islice(inputs, 64)):
             yield from pool.map(read, chunk)
@@ -38,7 +39,7 @@ def read_in_threads(
 
 
 def read_image(path: Path) -> bytes:
-    """An image file's bytes; `ValueError` with a reason that can be counted."""
+    """An image file's bytes; `ValueError` with a reason that does not name the file, so that equal reasons can be counted."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -78,8 +79,8 @@ def build_store(
 ) -> Summary:
     """Builds a store from a JSON-lines file and a folder of images (see the module's docstring).
 
-    Whatever is bad is left out and named in `refused.jsonl`; `ValueError` where nothing is left, or an argument is no file or
-    folder.
+    Invalid input is left out and listed in `refused.jsonl`. `ValueError` if nothing is left, `jsonl` is not a file or `images`
+    is not a directory.
     """
     jsonl, images = Path(jsonl), Path(images)
     if not jsonl.is_file():
@@ -104,10 +105,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m granvit.data.build_store", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("jsonl", metavar="JSONL", help="annotations, one image a line")
+    parser.add_argument("jsonl", metavar="JSONL", help="annotations, one image per line")
     add_build_arguments(parser)
-    parser.add_argument("--bbox-frame", choices=get_args(BboxFrame), default="image", help="what boxes are relative to")
-    parser.add_argument("--boxes", choices=get_args(BoxUnit), default="relative", help="0..1, or pixels (default: relative)")
+    frame_help = "frame that boxes are relative to (default: image)"
+    parser.add_argument("--bbox-frame", choices=get_args(BboxFrame), default="image", help=frame_help)
+    parser.add_argument("--boxes", choices=get_args(BoxUnit), default="relative", help="0..1 or pixels (default: relative)")
     a = parser.parse_args(arguments)
     try:
         with Progress(transient=True) as progress:
@@ -128,15 +130,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def add_build_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every command that builds a store takes behind its annotations."""
+    """Adds the arguments that all commands that build a store share."""
     parser.add_argument("images", metavar="IMAGES", help="folder that the annotations' image paths are relative to")
-    parser.add_argument("out", metavar="OUT", help="directory to make")
-    parser.add_argument("--shard-size", type=int, default=256, metavar="MB", help="shards are closed at this size (default: 256)")
+    parser.add_argument("out", metavar="OUT", help="directory to create")
+    parser.add_argument("--shard-size", type=int, default=256, metavar="MB", help="close a shard at this size (default: 256)")
     parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="refuse larger images (default: %(default)s)")
 
 
 def print_refused(summary: Summary, out: str) -> None:
-    """What was refused, by reason, the first by name, and where all of it stands where those are not all."""
+    """Prints what was refused: counts by reason, the first items by name, and the file that lists all if there are more."""
     for reason, count in summary.refused.most_common():
         print(f"  refused {count}: {reason}")
     for line in summary.first_refused:

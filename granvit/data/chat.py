@@ -1,12 +1,12 @@
-"""Chat templates and what a row is supervised on, over the `tokenizers` library.
+"""Chat templates, and the token ids of prefix, questions and supervised answers (with the `tokenizers` library).
 
 A conversation is `{system turn}{user header}<image>\\n{Q}{end of turn}{assistant header}{A}{end of turn}`, and for every further
-turn `{user header}{Q}{end of turn}{assistant header}{A}{end of turn}`. Everything before the first `{Q}` is the same for every
-question about one image: the shared prefix. Supervised are the answers' tokens and their end-of-turn tokens, nothing else. The
-plain form, which the projector is trained on, is `<image>{A}{end of turn}` (LLaVA's "plain").
+turn `{user header}{Q}{end of turn}{assistant header}{A}{end of turn}`. Everything before the first `{Q}` is the shared prefix: it
+is the same for every question about one image. Only the answers and their end-of-turn tokens are supervised. The plain form,
+which the projector is trained on, is `<image>{A}{end of turn}` (LLaVA's "plain").
 
-Notable choices: the system message is LLaVA's, stated explicitly (Qwen2.5's own template would put another); control
-tokens come from this file's templates only, so a caption that spells one out is encoded as ordinary text.
+The system message is LLaVA's and always written out; the default of Qwen2.5's own template is another. Control tokens come
+from the templates of this file only: a caption that spells one out is encoded as ordinary text.
 """
 import hashlib
 import json
@@ -25,7 +25,7 @@ from granvit.models import LanguageConfig
 SYSTEM = "You are a helpful assistant."
 Piece = tuple[str, bool]  # text, and whether it is one control token
 Turns = Sequence[tuple[str, str]]  # questions with their answers
-TurnIds = list[tuple[list[int], list[int]]]  # for each turn: ids up to its answer, and its answer's
+TurnIds = list[tuple[list[int], list[int]]]  # for each turn: the ids before its answer, and the ids of its answer
 
 
 def _turns(*pieces: str) -> tuple[Piece, ...]:
@@ -34,8 +34,8 @@ def _turns(*pieces: str) -> tuple[Piece, ...]:
 
 @dataclass(frozen=True)
 class Template:
-    """The fixed parts of a conversation: `next_turn` stands between an answer's end and the next question, `start` before any
-    text at all; `end` closes a turn, `pad` fills what no token may attend to."""
+    """The fixed parts of a conversation. `next_turn` comes between the end of an answer and the next question, `end` is the
+    end-of-turn token, `pad` the padding token. The plain form has `start` before the image instead of `before_image`."""
 
     start: tuple[Piece, ...]
     before_image: tuple[Piece, ...]
@@ -75,7 +75,7 @@ TEMPLATES = {
     ),
 }
 
-# `Chat.jinja` fills in the fixed text. What ends a turn is written by the one that follows, as `Template` has it.
+# `Chat.jinja` replaces <SYSTEM> etc. The end-of-turn token of a turn is part of the fixed text after it, as in `Template`.
 JINJA = """\
 {{- <SYSTEM> -}}
 {%- for message in messages -%}
@@ -102,9 +102,10 @@ JINJA = """\
 class Chat:
     """Token ids of the shared prefix, of questions and of answers, for one tokenizer and one family of templates.
 
-    `prefix_before` and `prefix_after` are the prefix's ids on either side of the image; `stop_token` ends an answer;
-    `pad_token` fills image slots and padding. `origin` names the tokenizer in error messages. With `plain`, no question is
-    shown: the answer follows the image. Raises `ValueError` where a control token of the family is not one id of the tokenizer.
+    `prefix_before` and `prefix_after` are the ids of the prefix before and after the image; `stop_token` ends an answer;
+    `pad_token` fills image positions and padding. `origin` names the tokenizer in error messages. With `plain`, questions are
+    left out: the answer follows the image. `ValueError` if the family is unknown, or the tokenizer lacks one of its control
+    tokens or does not mark it special.
     """
 
     def __init__(self, tokenizer: Tokenizer, family: str, origin: str = "tokenizer", plain: bool = False):
@@ -114,7 +115,7 @@ class Chat:
         self._template = TEMPLATES[family]
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        tokenizer.encode_special_tokens = True  # text that spells out a control token stays text
+        tokenizer.encode_special_tokens = True  # encode control tokens in a text as ordinary text
         self._control: dict[str, int] = {}
         for token in self._template.control_tokens:
             index = tokenizer.token_to_id(token)
@@ -124,7 +125,7 @@ class Chat:
                     f"another model, or the language model's `chat` should name another family"
                 )
             if index in self._text(token):
-                raise ValueError(f"{origin}: token {token!r} must be marked special, or a caption could inject it")
+                raise ValueError(f"{origin}: token {token!r} must be marked special in it, or a caption could contain it")
             self._control[token] = index
         if plain:
             self._template = replace(
@@ -139,10 +140,10 @@ class Chat:
 
     @classmethod
     def from_file(cls, path: str | Path, family: str, plain: bool = False) -> "Chat":
-        """Reads a `tokenizer.json`; `ValueError` where it is missing or not one."""
+        """Reads a `tokenizer.json`; `ValueError` if the file is missing or is not a tokenizer."""
         path = Path(path)
         if not path.is_file():
-            raise ValueError(f"tokenizer {path}: no such file; it is published beside the language model's weights")
+            raise ValueError(f"tokenizer {path}: no such file; publishers ship it with the language model's weights")
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
@@ -160,17 +161,20 @@ class Chat:
 
     @property
     def size(self) -> int:
-        """One more than the largest token id: the decoder's vocabulary must be at least this large."""
+        """The largest token id plus one: the smallest vocabulary that the decoder may have."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that change whenever a token length of any question or answer could."""
+        """Sixteen hex digits of a hash over tokenizer, template, fixed wording and the version of `tokenizers`.
+
+        Together these determine all token lengths.
+        """
         return hashlib.sha256("\0".join((*self._stated, tokenizers.__version__)).encode()).hexdigest()[:16]
 
     @property
     def contents_fingerprint(self) -> str:
-        """Sixteen hex digits of the tokenizer, the template and the fixed wording alone: no version of the library enters."""
+        """Sixteen hex digits of a hash over the tokenizer, the template and the fixed wording."""
         return hashlib.sha256("\0".join(self._stated).encode()).hexdigest()[:16]
 
     @property
@@ -181,8 +185,8 @@ class Chat:
     def jinja(self, image_token: str) -> str:
         """The template as a `chat_template` of transformers: user and assistant turns, with `image_token` for each image.
 
-        The rendered text has, in a tokenizer that reads its control tokens, the ids of this class for a question that does not
-        begin with white space. Images come first in their turn; a turn after the first answer begins as the first one did.
+        A tokenizer that parses control tokens encodes the rendered text to the same ids as this class, for questions that do not
+        begin with white space. Images are moved to the start of their turn. Every user turn begins with the same header.
         """
         template = self._template
         text = lambda pieces: "".join(piece for piece, _ in pieces)  # noqa: E731
@@ -200,11 +204,11 @@ class Chat:
         return source
 
     def prefix_length(self, image_tokens: int) -> int:
-        """Tokens of the shared prefix with an image of `image_tokens` tokens."""
+        """Number of tokens of the shared prefix with an image of `image_tokens` tokens."""
         return len(self.prefix_before) + image_tokens + len(self.prefix_after)
 
     def question_ids(self, text: str) -> list[int]:
-        """`{Q}{end of turn}{assistant header}` (plain: nothing); the last token's output predicts the answer's first."""
+        """`{Q}{end of turn}{assistant header}` (plain: empty); the output at its last token predicts the first answer token."""
         return [] if self.plain else self._text(text) + self._after_question
 
     def answer_ids(self, text: str) -> list[int]:
@@ -220,11 +224,11 @@ class Chat:
         return [n + 1 for n in self._lengths(texts)]
 
     def conversation_ids(self, turns: Turns, with_image: bool) -> TurnIds:
-        """For each turn the ids from the last answer's end of turn (the first turn: from the prefix) up to its answer, and
-        `answer_ids` of that.
+        """For each turn the ids before its answer, and `answer_ids` of the answer.
 
-        Each piece is encoded by itself. `ValueError` with the reason where the tokenizer reads the whole text between two control
-        tokens otherwise, where an answer's ids do not decode to its text, or where the plain form cannot show the turns.
+        The ids of the first turn begin after the prefix, those of a later turn with the end of turn of the answer before it.
+        Template text, questions and answers are encoded separately. `ValueError` with the reason if encoding them together gives
+        other ids, if an answer's ids do not decode to its text, or if the plain form cannot express the conversation.
         """
         if self.plain and not with_image:
             raise ValueError("a conversation without an image has no plain form")
@@ -244,31 +248,34 @@ class Chat:
         return ids
 
     def conversation_lengths(self, conversations: Sequence[Turns]) -> list[tuple[int, int]]:
-        """For each, the tokens that follow the prefix (the last end of turn is a target only) and those supervised among them."""
+        """For each conversation the number of input tokens after the prefix, and the number of supervised tokens.
+
+        The last end-of-turn token is supervised, but not an input.
+        """
         questions = iter(self.question_lengths([question for turns in conversations for question, _ in turns]))
         answers = iter(self.answer_lengths([answer for turns in conversations for _, answer in turns]))
         lengths = []
         for turns in conversations:
             question_tokens, answer_tokens = sum(islice(questions, len(turns))), sum(islice(answers, len(turns)))
-            tokens_between = (len(turns) - 1) * (len(self._next_turn) - 1)  # the end of turn in it is counted with the answer
+            tokens_between = (len(turns) - 1) * (len(self._next_turn) - 1)  # its end-of-turn token is counted with the answer
             lengths.append((question_tokens + answer_tokens - 1 + tokens_between, answer_tokens))
         return lengths
 
     def _reads_apart(self, pieces: tuple[Piece, ...], text: str) -> bool:
-        """Whether `text` after a template's last piece is encoded as the two are by themselves."""
+        """Whether the last piece and `text`, encoded together, give the same ids as encoded separately."""
         if not pieces or pieces[-1][1]:
             return True
         return self._text(pieces[-1][0] + text) == self._text(pieces[-1][0]) + self._text(text)
 
     def _normalised(self, text: str) -> str:
-        """What the tokenizer makes of a text before it encodes it (Qwen2.5's composes accents)."""
+        """The text after the tokenizer's normalisation (Qwen2.5's composes accents)."""
         return self.tokenizer.normalizer.normalize_str(text) if self.tokenizer.normalizer else text
 
     def _lengths(self, texts: Sequence[str]) -> list[int]:
         return [len(e) for e in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of generated ids up to the first stop token, control tokens dropped."""
+        """The text of generated ids up to the first stop token, without control tokens."""
         answer_ids = []
         for index in map(int, ids):
             if index == self.stop_token:
@@ -278,7 +285,7 @@ class Chat:
 
 
 def byte_tokenizer(family: str) -> Tokenizer:
-    """A built-in tokenizer of 256 bytes and the family's control tokens, for `model.init=random` without a tokenizer."""
+    """A tokenizer with one token per byte value and the family's control tokens, for `model.init=random` without a tokenizer."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -288,11 +295,11 @@ def byte_tokenizer(family: str) -> Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, family: str, phrases: Sequence[str] = ()) -> Tokenizer:
-    """A byte-level BPE trained on `texts`, at most `vocab_size` ids with the family's control tokens among them.
+    """A byte-level BPE trained on `texts`, with at most `vocab_size` ids including the family's control tokens.
 
-    Words (with the space before them) merge into single tokens as far as `vocab_size` allows; each digit is its own
-    token, as in Qwen2.5's tokenizer, so that coordinates are read digit by digit. Each of `phrases` is a token of its own,
-    the longest first: fixed wording need not be spelled out.
+    Words (with the space before them) become single tokens as far as `vocab_size` allows. Each digit is its own token, as in
+    Qwen2.5's tokenizer, so that coordinates are encoded digit by digit. Each of `phrases` becomes one token; where several
+    match, the longest is used.
     """
     pieces = pre_tokenizers.Split(Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"), "isolated")
     tokenizer = Tokenizer(models.BPE())
@@ -311,7 +318,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, family: str, phrases:
 
 
 def load_chat(config: RunConfig, language: LanguageConfig) -> Chat:
-    """The run's chat template over its tokenizer; a run from random weights without one gets the built-in byte tokenizer."""
+    """The run's chat template with its tokenizer; with `model.init=random` and no tokenizer, with the built-in byte tokenizer.
+
+    `ValueError` if the tokenizer is missing, does not fit the template, or has more ids than `language` embeds.
+    """
     directory = Path(config.model.tokenizer or config.model.weights_language)
     path = directory if directory.suffix == ".json" else directory / "tokenizer.json"
     if path.is_file() or config.model.init != "random" or config.model.tokenizer:
@@ -319,5 +329,8 @@ def load_chat(config: RunConfig, language: LanguageConfig) -> Chat:
     else:
         chat = Chat(byte_tokenizer(language.chat), language.chat, "the built-in byte tokenizer", config.stage_spec.plain)
     if chat.size > language.vocab:
-        raise ValueError(f"{chat.origin} has {chat.size} tokens, but {language.name!r} embeds {language.vocab} only")
+        raise ValueError(
+            f"{chat.origin} has {chat.size} tokens, but {language.name!r} embeds {language.vocab} only; "
+            f"set model.tokenizer to this model's tokenizer"
+        )
     return chat

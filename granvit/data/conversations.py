@@ -1,21 +1,23 @@
-"""Conversations in LLaVA's JSON -> a store that trains `projector`, `continued` and `sft`.
+"""Builds a store of conversations (for the stages `projector`, `continued` and `sft`) from LLaVA's JSON:
 
     python -m granvit.data.conversations conversations.json images/ OUT [--bbox-frame image|padded_square]
 
-The JSON is a list, which is read whole, or one conversation a line (BLIP-LAION-CC-SBU-558K, Open-LLaVA-NeXT 1M, LLaVA-OneVision):
+The file is one JSON list, which is read into memory, or has one conversation per line. Examples are BLIP-LAION-CC-SBU-558K,
+Open-LLaVA-NeXT 1M and LLaVA-OneVision:
 
     {"id": "a", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                                                     {"from": "gpt", "value": "A red cup."}]}
 
-`image` may be absent or a list of one path, a turn may say `role` (user, assistant) and `content`; other keys are ignored. The
-image sign stands at the start or the end of the first question and is taken out, as is white space around a text.
+`image` may be absent or a list of one path. A turn may have the keys `role` (user, assistant) and `content` instead. Other keys
+are ignored. `<image>` must be at the start or the end of the first question; it is removed, as is white space around a text.
 
-Boxes are text here, `[x1, y1, x2, y2]` in 0..1 with a decimal point (or up to 0.1 outside: a box over the edge), and every data
-set has its own frame for them: LLaVA-665K's are relative to the padded square. All are rewritten for the image, with three
-decimals. `--bbox-frame` may be left out where no text about an image holds one; otherwise the build ends and asks for it.
+A box is part of a text: `[x1, y1, x2, y2]` with a decimal point, values in 0..1 (or up to 0.1 outside, if the box crosses the
+edge). Data sets differ in what boxes are relative to: those of LLaVA-665K are relative to the padded square. All boxes are
+rewritten relative to the image, with three decimals. If a text about an image has a box, `--bbox-frame` is required: without it
+the build stops with an error.
 
-A conversation that does not line up (turns out of order, an answer missing, an image sign too many, a box outside the
-image, several images, a video) is refused whole and named in the store's `refused.jsonl` with the reason.
+An invalid conversation (turns out of order, an answer missing, more than one `<image>`, a box outside the image, several images,
+a video) is left out completely and listed with the reason in OUT/refused.jsonl.
 """
 import argparse
 import codecs
@@ -36,11 +38,11 @@ from granvit.data.store import CONVERSATIONS, MAX_PIXELS
 from granvit.data.store_writer import Item, Summary, write_items
 
 IMAGE = "<image>"
-_SPEAKERS = {"human": 0, "user": 0, "gpt": 1, "assistant": 1}  # place in a turn
+_SPEAKERS = {"human": 0, "user": 0, "gpt": 1, "assistant": 1}  # 0 asks, 1 answers
 
 
 class _FrameNotStated(Exception):
-    """Ends the build, unlike the `ValueError` of a conversation that is refused."""
+    """Ends the build; a `ValueError` only leaves out one conversation."""
 
 
 def build_conversations(
@@ -55,8 +57,8 @@ def build_conversations(
 ) -> Summary:
     """Builds a store from a JSON file and a folder of images (see the module's docstring).
 
-    Whatever is bad is left out and named in `refused.jsonl`; `ValueError` where nothing is left, an argument is no file or
-    folder, a JSON list is damaged, or a text holds a box and no `frame` is stated.
+    Invalid conversations are left out and listed in `refused.jsonl`. `ValueError` if nothing is left, `path` is not a file or
+    `images` not a directory, a JSON list is damaged, or a text has a box and `frame` is None.
     """
     path, images = Path(path), Path(images)
     if not path.is_file():
@@ -80,7 +82,7 @@ def build_conversations(
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each conversation's place in the file, and its tree or its line."""
+    """For each conversation its place in the file, and its parsed JSON or its line."""
     with open(path, "rb") as file:
         if file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             file.seek(0)
@@ -121,7 +123,7 @@ def _read(entry: tuple[str, Any], images: Path, frame: BboxFrame | None, max_pix
 
 
 def _image_path(tree: Mapping) -> str | None:
-    """Where the conversation's image is; None where it has none."""
+    """The path of the conversation's image; None if it has none."""
     if tree.get("video"):
         raise ValueError("conversation has a video")
     image = tree.get("image")
@@ -135,7 +137,7 @@ def _image_path(tree: Mapping) -> str | None:
 
 
 def _turns(spoken: Any, with_image: bool) -> tuple[tuple[str, str], ...]:
-    """Questions and answers without the image sign; `ValueError` with the reason where they do not line up."""
+    """Questions and answers without `<image>`; `ValueError` with the reason if they are invalid."""
     if not isinstance(spoken, list) or not spoken:
         raise ValueError("conversations is not a list of turns")
     texts = []
@@ -165,7 +167,7 @@ def _turns(spoken: Any, with_image: bool) -> tuple[tuple[str, str], ...]:
 
 
 def _take_image_sign(texts: list[str], with_image: bool) -> None:
-    """Takes the sign out of the first question: the chat template puts the image before it."""
+    """Removes `<image>` from the first question, in place: the chat template puts the image before it."""
     signs = sum(text.count(IMAGE) for text in texts)
     if not with_image:
         if signs:
@@ -181,7 +183,7 @@ def _take_image_sign(texts: list[str], with_image: bool) -> None:
 
 
 def _in_image(text: str, width: int, height: int, frame: BboxFrame | None) -> str:
-    """The text with its boxes relative to the image, all in the form that `format_box` gives them."""
+    """The text with its boxes made relative to the image and written by `format_box`."""
 
     def convert(box: Box, step: float) -> Box:
         if frame is None:
@@ -198,9 +200,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m granvit.data.conversations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("json", metavar="JSON", help="conversations: a list, or one a line")
+    parser.add_argument("json", metavar="JSON", help="conversations: a JSON list, or one per line")
     add_build_arguments(parser)
-    parser.add_argument("--bbox-frame", choices=get_args(BboxFrame), help="what boxes in the texts are relative to")
+    parser.add_argument("--bbox-frame", choices=get_args(BboxFrame), help="frame that boxes in the texts are relative to")
     a = parser.parse_args(arguments)
     try:
         with Progress(transient=True) as progress:

@@ -1,4 +1,4 @@
-"""The questions of an evaluation about a held-out region store, in batches of one shape."""
+"""The questions of an evaluation on a held-out region store, in batches of one shape."""
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -26,13 +26,14 @@ def held_out(
     world: int = 1,
     max_pixels: int = MAX_PIXELS,
 ) -> Iterator[tuple[PromptBatch, list[HeldOut]]]:
-    """Every question of `tasks` about `images` images spread evenly over the store, in batches of one shape.
+    """Yields this rank's batches of all questions of `tasks` about `images` images, spaced evenly over the store.
 
-    Batch b goes to rank b mod `world`. The last batch is filled up by repeating its last question; its list is shorter than the
-    arrays. `ValueError` names a record that cannot be read: a score over fewer questions would not be comparable.
+    All batches have one shape. Batch b belongs to rank b mod `world`. The last batch repeats its last question to fill the
+    arrays; its list of `HeldOut` is shorter. `ValueError` names a record that cannot be read: it is not left out, because scores
+    over fewer questions would not be comparable.
     """
     if store.kind != REGIONS:
-        raise ValueError(f"eval.source {store.path} is a {store.kind.format} store; held-out questions are about regions")
+        raise ValueError(f"eval.source {store.path} is a {store.kind.format} store; it must be a region store")
     chosen = np.unique(np.linspace(0, store.records - 1, min(images, store.records)).round().astype(int)).tolist()
     items: list[tuple[int, HeldOut]] = []
     sizes: dict[int, tuple[int, int]] = {}

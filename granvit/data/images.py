@@ -1,15 +1,16 @@
-"""Decoding, padding, resizing, cropping and tiling (Pillow does the pixels), and the geometry that carries boxes along.
+"""Decoding, padding, resizing, cropping and tiling of images (with Pillow), and the conversion of boxes between frames.
 
-Boxes are xyxy. In the image frame they are divided by the original width and height; in the padded frame by the side of
-the centred square that `to_square` pads the image to; in the canvas frame by the sides of the canvas that an image is fitted into
-to be cut into tiles. Pixels are uint8 RGB, `[H, W, 3]` as decoded, `[3, R, R]` for a model, R = `vision.image_size`.
+Boxes are xyxy. In the image frame they are divided by the original width and height; in the padded frame by the side of the
+centred square that `to_square` pads the image to; in the canvas frame by the width and height of the canvas that `to_canvas` fits
+the image into before it is cut into tiles. Pixels are uint8 RGB, `[H, W, 3]` as decoded, `[3, R, R]` for a model, R =
+`vision.image_size`.
 
-High resolution (paper A.5, where `vision.tiles` is above 0): the encoder sees the padded square as a global view, then the tiles
-of a canvas of `rows` x `columns` tiles, row by row. The paper says neither how the grid is chosen nor in which order the
-tokens are read: `tile_grids` and `token_places` say what is done here.
+High resolution (paper A.5; `vision.tiles` above 0): the views of an image are the padded square (the global view) and the tiles
+of a canvas of `rows` x `columns` tiles, row by row. The paper states neither how the grid is chosen nor the order of the tokens:
+`tile_grids` and `token_places` document the choices made here.
 
-EXIF orientation is applied: an image, its width, height and boxes are those that a viewer shows. Transparency is dropped
-(the colour under it stays), and of an animation the first frame counts.
+EXIF orientation is applied: width, height and boxes refer to the upright image. The alpha channel is dropped, which keeps the
+colour of transparent pixels. Of an animation the first frame is used.
 """
 import io
 import math
@@ -21,22 +22,23 @@ from PIL import Image, ImageOps
 from granvit.data.prompts import Box
 from granvit.models import VisionConfig
 
-Image.MAX_IMAGE_PIXELS = None  # `decode` states and checks its own limit, which a configuration may raise
-Image.init()  # registers the formats below
+Image.MAX_IMAGE_PIXELS = None  # `decode` checks a limit of its own, which a configuration may raise
+Image.init()  # registers the formats
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-_STRIP = 256  # rows of an image that are resized at a time
+_STRIP = 256  # image rows resized at a time
 _RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 def decode(data: bytes, max_pixels: int) -> np.ndarray:
     """Image file bytes -> RGB uint8 `[H, W, 3]`, upright.
 
-    Raises `ValueError` with a reason that holds no number or name (so that reasons can be counted): not an image, truncated
-    or damaged, more than 8 bits a channel, or larger than `max_pixels` by its header, before anything is decompressed.
+    `ValueError` if the bytes are not an image, truncated or damaged, have more than 8 bits per channel, or have more than
+    `max_pixels` pixels (read from the header, before decompression). The reason has no number or name, so that equal reasons
+    can be counted.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Exception:  # damaged headers raise many types, by decoder
+    except Exception:  # each decoder raises other types for damaged headers
         raise ValueError("not an image file") from None
     if image.width * image.height > max_pixels:
         raise ValueError("image has more pixels than data.max_pixels (of a builder: --max-pixels)")
@@ -50,7 +52,7 @@ def decode(data: bytes, max_pixels: int) -> np.ndarray:
 
 
 def padding(width: int, height: int) -> tuple[int, int, int]:
-    """Side of the square and the pixels added left and above: `(side, pad_x, pad_y)`."""
+    """Side of the square, and the number of pixels added on the left and above: `(side, pad_x, pad_y)`."""
     side = max(width, height)
     return side, (side - width) // 2, (side - height) // 2
 
@@ -63,7 +65,7 @@ def box_to_square(box: Box, width: int, height: int) -> Box:
 
 
 def box_from_square(box: Box, width: int, height: int) -> Box:
-    """Padded frame -> image frame, the inverse of `box_to_square`; outside 0..1 where the box lies on the padding."""
+    """Padded frame -> image frame, the inverse of `box_to_square`. A box on the padding gives values outside 0..1."""
     side, pad_x, pad_y = padding(width, height)
     x1, y1, x2, y2 = box
     return (x1 * side - pad_x) / width, (y1 * side - pad_y) / height, (x2 * side - pad_x) / width, (y2 * side - pad_y) / height
@@ -72,8 +74,8 @@ def box_from_square(box: Box, width: int, height: int) -> Box:
 def to_square(image_HW3: np.ndarray, vision: VisionConfig) -> np.ndarray:
     """Pads to a centred square with the encoder's mean colour and resizes: uint8 `[3, R, R]`, R = `vision.image_size`.
 
-    The square itself is never made: of a long image it would be far larger than the image. Pillow resizes every row by itself and
-    then every column of the uint8 result, so strips of rows give the same bytes.
+    The full-size square is never allocated: for a long, narrow image it would be far larger than the image. Pillow resizes each
+    row separately and then the columns of the uint8 result, so that resizing strips of rows gives the same bytes.
     """
     height, width = image_HW3.shape[:2]
     side, pad_x, pad_y = padding(width, height)
@@ -93,34 +95,34 @@ def _blank(width: int, height: int, vision: VisionConfig) -> Image.Image:
 
 
 def tile_grids(widths: ArrayLike, heights: ArrayLike, vision: VisionConfig) -> np.ndarray:
-    """Rows and columns of tiles for images of these sizes, int64 `[..., 2]`; their product is at most `vision.tiles`.
+    """Rows and columns of tiles for images of these sizes, int64 `[..., 2]`; rows x columns is at most `vision.tiles`.
 
-    The image is fitted into the canvas without a change of its aspect. The grid chosen is the one in which it keeps most of its
-    own pixels (one that is enlarged keeps them all and gains none), and of several that keep as many the one of fewest
-    tiles, which has least padding; there is only one. So an image no larger than a tile is one tile. This is LLaVA-NeXT's
-    `select_best_resolution`, over all grids and in exact integers.
+    The image is fitted into the canvas with its aspect ratio unchanged. The chosen grid keeps the most of the image's pixels: an
+    image that is reduced loses pixels, one that is enlarged keeps all and gains none. Of several such grids the one with the
+    fewest tiles, and so the least padding, is chosen; it is unique. An image no larger than a tile gets one tile. The rule is
+    that of LLaVA-NeXT's `select_best_resolution`, applied to all grids and computed with integers.
     """
     grids = [(rows, columns) for rows in range(1, vision.tiles + 1) for columns in range(1, vision.tiles // rows + 1)]
     grids_P2 = np.array(sorted(grids, key=math.prod))
     width, height = np.asarray(widths, np.int64)[..., None], np.asarray(heights, np.int64)[..., None]
     rows, columns = grids_P2.T * vision.image_size
-    # The share of its side that an image keeps is min(1, columns / width, rows / height): here times width x height.
+    # An image keeps min(1, columns / width, rows / height) of its side; times width x height, to stay with integers.
     kept_pixels = np.minimum(width * height, np.minimum(columns * height, rows * width))
     return grids_P2[kept_pixels.argmax(-1)]
 
 
 def image_tokens(widths: ArrayLike, heights: ArrayLike, vision: VisionConfig) -> np.ndarray:
-    """How many image tokens images of these sizes have, int64 `[...]`: those of the views that they are shown as."""
+    """The number of image tokens for images of these sizes, int64 `[...]`: that of all their views."""
     if not vision.tiles:
         return np.full(np.shape(widths), vision.image_tokens)
     return (1 + tile_grids(widths, heights, vision).prod(-1)) * vision.view_tokens
 
 
 def token_places(width: int, height: int, vision: VisionConfig) -> np.ndarray:
-    """Where each image token stands among those of its image, int32 `[image_tokens]`; -1 for those of tiles that it has not.
+    """The place of each image token in the sequence of its image, int32 `[image_tokens]`; -1 for tokens of absent tiles.
 
-    Tokens are counted view by view, row by row in each. In the sequence the global view's come first, then those of the tiles as
-    the one map that they make up, row by row over its whole width.
+    The result is indexed by view, and by row and column within the view. In the sequence the tokens of the global view come
+    first. The tokens of the tiles follow row by row over the full width of the canvas, not tile by tile.
     """
     if not vision.tiles:
         return np.arange(vision.image_tokens, dtype=np.int32)
@@ -134,7 +136,7 @@ def token_places(width: int, height: int, vision: VisionConfig) -> np.ndarray:
 
 
 def _canvas(width: int, height: int, vision: VisionConfig) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """Sides of the canvas, of the image fitted into it, and the pixels added left and above."""
+    """Width and height of the canvas and of the image fitted into it, and the number of pixels added left and above."""
     rows, columns = (tile_grids(width, height, vision) * vision.image_size).tolist()
     if columns * height <= rows * width:
         fitted = columns, max(round(height * columns / width), 1)
@@ -159,8 +161,11 @@ def to_canvas(image_HW3: np.ndarray, vision: VisionConfig) -> np.ndarray:
 
 
 def to_views(image_HW3: np.ndarray, vision: VisionConfig) -> np.ndarray:
-    """What the encoder sees of an image: `to_square`, uint8 `[3, R, R]`; with tiling uint8 `[T, 3, R, R]`, the same as view 0,
-    then the tiles of the canvas row by row, then black for the tiles that this image has not."""
+    """The encoder's input for an image: without tiling `to_square`, uint8 `[3, R, R]`.
+
+    With tiling uint8 `[T, 3, R, R]`: view 0 is `to_square`, then come the tiles of the canvas row by row, then black views for
+    the tiles that this image does not have.
+    """
     square = to_square(image_HW3, vision)
     if not vision.tiles:
         return square
@@ -174,8 +179,11 @@ def to_views(image_HW3: np.ndarray, vision: VisionConfig) -> np.ndarray:
 
 
 def box_to_features(box: Box, width: int, height: int, vision: VisionConfig) -> Box:
-    """Image frame -> frame of the feature map that regions are read from: the padded square as far as its patches reach, with
-    tiling the canvas. A box may end beyond the last patch (at 1.016 for SigLIP's 27 of 14 pixels in 384): ROIAlign clamps."""
+    """Image frame -> frame of the feature map that ROIAlign reads: with tiling the canvas, else the part of the padded square
+    that patches cover.
+
+    A box may end beyond the last patch (at 1.016 for SigLIP, whose 27 patches of 14 pixels cover 378 of 384): ROIAlign clamps.
+    """
     if vision.tiles:
         return box_to_canvas(box, width, height, vision)
     enlargement = vision.image_size / vision.covered_pixels
@@ -184,10 +192,10 @@ def box_to_features(box: Box, width: int, height: int, vision: VisionConfig) -> 
 
 
 def crop(image_HW3: np.ndarray, box: Box, scale: float, size: int, resize: str) -> np.ndarray:
-    """The region in `box` (image frame) of the ORIGINAL image, squashed to uint8 `[3, size, size]`.
+    """Cuts `box` (image frame) out of the ORIGINAL image and resizes it to uint8 `[3, size, size]`, ignoring its aspect ratio.
 
-    Edges between pixels are honoured (the box is not rounded), and no pixel outside the box has a part in it. `scale` enlarges
-    the box about its centre, clipped to the image.
+    `scale` enlarges the box about its centre; the result is clipped to the image. The box is not rounded to whole pixels. Pixels
+    outside the box do not contribute.
     """
     height, width = image_HW3.shape[:2]
     x1, y1, x2, y2 = box
@@ -195,7 +203,7 @@ def crop(image_HW3: np.ndarray, box: Box, scale: float, size: int, resize: str) 
     middle_x, middle_y = (x1 + x2) / 2, (y1 + y2) / 2
     left, top = max(middle_x - half_x, 0.0) * width, max(middle_y - half_y, 0.0) * height
     right, bottom = min(middle_x + half_x, 1.0) * width, min(middle_y + half_y, 1.0) * height
-    x, y = int(left), int(top)  # resize's filter would reach beyond the box into its neighbourhood: cut that off first
+    x, y = int(left), int(top)  # cut the box out first: the resize filter would also read pixels around it
     pixels = np.ascontiguousarray(image_HW3[y : math.ceil(bottom), x : math.ceil(right)])
     resized = Image.fromarray(pixels).resize((size, size), _RESAMPLE[resize], box=(left - x, top - y, right - x, bottom - y))
     return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))

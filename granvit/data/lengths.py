@@ -1,7 +1,7 @@
-"""Token lengths of every question, answer and conversation of a store, computed once from its text side.
+"""Token lengths of every question, answer and conversation of a store, computed once from its text files.
 
-They decide which row shape (bucket) a row needs before any image is read. Coordinates are not in the text side: they
-count with the longest text that three decimals can give, so a row always fits the bucket chosen for it.
+They determine which row shape (bucket) a row needs before any image is read. The text files do not have the boxes: each box is
+counted with the token length of the longest box text (three decimals), so that a row always fits the bucket chosen for it.
 """
 import errno
 import hashlib
@@ -22,21 +22,24 @@ from granvit.models import VisionConfig
 from granvit.stages import TASKS, Task
 
 _CHUNK = 8192  # records encoded at a time
-_SHARE = 1 << 17  # texts that one process counts at a time
-_LONGEST = np.iinfo(np.uint16).max  # a longer text fits no bucket either
+_SHARE = 1 << 17  # texts per share of the work
+_LONGEST = np.iinfo(np.uint16).max  # longer texts are stored as this length: no bucket is so long
 Role = Literal["answer", "question", "conversation"]
 _COLUMNS = {"answer": 1, "question": 1, "conversation": 2}
 
 
 def _shares(store: Store) -> list[tuple[int, int]]:
-    """First and last record (exclusive) of consecutive shares of the store, of about `_SHARE` texts each."""
+    """First record and end (exclusive) of consecutive ranges of records with about `_SHARE` texts each."""
     records = max(_SHARE * store.records // (store.records + store.regions), 1)
     return list(pairwise([*range(0, store.records, records), store.records]))
 
 
 def _encode(store: Store, chat: Chat, role: Role, records: tuple[int, int]) -> Iterator[bytes]:
-    """Lengths of the texts of some records in order: as answers, inside caption2bbox questions (0 for global captions, never
-    asked so), or of conversations: tokens after the prefix, and supervised tokens among them."""
+    """uint16 lengths, as bytes, of the texts of records `records[0]` to `records[1]` - 1, in order.
+
+    Role answer: as answers. Role question: of the caption2bbox question with the text (0 for global captions, which are not used
+    in such questions). Role conversation: two numbers each, input tokens after the prefix and supervised tokens.
+    """
     for first in range(*records, _CHUNK):
         last = min(first + _CHUNK, records[1])
         numbers = store.region_starts[first : last + 1] + np.arange(first, last + 1)
@@ -52,11 +55,14 @@ def _encode(store: Store, chat: Chat, role: Role, records: tuple[int, int]) -> I
 
 
 def text_lengths(store: Store, chat: Chat, role: Role) -> np.ndarray:
-    """uint16 `[records + regions]`, mapped: `len(answer_ids(text))` of each text of the store, or the length of the
-    caption2bbox question that holds it. Role conversation: `[records, 2]`, tokens after the prefix and supervised ones.
+    """The token lengths of all texts of the store, memory-mapped uint16.
 
-    Computed once per store, tokenizer and template, and kept beside the store, or in `~/.cache/granvit` where the store is
-    read-only. All processes that ask at once share the work (`make_in_shares`), each with as many threads as the tokenizer takes.
+    Role answer: `[records + regions]`, `len(answer_ids(text))`. Role question: `[records + regions]`, the length of the
+    caption2bbox question with the text. Role conversation: `[records, 2]`, input tokens after the prefix and supervised tokens.
+
+    Computed once per store, tokenizer and template, and kept in STORE/lengths, or in `~/.cache/granvit` if the store is
+    read-only. Processes that call this at the same time share the work (`make_in_shares`). `ValueError` if the kept file has the
+    wrong size, or if neither directory is writable.
     """
     columns, shares = _COLUMNS[role], _shares(store)
     texts = store.records + store.regions
@@ -75,26 +81,26 @@ def text_lengths(store: Store, chat: Chat, role: Role) -> np.ndarray:
                 raise
             continue
         if path.stat().st_size != 2 * texts * columns:
-            raise ValueError(f"{path}: not {texts * columns} lengths; remove the file, it is made again")
+            raise ValueError(f"{path}: does not have {texts * columns} lengths; remove the file, and it will be computed again")
         lengths = np.memmap(path, "<u2", "r")
         return lengths if columns == 1 else lengths.reshape(-1, columns)
-    raise ValueError(f"store {store.path}: neither {store.path / 'lengths'} nor ~/.cache/granvit can be written")
+    raise ValueError(f"store {store.path}: neither {store.path / 'lengths'} nor ~/.cache/granvit is writable; make one writable")
 
 
 class PrefixLengths:
-    """Tokens of each record's shared prefix. With tiling they depend on the image's size, which the store knows; a conversation
-    without an image has nothing in its place.
+    """The number of tokens of each record's shared prefix. With tiling it depends on the image's size (`store.sizes`). A
+    conversation without an image has no image tokens.
 
-    `ValueError` where the store does not know the sizes.
+    `ValueError` with tiling if the store has no image sizes.
     """
 
     def __init__(self, store: Store, chat: Chat, vision: VisionConfig):
         if vision.tiles and store.sizes is None:
-            raise ValueError(f"store {store.path}: was built before image sizes were kept, which vision.tiling needs; rebuild it")
+            raise ValueError(f"store {store.path}: has no image sizes (sizes.u4); vision.tiling needs them: rebuild the store")
         self._store, self._chat, self._vision = store, chat, vision
 
     def tokens_of(self, records: np.ndarray) -> np.ndarray:
-        """int64: the prefix lengths of the records of these numbers in the store."""
+        """int64: the prefix lengths of the records with these indices."""
         if self._store.sizes is None:
             return np.full(len(records), self._chat.prefix_length(self._vision.image_tokens))
         widths, heights = self._store.sizes[records].T
@@ -102,12 +108,12 @@ class PrefixLengths:
         return np.where(widths > 0, with_image, len(self._chat.prefix_before))
 
     def has_image(self, records: np.ndarray) -> np.ndarray:
-        """bool: whether records of these numbers have an image."""
+        """bool: whether the records with these indices have an image."""
         return np.ones(len(records), bool) if self._store.sizes is None else self._store.sizes[records, 0] > 0
 
 
 class TurnLengths:
-    """Upper bounds of a turn's length (a conversation's is exact), vectorised over texts of one store."""
+    """Upper bounds of the lengths of questions with their answers (exact for conversations), for arrays of texts of one store."""
 
     def __init__(self, store: Store, chat: Chat, tasks: frozenset[Task]):
         self._arguments = (store, chat, tasks)
@@ -127,15 +133,17 @@ class TurnLengths:
         return TurnLengths, self._arguments
 
     def digest(self) -> str:
-        """SHA-256 of all lengths: they decide the order of the data, so that ranks must hold the same."""
+        """SHA-256 of all lengths. They determine the order of the data, so they must be the same on all ranks."""
         digest = hashlib.sha256()
         for lengths in self._counted:
             digest.update(lengths.data)
         return digest.hexdigest()
 
     def tokens_of(self, task: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For turns of `task` (indices of TASKS) about text number `text`: input tokens after the prefix, and supervised tokens
-        among them."""
+        """int64: the number of input tokens after the prefix, and of supervised tokens, of each turn.
+
+        `task` are indices into `TASKS`, `text` are indices into the store's texts.
+        """
         tokens, answers = np.zeros(len(task), np.int64), np.zeros(len(task), np.int64)
         for index, name in enumerate(TASKS):
             selected = task == index
@@ -149,5 +157,5 @@ class TurnLengths:
                 question, answers[selected] = self._questions[text[selected]].astype(np.int64), self._longest_box
             else:
                 question, answers[selected] = self._fixed[name], self._answers[text[selected]]
-            tokens[selected] = question + answers[selected] - 1  # the end-of-turn token is a target only
+            tokens[selected] = question + answers[selected] - 1  # the last end-of-turn token is a target only
         return tokens, answers

@@ -1,10 +1,10 @@
-"""The Grain pipeline that turns the order of the data (`granvit.data.sampler`) into each rank's micro-batches.
+"""The Grain pipeline that builds each rank's micro-batches in the order that `granvit.data.sampler` determines.
 
-The rows of a global batch are sorted by bucket and dealt out round by round (micro-batch m of all ranks is round m). A round has
-the largest bucket of its rows, the same on all ranks: the step waits for the longest of them anyway, and no rank compiles a graph
-while the others wait.
+The rows of a global batch are sorted by bucket and split into rounds: round m has micro-batch m of every rank. All rows of a
+round are padded to the largest bucket among them, on all ranks alike: a step waits for the slowest rank anyway, and with one
+shape no rank compiles a graph while the others wait.
 
-`Loader` gives each rank its micro-batches of every step. Its position is the global step: nothing else need be saved.
+The loader's only state is the global step, so no further position is saved in a checkpoint.
 """
 import atexit
 import os
@@ -27,13 +27,13 @@ from granvit.data.store import Store
 from granvit.models import VisionConfig
 from granvit.stages import TASKS
 
-_THREADS = 4  # that read and decode, in each process
-_AHEAD = 8  # micro-batches prepared ahead, in each process
+_THREADS = 4  # reading and decoding threads per process
+_AHEAD = 8  # micro-batches prepared ahead per process
 Compose = Callable[[Packer, ImageRecord, Sequence[Question], Bucket], Batch]
 
 
 class _Assembler:
-    """Number of a micro-batch of one rank -> its arrays. Goes to the reading processes."""
+    """Maps the number of one of a rank's micro-batches to its arrays. Sent to the reading processes."""
 
     def __init__(self, plan: Plan, packer: Packer, compose: Compose, rank: int, world: int, micro_batch: int, micro_batches: int):
         self.plan, self.packer, self.compose = plan, packer, compose
@@ -64,10 +64,12 @@ class _Assembler:
 class Loader:
     """This rank's micro-batches of every global step.
 
-    `steps` is the run's number of steps (`train.steps`, or all of the epochs). `compose` makes a row of a record and its
-    questions; the default packs the image. Over all ranks, a step's rows are the same for any number of ranks and any
-    `train.micro_batch`, and so is what is left out of them: each is packed in at least its own bucket. How far they are padded
-    is not.
+    `steps` is the number of steps of the run (`train.steps`, or that of all epochs). `compose` builds a row from a record and its
+    questions; the default is `Packer.row`. The set of rows of a step does not depend on the number of ranks or on
+    `train.micro_batch`; neither does what is left out of them, because each row gets at least the bucket it needs. The length
+    that rows are padded to does depend on both.
+
+    `ValueError` if `data.mix`, `data.buckets` and `data.sources` do not fit each other or the model.
     """
 
     def __init__(
@@ -76,17 +78,17 @@ class Loader:
         stage = config.stage_spec
         out_of_range = {task: share for task, share in stage.mix.items() if not 0 <= share <= 1}
         if out_of_range:
-            raise ValueError(f"data.mix states shares between 0 and 1, not {out_of_range}")
+            raise ValueError(f"data.mix: shares must be between 0 and 1, not {out_of_range}")
         for which, bucket, tokens in (("shortest", 0, int(image_tokens(1, 1, vision))), ("longest", -1, vision.image_tokens)):
             length, prefix = config.data.buckets[bucket].length, chat.prefix_length(tokens)
             if length <= prefix:
                 raise ValueError(
                     f"data.buckets: the {which}, {length} tokens, leaves no room after the prefix of {prefix} ({tokens} of them "
-                    f"the image's)"
+                    f"image tokens); raise its length"
                 )
         answers = [bucket.answers for bucket in config.data.buckets]
         if answers != sorted(answers):
-            raise ValueError(f"data.buckets: answers must not fall as length rises: {answers}")
+            raise ValueError(f"data.buckets: a longer bucket must not have fewer answers: {answers}")
         stores = [Store(source.path) for source in config.data.sources]
         asked = frozenset(task for task, share in stage.mix.items() if share > 0)
         for store in stores:
@@ -123,9 +125,9 @@ class Loader:
         )
 
     def batches(self, start_step: int = 0) -> Generator[list[Batch], None, None]:
-        """Micro-batches of steps `start_step`, `start_step` + 1, ... to the last, read and decoded ahead.
+        """Yields the micro-batches of steps `start_step`, `start_step` + 1, ... up to the last; reads and decodes ahead.
 
-        Close the iterator (or let it run out) to end its reading processes; they also end when this process is gone.
+        The reading processes end when the iterator is exhausted or closed, and when this process ends.
         """
         if start_step >= self.steps:
             return
@@ -135,7 +137,7 @@ class Loader:
             grain.MultiprocessingOptions(num_workers=self._workers), worker_init_fn=partial(_reading_process, os.getpid())
         )
         elements = iter(reading)
-        atexit.register(elements.close)  # an iterator left open at exit is ended before Python takes itself apart
+        atexit.register(elements.close)  # an open iterator must be closed before the interpreter shuts down
         try:
             for _ in range(start_step, self.steps):
                 yield [Batch(**next(elements)) for _ in range(self.micro_batches)]
@@ -145,7 +147,7 @@ class Loader:
 
 
 def _reading_process(parent: int, index: int, count: int) -> None:
-    """A reading process ends with its parent, however that ends, and leaves Ctrl-C and SIGTERM to it."""
+    """Set-up of a reading process: it ends when its parent ends for any reason, and ignores Ctrl-C and SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

@@ -1,4 +1,4 @@
-"""The three questions of the paper, and coordinates as text (paper section 3, appendix figures; SPEC section 1)."""
+"""The three questions of the paper, and boxes as text (paper section 3 and appendix figures)."""
 import math
 import re
 from collections.abc import Callable
@@ -16,7 +16,7 @@ _BRACKET = re.compile(r"\[" + ",".join([_NUMBER] * 4) + r"\]", re.IGNORECASE | r
 
 
 def format_box(box: Box) -> str:
-    """`[x1, y1, x2, y2]` with three decimals, as Python prints rounded floats (trailing zeros dropped: `0.19`).
+    """`[x1, y1, x2, y2]` rounded to three decimals and printed as Python floats (without trailing zeros: `0.19`).
 
     `box` is xyxy divided by the ORIGINAL image's width and height, 0..1.
     """
@@ -24,10 +24,10 @@ def format_box(box: Box) -> str:
 
 
 def parse_box(text: str) -> Box | None:
-    """The first bracket of four numbers in `text`, or None where there is none or it is not a box.
+    """The box in the first bracket of four numbers in `text`; None if there is no such bracket or it is not a box.
 
-    A box has 0 <= x1 <= x2 <= 1 and the same for y; NaN, infinity and anything unordered or outside is no box (such an
-    answer scores 0). A later bracket is never tried in place of a bad first one.
+    A box has 0 <= x1 <= x2 <= 1 and the same for y, all finite. If the first bracket is not a box, later brackets are not tried
+    (the answer scores 0).
     """
     found = _BRACKET.search(text)
     if not found:
@@ -39,10 +39,11 @@ def parse_box(text: str) -> Box | None:
 
 
 def replace_boxes(text: str, convert: Callable[[Box, float], Box]) -> str:
-    """`text` with `format_box(convert(box, step))` in place of every bracket of four numbers in -0.1..1.1, one of them at least
-    with a decimal point; `step` is that of the last decimal written, at most 0.01.
+    """`text` with every box in it replaced by `format_box(convert(box, step))`.
 
-    What reaches a little over the edge was meant as a box, and `convert` judges it; larger numbers are pixels or no coordinates.
+    A box is a bracket of four numbers in -0.1..1.1, at least one of them with a decimal point. Numbers slightly outside 0..1 are
+    from boxes that cross the edge of the image; brackets with larger numbers (pixels, or no coordinates) stay unchanged. `step`
+    is the value of one unit of the last decimal in the bracket, at most 0.01.
     """
 
     def replaced(found: re.Match) -> str:

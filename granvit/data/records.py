@@ -1,7 +1,7 @@
-"""ImageRecord and Region: the one schema of region data, validated at the door. Conversation: what a chat is stored as.
+"""The schema of the data: `ImageRecord` with its `Region`s, and `Conversation`; and the validation of region data.
 
-Whatever comes from outside passes `make_record`. A bad region is dropped and its reason returned; a bad image raises. Reasons
-are fixed sentences, so that they can be counted.
+Region data from outside is validated by `make_record`. An invalid region is dropped and the reason returned; an invalid image
+raises `ValueError`. Reasons are fixed sentences without names or numbers of the record, so that equal reasons can be counted.
 """
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ BoxUnit = Literal["relative", "absolute"]
 
 @dataclass(frozen=True)
 class Region:
-    """A box (xyxy relative to the ORIGINAL image's width and height, 0 <= x1 < x2 <= 1) and what it holds."""
+    """A box (xyxy relative to the ORIGINAL image's width and height, 0 <= x1 < x2 <= 1, y alike) and its caption."""
 
     box: Box
     caption: str
@@ -25,7 +25,7 @@ class Region:
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One image with its captions. `image` is the encoded file; `width` and `height` are those of the upright image."""
+    """One image with its captions. `image` is the encoded file; `width` and `height` are those after EXIF orientation."""
 
     id: str
     width: int
@@ -37,9 +37,9 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Questions with their answers, about one image or none (`image` empty, `width` and `height` 0).
+    """Questions with their answers, about one image or none (then `image` is empty, `width` and `height` are 0).
 
-    Texts hold no image sign: the image stands before the first question.
+    The texts have no `<image>` placeholder: the chat template puts the image before the first question.
     """
 
     id: str
@@ -62,7 +62,7 @@ def _caption(value: Any) -> str:
 
 
 def image_box(values: Any, width: int, height: int, unit: BoxUnit, frame: BboxFrame) -> Box:
-    """`written_box` of a box that pixels are taken from: one without area raises `ValueError` too."""
+    """`written_box` with `step` 0.001; also raises `ValueError` for a box without area, which cannot be cropped."""
     x1, y1, x2, y2 = written_box(values, width, height, unit, frame, 0.001)
     if x2 <= x1 or y2 <= y1:
         raise ValueError("box has zero area")
@@ -70,12 +70,12 @@ def image_box(values: Any, width: int, height: int, unit: BoxUnit, frame: BboxFr
 
 
 def written_box(values: Any, width: int, height: int, unit: BoxUnit, frame: BboxFrame, step: float) -> Box:
-    """Four numbers as a data set states them -> a box in the image frame, 0 <= x1 <= x2 <= 1.
+    """Converts a box of a data set to the image frame: 0 <= x1 <= x2 <= 1, y alike.
 
-    `unit` absolute counts pixels; `frame` padded_square measures from the corner of the centred square, not the image's.
-    Such boxes are often text: one that crosses the image's edge by no more than the rounding of numbers written in `step`s is
-    clipped to it.
-    Raises `ValueError` with the reason for anything that is not a box of the image.
+    `unit` absolute: the numbers are pixels. `frame` padded_square: they are measured from the corner of the centred square that
+    the image is padded to. Numbers in a data set are rounded to multiples of `step`: a box that crosses the edge of the image by
+    no more than the rounding error is clipped to the image.
+    `ValueError` with the reason if `values` is not a box of the image.
     """
     if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != 4:
         raise ValueError("box is not four numbers")
@@ -111,8 +111,8 @@ def make_record(
 ) -> tuple[ImageRecord, list[tuple[str, str]]]:
     """Validates one image and its annotations (`regions`: mappings with `box` and `caption`; `global_caption` may be None).
 
-    Returns the record and what was dropped from it as `(which part, reason)`. Raises `ValueError` with the reason where the image
-    cannot be used, or nothing is left to ask about it.
+    Returns the record and a list of `(dropped part, reason)`. `ValueError` with the reason if the image cannot be used, or if no
+    caption of it is left.
     """
     height, width = decode(image, max_pixels).shape[:2]
     refused: list[tuple[str, str]] = []

@@ -1,16 +1,17 @@
-"""Which questions form which row at which step.
+"""The order of the data: which questions form a row, and which rows form a step.
 
-`Plan` is a pure function of the stores, the tokenizer, the seed and the step; it knows nothing of ranks.
-- An epoch asks a region question iff a counter-based hash of (seed, epoch, region, task) falls below the task's share times
-  the source's rate; so a conversation; a global question has no source rate.
-- The asked questions of one image, both tasks together and in an order drawn per epoch, are cut into chunks of
-  K = `data.regions_per_row`. The global question joins an image's first chunk; where K is 1 it is a row of its own. So is a
-  conversation, always.
-- Rows follow a global shuffle that needs no memory. A window of 32 steps is cut into global batches as `stratified` says: each
-  holds every kind of row in the window's share, and long rows of all kinds meet in few of them. A step's lengths are therefore
-  more alike than in plain sampling; the paper says nothing on the order. The order of a window's steps is drawn again.
+`Plan` is a pure function of the stores, the tokenizer, the configuration, the seed and the step. It does not depend on ranks.
+- Selection: an epoch includes a region question iff a counter-based hash of (seed, epoch, region, task), scaled to 0..1, is below
+  the task's share times the source's rate. The same holds for conversations. For global questions the threshold is the share.
+- Rows: the included region questions of one image, of both tasks and in random order, are cut into chunks of K =
+  `data.regions_per_row`. Each chunk is a row. The global question belongs to the image's first row; with K = 1 it is a row of its
+  own. A conversation is always a row of its own.
+- Batches: rows are permuted by a shuffle that needs no memory. The rows of a window of 32 steps are then divided into global
+  batches by `stratified`: each batch has every class of rows in the same proportion as the window, and the long rows of all
+  classes are collected in few batches. The lengths within a batch vary less than with plain shuffling (the paper does not
+  specify the order). The steps of a window are shuffled again.
 - The rows of a global batch are sorted by bucket.
-- An epoch's last batch is filled up with rows of weight zero, so nothing is lost.
+- The last batch of an epoch is filled with rows of weight zero, so that no row is dropped.
 """
 import threading
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from granvit.data.lengths import PrefixLengths, TurnLengths
 from granvit.data.store import CONVERSATIONS, Store
 from granvit.stages import TASKS, Task
 
-WINDOW = 32  # steps among which rows are shared out
+WINDOW = 32  # steps whose rows are divided into batches together
 _CHUNK = 1 << 20  # regions hashed at a time
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -46,15 +47,17 @@ def _finish(z: np.ndarray) -> np.ndarray:
         return z ^ (z >> np.uint64(31))
 
 
-WHOLE = ("global", "conversation")  # tasks about a whole record, not a region of it
-_ASK, _ORDER, _SHUFFLE, _BATCHES = range(4)  # what a hash is drawn for
+WHOLE = ("global", "conversation")  # tasks about a whole record instead of a region
+_ASK, _ORDER, _SHUFFLE, _BATCHES = range(4)  # last part of a hash key: what the random number is used for
 
 
 def stratified(classes: np.ndarray, buckets: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """An order of rows, int64, in which any rows that follow each other hold each class in its share of all, to about one row.
+    """A permutation of the rows, int64, in which every stretch of consecutive rows has each class in the same proportion as the
+    whole, to within about one row.
 
-    `classes` and `buckets` are integers per row. Row r of the n of its class, sorted by bucket (what is equal stays in its
-    order), stands at (r + u) / n, with u drawn per class: the shortest rows of all classes come first, the longest last.
+    `classes` and `buckets` are integers per row. Within each class rows are sorted by bucket (stable). The r-th of the n rows of
+    a class gets the key (r + u) / n with a random u in 0..1 per class, and all rows are sorted by key: the shortest rows of every
+    class come first, the longest last.
     """
     by_class = np.lexsort((buckets, classes))
     _, counts = np.unique(classes, return_counts=True)
@@ -65,8 +68,9 @@ def stratified(classes: np.ndarray, buckets: np.ndarray, rng: np.random.Generato
 class Plan:
     """The order of the data: rows, buckets and global batches of every epoch.
 
-    `rates` are the sources' shares, `mix` the tasks'. `rows_per_step` counts rows of the global batch. A row's number is its
-    place in the epoch's unshuffled order; -1 is a row of weight zero. Memory: one int64 per image and epoch held (two at most).
+    `lengths`, `rates` and `prefixes` have one entry per store: token lengths, sampling rate, prefix lengths. `mix` maps tasks to
+    shares. `rows_per_step` is the global batch size. A row's number is its index in the unshuffled order of the epoch; -1 stands
+    for a row of weight zero. Memory: one int64 per image for each of the last two epochs.
     """
 
     def __init__(
@@ -87,7 +91,7 @@ class Plan:
         self._record_starts = np.cumsum([0] + [store.records for store in stores])
         self._region_starts = np.cumsum([0] + [store.regions for store in stores])
         self._tasks = [(index, task) for index, task in enumerate(TASKS) if mix.get(task, 0) > 0]
-        self._lock = threading.RLock()  # the reading threads share the tables below
+        self._lock = threading.RLock()  # reading threads share the tables
         self._epochs: dict[int, np.ndarray] = {}
         self._epoch_steps: list[int] = []
         self._windows: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
@@ -96,17 +100,17 @@ class Plan:
         return Plan, self._arguments
 
     def steps(self, epochs: int) -> int:
-        """Global steps of the first `epochs` epochs."""
+        """Number of global steps of the first `epochs` epochs."""
         return sum(self.epoch_steps(epoch) for epoch in range(epochs))
 
     def epoch_steps(self, epoch: int) -> int:
-        """Global steps of one epoch; `ValueError` where it asks no question at all."""
+        """Number of global steps of one epoch; `ValueError` if the epoch has no question."""
         with self._lock:
             while len(self._epoch_steps) <= epoch:
                 rows = int(self._row_starts(len(self._epoch_steps))[-1])
                 if not rows:
                     paths = ", ".join(str(store.path) for store in self.stores)
-                    raise ValueError(f"data.sources ({paths}) hold no question of the tasks mixed: {self.mix}")
+                    raise ValueError(f"data.sources ({paths}) have no question of the tasks in data.mix: {self.mix}")
                 self._epoch_steps.append(-(-rows // self.rows_per_step))
             return self._epoch_steps[epoch]
 
@@ -118,14 +122,14 @@ class Plan:
         return epoch, step
 
     def batch(self, step: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """Global step -> epoch, and two int64 `[rows_per_step]` of the global batch: the smallest bucket that holds each row (an
-        index, rising) and the row numbers."""
+        """Global step -> epoch, and two int64 `[rows_per_step]` for its global batch: for each row the index of the smallest
+        bucket that it fits (ascending), and its number."""
         epoch, step = self.locate(step)
         rows, buckets = self._window(epoch, step // WINDOW)
         return epoch, buckets[step % WINDOW], rows[step % WINDOW]
 
     def contents(self, epoch: int, rows: np.ndarray) -> list[tuple[int, int, list[Question]]]:
-        """For each row number: source, image in that source, and its questions in order."""
+        """For each row number: index of the source, index of the image in the source, and its questions in order."""
         source, image = self._images(epoch, rows)[:2]
         row, task, region = self._questions(epoch, rows)
         questions: list[list[Question]] = [[] for _ in rows]
@@ -134,18 +138,19 @@ class Plan:
         return list(zip(source.tolist(), image.tolist(), questions, strict=True))
 
     def _asked(self, epoch: int, task: int, counters: np.ndarray, rate: float) -> np.ndarray:
-        """bool: whether the epoch asks this task about the regions (global task: images) with these global numbers."""
+        """bool: whether the epoch includes this task for the regions `counters`, numbered over all sources (tasks in `WHOLE`: for
+        the images)."""
         share = self.mix[TASKS[task]] * rate
         if share >= 1:
             return np.ones(len(counters), bool)
         return (splitmix64(counters, self.seed, epoch, task, _ASK) >> np.uint64(11)) * 2.0**-53 < share
 
     def _whole_task(self, source: int) -> Task:
-        """What is asked about a whole record of a source."""
+        """The task about whole records of a source."""
         return "conversation" if self.stores[source].kind == CONVERSATIONS else "global"
 
     def _asked_whole(self, epoch: int, source: int, images: np.ndarray) -> np.ndarray:
-        """bool: whether the epoch asks the global question, or the conversation, of these images of one source."""
+        """bool: whether the epoch includes the global question, or the conversation, of these images of one source."""
         store, task = self.stores[source], self._whole_task(source)
         if self.mix.get(task, 0) <= 0:
             return np.zeros(len(images), bool)
@@ -155,7 +160,7 @@ class Plan:
         return present & self._asked(epoch, TASKS.index(task), self._record_starts[source] + images, rate)
 
     def _row_starts(self, epoch: int) -> np.ndarray:
-        """int64 `[images + 1]`: the epoch's first row of each image, over all sources."""
+        """int64 `[images + 1]`: number of each image's first row in the epoch, over all sources; the last entry is the total."""
         with self._lock:
             if epoch not in self._epochs:
                 while len(self._epochs) >= 2:
@@ -165,7 +170,7 @@ class Plan:
             return self._epochs[epoch]
 
     def _count_rows(self, epoch: int, source: int) -> np.ndarray:
-        """int64 `[images]`: rows of each image of one source."""
+        """int64 `[images]`: number of rows of each image of one source."""
         store, rate = self.stores[source], self.rates[source]
         asked, whole = np.zeros(store.records, np.int64), np.zeros(store.records, bool)
         first = 0
@@ -183,14 +188,17 @@ class Plan:
         return asked + whole if self.K == 1 else np.maximum(-(-asked // self.K), whole)
 
     def _images(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For each row number: source, image in it, and the chunk of that image's questions."""
+        """For each row number: index of the source, of the image in the source, and of the chunk of the image's questions."""
         row_starts = self._row_starts(epoch)
         image = np.searchsorted(row_starts, rows, "right") - 1
         source = np.searchsorted(self._record_starts, image, "right") - 1
         return source, image - self._record_starts[source], rows - row_starts[image]
 
     def _questions(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All questions of some rows, sorted by row: index into `rows`, task, region in the image (-1: none, always last)."""
+        """All questions of some rows, sorted by row: index into `rows`, index of the task, index of the region in the image.
+
+        The region is -1 for the question about the whole record, which is the last of its row.
+        """
         sources, images, chunks = self._images(epoch, rows)
         questions = []
         for source in np.unique(sources):
@@ -198,7 +206,7 @@ class Plan:
             image, chunk = images[members], chunks[members]
             starts = store.region_starts[image].astype(np.int64)
             counts = store.region_starts[image + 1].astype(np.int64) - starts
-            member = np.repeat(np.arange(len(members)), counts)  # of each region: index into `members`
+            member = np.repeat(np.arange(len(members)), counts)  # for each region: index into `members`
             region = np.arange(len(member)) - np.repeat(np.cumsum(counts) - counts, counts)
             counters = self._region_starts[source] + starts[member] + region
             candidates = []
@@ -207,7 +215,7 @@ class Plan:
                     asked = self._asked(epoch, index, counters, self.rates[source])
                     order = splitmix64(counters[asked], self.seed, epoch, index, _ORDER)
                     candidates.append((member[asked], np.full(asked.sum(), index), region[asked], order))
-            asked_regions = np.zeros(len(members), np.int64)  # region questions of each row's image
+            asked_regions = np.zeros(len(members), np.int64)  # number of region questions of each row's image
             if candidates:
                 member, task, region, order = map(np.concatenate, zip(*candidates, strict=True))
                 sort = np.lexsort((order, member))
@@ -224,8 +232,8 @@ class Plan:
         return row[sort], task[sort], region[sort]
 
     def _kinds(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For each row its class (a number: its source, whether it has an image, and how often it asks each task) and the index
-        of the smallest bucket that holds it; the largest where none does (what is too long is counted there)."""
+        """For each row the number of its class (rows of one class have the same source, both or neither an image, and the same
+        count of questions of each task), and the index of the smallest bucket that it fits; the largest if it fits none."""
         sources, images, _ = self._images(epoch, rows)
         row, task, region = self._questions(epoch, rows)
         tokens, answers, has_image = (np.zeros(len(rows), np.int64) for _ in range(3))
@@ -265,6 +273,6 @@ class Plan:
         fill = np.full(-len(rows) % self.rows_per_step, -1)
         rows, buckets = (np.append(x[order], fill).reshape(-1, self.rows_per_step) for x in (rows, buckets))
         whole = len(rows) - (len(fill) > 0)
-        steps = np.append(rng.permutation(whole), np.arange(whole, len(rows)))[:, None]  # what is filled up stays the last
+        steps = np.append(rng.permutation(whole), np.arange(whole, len(rows)))[:, None]  # the filled batch stays last
         sort = np.argsort(buckets[steps[:, 0]], axis=1, kind="stable")
         return rows[steps, sort], np.maximum(buckets[steps, sort], 0)

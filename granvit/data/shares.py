@@ -1,7 +1,9 @@
-"""A large file made in shares by all processes that need it: ranks of one machine, of several that see one directory, or one.
+"""Computes a large file in shares, by all processes that need it: one or several, on one or several machines with a common
+directory.
 
-A share is a file of its own beside the result. Who locks it makes it; the lock of a process that is killed falls to the others,
-and shares that are finished stay. One process joins them. No process needs to know of another, nor its own rank.
+A share is a file of its own in a directory beside the result. The process that gets the lock of a share computes it. If a process
+is killed, its lock is released and another process computes the share; finished shares are kept. At the end one process
+concatenates them. The processes communicate only through these files and need not know their rank.
 """
 import errno
 import fcntl
@@ -21,19 +23,21 @@ from rich.console import Console
 from rich.live import Live
 
 LOG_EVERY = 10.0  # seconds
-_POLL = 1.0  # seconds between looks at what others have made
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system without them: some shares are then made twice
+_POLL = 1.0  # seconds between checks of what other processes have finished
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # the file system has no locks: some shares are computed twice
 _REMOVED = (errno.ENOENT, errno.ESTALE)
 _log = logging.getLogger(__name__)
 
 
 def make_in_shares(path: Path, sizes: Sequence[int], make: Callable[[int], Iterable[bytes]], what: str) -> None:
-    """Returns when `path` exists. `make(n)` yields the bytes of share n, which is `sizes[n]` items; `what` names them all for the
-    progress line. The file appears whole or not at all."""
+    """Makes the file `path`, together with other processes, and returns when it exists. It appears complete or not at all.
+
+    `make(n)` yields the bytes of share n, which has `sizes[n]` items; `what` describes the work in the progress line.
+    """
     parts = path.with_suffix(".parts")
     files = {f"{n:06d}": size for n, size in enumerate(sizes)}
     unfinished = f"partial-{socket.gethostname()}-{os.getpid()}"
-    first = random.randrange(len(sizes))  # few meet at one lock, and where locks do not reach, few make the same share
+    first = random.randrange(len(sizes))  # a random start, so that few processes try the same share
     with ExitStack() as stack:
         progress = None
         while not path.exists():
@@ -45,18 +49,18 @@ def make_in_shares(path: Path, sizes: Sequence[int], make: Callable[[int], Itera
                     _claim(parts / name, parts / unfinished, partial(progress.counted, make, int(name)), path)
                 if _finished(parts, files) == files.keys():
                     _claim(path, parts / unfinished, partial(_joined, parts, files), path, parts / "join.lock")
-            except OSError as error:  # `parts` is removed by who saw the result first; ESTALE is what NFS says of it
+            except OSError as error:  # a process that saw the result removed `parts` (on NFS: ESTALE)
                 if error.errno not in _REMOVED or (not path.exists() and parts.exists()):
                     raise
             if not path.exists():
-                if progress is not None:  # it is where `parts` went before its first count
+                if progress is not None:  # None if `parts` was removed before the first count
                     progress.show()
                 time.sleep(_POLL)
     shutil.rmtree(parts, ignore_errors=True)
 
 
 def _claim(file: Path, unfinished: Path, content: Callable[[], Iterable[bytes]], result: Path, lock: Path | None = None) -> None:
-    """Writes `file`, unless another process is at it or it is there."""
+    """Writes `content` to `file` by way of `unfinished`, unless another process has the lock, or `file` or `result` exists."""
     with _locked(lock or file.with_suffix(".lock")) as held:
         if not held or file.exists() or result.exists():
             return
@@ -84,7 +88,7 @@ def _locked(path: Path) -> Iterator[bool]:
 
 
 def _finished(parts: Path, files: Mapping[str, int]) -> set[str]:
-    """The shares that are finished, by one reading of the directory: many processes look, and often. None once it is removed."""
+    """Names of the finished shares; empty if the directory was removed. Lists it once: many processes do this often."""
     try:
         return files.keys() & set(os.listdir(parts))
     except OSError as error:
@@ -101,7 +105,7 @@ def _joined(parts: Path, names: Iterable[str]) -> Iterator[bytes]:
 
 
 class _Progress:
-    """How far all processes together are: a live line of one of them on a terminal, a line in the log elsewhere."""
+    """The progress of all processes together: a live line by one process on a terminal, log lines elsewhere."""
 
     def __init__(self, parts: Path, files: Mapping[str, int], what: str):
         self._parts, self._files, self._what = parts, files, what
@@ -111,7 +115,7 @@ class _Progress:
         self._stack = ExitStack()
 
     def __enter__(self) -> "_Progress":
-        _log.info("%s: %d of %d are there, of earlier or other processes", self._what, self._finished_before, self._total)
+        _log.info("%s: %d of %d were finished before", self._what, self._finished_before, self._total)
         if sys.stderr.isatty() and self._stack.enter_context(_locked(self._parts / "shown.lock")):
             self._live = self._stack.enter_context(Live(console=Console(stderr=True), transient=True))
         return self
@@ -120,7 +124,7 @@ class _Progress:
         self._stack.close()
 
     def counted(self, make: Callable[[int], Iterable[bytes]], share: int) -> Iterator[bytes]:
-        """The share's chunks, with a look at the clock after each."""
+        """Yields the share's chunks and updates the progress after each."""
         for chunk in make(share):
             yield chunk
             self.show()
@@ -141,4 +145,4 @@ class _Progress:
         done, total = self._done(), self._total
         rate = (done - self._finished_before) / max(seconds, 1e-9)
         left = f"{(total - done) / rate / 60:.0f} min left" if rate else "no share finished yet"
-        return f"{self._what}: {done:,} of {total:,} ({done / total:.0%}), {rate:,.0f} a second by all processes, {left}"
+        return f"{self._what}: {done:,} of {total:,} ({done / total:.0%}), {rate:,.0f} per second by all processes, {left}"

@@ -1,15 +1,18 @@
-"""A region store: ArrayRecord shards of ImageRecords with random access, and every text beside them without the pixels.
+"""Reads a store: ArrayRecord shards of records with random access, and all texts in separate files.
 
-`granvit.data.build_store` builds one from a JSON-lines file and a folder of images, `granvit.data.store_writer` writes it.
+`granvit.data.build_store` builds one from a JSON-lines file and a folder of images, `granvit.data.store_writer` writes the files.
 
-A store is a directory: `manifest.json` (format, version, counts, files with their sizes), `shard-*.array_record` (one record an
-image: uint32 length of a JSON header, the header, the encoded image) and the text side: `texts.bin` holds, image by image,
-the global caption (empty where there is none) and each region's caption in UTF-8; `text_ends.u8` where each text ends and
-`region_starts.i8` each image's first region (both start with 0). `sizes.u4` has each image's width and height. All of these are
-mapped: counts, lengths and tilings cost no image bytes.
+A store is a directory:
+- `manifest.json`: format, version, counts, files with their sizes.
+- `shard-*.array_record`: one record per image: uint32 length of a JSON header, the header, the encoded image.
+- `texts.bin`: UTF-8; for each image the global caption (empty if there is none), then the caption of each region.
+- `text_ends.u8`: a 0, then the offset at which each text ends. `region_starts.i8`: the number of each image's first region, then
+  the number of regions.
+- `sizes.u4`: width and height of each image.
+The last three are memory-mapped, so that counts, lengths and tilings are known without reading images.
 
-A store of conversations (`granvit.data.conversations` builds it) is the same with conversations for images, no regions, and a
-conversation's whole JSON header as its one text.
+A store of conversations (`granvit.data.conversations` builds it) has one record per conversation, no regions, and the JSON header
+of each conversation as its one text.
 """
 import hashlib
 import json
@@ -31,10 +34,10 @@ VERSION = 1
 MAX_PIXELS = DataSection.model_fields["max_pixels"].default
 _BUILD = (
     "build it with `python -m granvit.data.build_store JSONL IMAGES OUT`, or `python -m granvit.data.conversations JSON IMAGES "
-    "OUT` where it is to hold conversations"
+    "OUT` for conversations"
 )
 _TEXT_SIDE = ("texts.bin", "text_ends.u8", "region_starts.i8")
-_CHUNK = 1 << 20  # numbers looked at together
+_CHUNK = 1 << 20  # numbers checked at a time
 Record = ImageRecord | Conversation
 
 
@@ -46,7 +49,7 @@ class Shard(Strict):
 
 
 class Manifest(Strict):
-    """What every manifest.json states; no value is converted from another type. `bytes` are the sizes of all files."""
+    """The keys of every manifest.json; values of another type are errors. `bytes` maps files to their sizes."""
 
     model_config = ConfigDict(strict=True)
 
@@ -59,7 +62,7 @@ class Manifest(Strict):
 
 
 class RegionManifest(Manifest):
-    """With the counts of a region store."""
+    """The manifest of a region store."""
 
     images: PositiveInt
     regions: NonNegativeInt
@@ -67,7 +70,7 @@ class RegionManifest(Manifest):
 
 
 class ConversationManifest(Manifest):
-    """With the counts of a store of conversations."""
+    """The manifest of a store of conversations."""
 
     conversations: PositiveInt
     turns: PositiveInt
@@ -76,8 +79,8 @@ class ConversationManifest(Manifest):
 
 @dataclass(frozen=True)
 class Kind:
-    """What a store holds: its name in the manifest, the tasks that can be asked, what the manifest counts, records first, and
-    all that it states."""
+    """A kind of store: `format` in its manifest, the tasks that its records have, the manifest's counts (that of the records
+    first), and the schema of the manifest."""
 
     format: str
     tasks: tuple[Task, ...]
@@ -101,16 +104,16 @@ def _decode(data: bytes) -> Record:
 
 
 def _read_manifest(path: Path) -> tuple[Manifest, bytes]:
-    """A store's manifest.json, which names every file once and whose counts add up, and its bytes; `ValueError` where it does
-    not."""
+    """A store's validated manifest.json, and its bytes. `ValueError` if it is missing, damaged, of another format or version, or
+    inconsistent."""
     file = path / "manifest.json"
     try:
         data = file.read_bytes()
         tree = json.loads(data)
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"store {path}: no readable manifest.json, so this is no region store; {_BUILD} ({error})") from None
+        raise ValueError(f"store {path}: cannot read manifest.json, so this is not a store; {_BUILD} ({error})") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("format"), str) or tree["format"] not in KINDS:
-        raise ValueError(f"store {path}: manifest.json is of another format than {', '.join(KINDS)}; {_BUILD}")
+        raise ValueError(f"store {path}: the format in manifest.json is not one of {', '.join(KINDS)}; {_BUILD}")
     if isinstance(tree.get("version"), int) and tree["version"] > VERSION:
         raise ValueError(f"store {path}: version {tree['version']} is newer than {VERSION}; update granvit")
     kind = KINDS[tree["format"]]
@@ -123,17 +126,17 @@ def _read_manifest(path: Path) -> tuple[Manifest, bytes]:
 
 
 def _check_manifest(manifest: Manifest, kind: Kind) -> None:
-    """`ValueError` where the manifest contradicts itself."""
+    """`ValueError` if the manifest is inconsistent."""
     shards = [shard.file for shard in manifest.shards]
     for name in (*shards, *manifest.bytes):
         if Path(name).name != name or "\0" in name:
             raise ValueError(f"manifest.json names {name!r}, which is not the name of a file in the store")
     if len(set(shards)) < len(shards):
-        raise ValueError("manifest.json names a shard twice")
+        raise ValueError("manifest.json lists a shard twice")
     if sizeless := [name for name in (*shards, *_TEXT_SIDE) if name not in manifest.bytes]:
-        raise ValueError(f"manifest.json states no size of {sizeless[0]!r} under 'bytes'")
+        raise ValueError(f"manifest.json has no size of {sizeless[0]!r} under 'bytes'")
     if unknown := [name for name in manifest.bytes if name not in (*shards, *_TEXT_SIDE, "sizes.u4")]:
-        raise ValueError(f"manifest.json states the size of {unknown[0]!r}, which is no file of a store")
+        raise ValueError(f"manifest.json has a size of {unknown[0]!r} under 'bytes', which is not a file of a store")
     count = kind.counts[0]
     records, stated = sum(shard.images for shard in manifest.shards), getattr(manifest, count)
     if records != stated:
@@ -141,19 +144,18 @@ def _check_manifest(manifest: Manifest, kind: Kind) -> None:
 
 
 class Store:
-    """A store opened for reading; cheap to send to another process.
+    """A store opened for reading; cheap to pickle.
 
-    `records` counts the records (images, or conversations with and without one), `regions` and `globals` what can be asked about
-    them beside; `kind` says which tasks there are. `region_starts` int64 `[records + 1]` and `text_ends` uint64
-    `[records + regions + 1]` are mapped. The texts of record i are numbers `region_starts[i] + i` (its global caption) and the
-    following (its regions). `sizes` uint32 `[records, 2]`, mapped too, are widths and heights; None in a store that was built
-    before they were kept. Raises `ValueError`, with the path and the remedy, for a directory that is missing, empty, of
-    another format or version, whose manifest does not hold together, or that has a file which is missing, not of the size
-    that the manifest states, or damaged.
+    `records` is the number of records (images or conversations), `regions` and `globals` that of regions and global captions;
+    `kind` has the tasks. `region_starts` int64 `[records + 1]` and `text_ends` uint64 `[records + regions + 1]` are
+    memory-mapped. The texts of record i begin at index `region_starts[i] + i` (its global caption); those of its regions follow.
+    `sizes`, memory-mapped uint32 `[records, 2]`, are widths and heights; None in an older store without them.
+    `ValueError`, with the path and the remedy, if the directory is missing, empty or of another format or version, its manifest
+    is inconsistent, or a file is missing, damaged or has another size than the manifest states.
     """
 
     def __init__(self, path: str | Path, check: bool = True):
-        """`check` reads the offsets of the text side once (8 bytes a text); a copy sent to another process does without."""
+        """`check` reads all offsets once (8 bytes per text) to validate them; an unpickled copy skips this."""
         self.path = path = Path(path)
         if not path.is_dir():
             raise ValueError(f"store {path}: no such directory; {_BUILD}")
@@ -171,7 +173,8 @@ class Store:
         self.region_starts = np.memmap(path / "region_starts.i8", "<i8", "r")
         self.text_ends = np.memmap(path / "text_ends.u8", "<u8", "r")
         if len(self.region_starts) != self.records + 1 or len(self.text_ends) != self.records + self.regions + 1:
-            raise ValueError(f"store {path}: the text side does not match the manifest's counts; rebuild the store")
+            files = "region_starts.i8 or text_ends.u8"
+            raise ValueError(f"store {path}: {files} does not match the manifest's counts; rebuild the store")
         self.sizes = None
         if "sizes.u4" in manifest.bytes:
             self.sizes = np.memmap(path / "sizes.u4", "<u4", "r").reshape(-1, 2)
@@ -187,23 +190,23 @@ class Store:
         return Store, (self.path, False)
 
     def _check_rising(self, name: str, numbers: np.ndarray, last: int) -> None:
-        """`ValueError` where the numbers in a file do not rise from 0 to `last`: they are offsets, and would lead anywhere."""
+        """`ValueError` unless the numbers in a file ascend from 0 to `last`, as offsets must."""
         rises = numbers[0] == 0 and numbers[-1] == last
         for first in range(0, len(numbers) - 1, _CHUNK):
             chunk = numbers[first : first + _CHUNK + 1]
             rises = rises and bool((chunk[1:] >= chunk[:-1]).all())
         if not rises:
-            raise ValueError(f"store {self.path}: {name} is damaged (it does not rise from 0 to {last}); copy or rebuild it")
+            raise ValueError(f"store {self.path}: {name} is damaged (does not ascend from 0 to {last}); copy or rebuild it")
 
     def record(self, index: int) -> Record:
-        """Record `index`; `ValueError` with the reason where its bytes are damaged."""
+        """Record `index`; `ValueError` with the reason if its bytes are damaged."""
         try:
             return _decode(self._shards[index])
-        except (RuntimeError, ValueError, IndexError, KeyError, TypeError, struct.error):  # RuntimeError: its checksums
+        except (RuntimeError, ValueError, IndexError, KeyError, TypeError, struct.error):  # RuntimeError: a checksum
             raise ValueError("record is damaged in its shard") from None
 
     def texts(self, first: int, last: int) -> list[str]:
-        """Texts number `first` to `last` - 1, in the order of the text side."""
+        """Texts with index `first` to `last` - 1."""
         ends = self.text_ends[first : last + 1].tolist()
         with open(self.path / "texts.bin", "rb") as file:
             file.seek(ends[0])
@@ -212,5 +215,5 @@ class Store:
             return [data[a - ends[0] : b - ends[0]].decode() for a, b in pairwise(ends)]
         except UnicodeDecodeError:
             raise ValueError(
-                f"store {self.path}: texts.bin is damaged (texts {first} to {last - 1} are no UTF-8); copy it again or rebuild"
+                f"store {self.path}: texts.bin is damaged (texts {first} to {last - 1} are not UTF-8); copy it again or rebuild"
             ) from None

@@ -1,4 +1,4 @@
-"""Writes a store (`granvit.data.store` has its format) out of records, whole or not at all."""
+"""Writes records to a new store (`granvit.data.store` documents its format), complete or not at all."""
 import json
 import os
 import shutil
@@ -14,13 +14,13 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from granvit.data.records import BboxFrame, Conversation, ImageRecord, image_box
 from granvit.data.store import REGIONS, VERSION, Kind, Record
 
-_NAMED = 10  # refused items named on the console
-REFUSED = "refused.jsonl"  # beside the data, no part of it
+_NAMED = 10  # refused items printed by name
+REFUSED = "refused.jsonl"  # not listed in the manifest: readers do not need it
 
 
 @dataclass
 class Summary:
-    """What went into a store and what was refused: counts by reason, and the first ten by name."""
+    """Counts of what a store contains; of what was refused, counts by reason and the first ten items by name."""
 
     images: int = 0
     regions: int = 0
@@ -37,7 +37,7 @@ class Summary:
 
 
 def _header(record: Record) -> str:
-    """All of a record but its image, as JSON."""
+    """A record without its image, as JSON."""
     tree: dict[str, Any] = {"id": record.id, "width": record.width, "height": record.height}
     if isinstance(record, Conversation):
         tree["turns"] = record.turns
@@ -60,7 +60,7 @@ class _Writer:
         self.shards: list[dict] = []
         self.summary = Summary()
         self._shard: ArrayRecordWriter | None = None
-        # Closed by `finish`, or with a failed build.
+        # Closed by `finish`.
         self._texts = open(folder / "texts.bin", "wb")  # noqa: SIM115
         self._ends = open(folder / "text_ends.u8", "wb")  # noqa: SIM115
         self._starts = open(folder / "region_starts.i8", "wb")  # noqa: SIM115
@@ -119,7 +119,7 @@ class _Writer:
             "format": self.kind.format,
             "version": VERSION,
             **{count: getattr(self.summary, count) for count in self.kind.counts},
-            "bbox_frame": frame,  # of the boxes as they came; the stored ones are relative to the image
+            "bbox_frame": frame,  # of the input's boxes; stored boxes are relative to the image
             "refused": dict(self.summary.refused),
             "shards": self.shards,
             "bytes": {name: (self.folder / name).stat().st_size for name in names},
@@ -130,16 +130,16 @@ class _Writer:
                 os.fsync(written.fileno())
 
 
-Item = tuple[Record | None, list[tuple[str, str]]]  # a record, and what was refused of it as (what, reason)
+Item = tuple[Record | None, list[tuple[str, str]]]  # a record (None: refused), and what was refused of it as (what, reason)
 
 
 def write_items(items: Iterable[Item], out: str | Path, kind: Kind, frame: BboxFrame | None, shard_bytes: int) -> Summary:
-    """Writes beside and renames: `out` appears whole or not at all. `ValueError` where it exists already or nothing is left."""
+    """Writes `out` under a temporary name and renames it at the end. `ValueError` if `out` exists or no record is left."""
     out = Path(out)
     if out.exists():
         raise ValueError(f"store {out} exists already; remove it or name another directory")
     partial_out = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial_out, ignore_errors=True)  # of a build that was killed
+    shutil.rmtree(partial_out, ignore_errors=True)  # left by a build that was killed
     partial_out.mkdir(parents=True)
     try:
         writer = _Writer(partial_out, kind, shard_bytes)
@@ -160,7 +160,7 @@ def write_items(items: Iterable[Item], out: str | Path, kind: Kind, frame: BboxF
 
 
 def write_store(records: Iterable[ImageRecord], out: str | Path, shard_bytes: int = 256 << 20) -> Summary:
-    """Writes records made by a program to a new store `out`; an invalid one raises `ValueError` and leaves no store."""
+    """Writes records that a program made to a new store `out`. An invalid record raises `ValueError`, and no store is written."""
 
     def checked() -> Iterator[Item]:
         for record in records:

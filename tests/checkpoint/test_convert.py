@@ -165,7 +165,7 @@ def test_what_is_left_out_is_said_with_the_reason(published, tmp_path, capsys):
 def test_an_old_files_integer_positions_are_left_out(editable, tmp_path):
     name = "vision_model.embeddings.position_ids"
     source = editable("siglip-tower", replace(name, torch.arange(16)))
-    assert "old files carry it" in convert(source, tmp_path / "default", "default").left_out[name]
+    assert "old files" in convert(source, tmp_path / "default", "default").left_out[name]
 
 
 def test_a_tower_without_its_prefix_comes_back_without_it(editable, tmp_path):
@@ -284,7 +284,7 @@ def test_a_ckpt_written_by_mindspore_is_read(tmp_path, monkeypatch, crc):
     mindspore = pytest.importorskip("mindspore")
     from mindspore.train import serialization
 
-    monkeypatch.setattr(serialization, "SLICE_SIZE", 1)  # KB: what is larger comes in slices
+    monkeypatch.setattr(serialization, "SLICE_SIZE", 1)  # KB: larger tensors are written in slices
     rng = np.random.default_rng(0)
     arrays = {"a": rng.normal(size=(40, 33)).astype(np.float32), "b.weight": rng.normal(size=7).astype(np.float16),
               "scalar": np.float32(2.5).reshape(())}  # fmt: skip
@@ -345,7 +345,7 @@ def test_a_checkpoint_gives_its_decoder_and_its_encoder(run, tmp_path):
     directory, engine = run
     checkpoint = directory / "checkpoints" / "step_0000002"
     report = convert(checkpoint, tmp_path / "qwen2", "qwen2")
-    assert report.left_out["projector.linear_1.weight"] == "the 'qwen2' layout holds language alone"
+    assert report.left_out["projector.linear_1.weight"] == "the 'qwen2' layout has only: language"
     found = Qwen2ForCausalLM.from_pretrained(tmp_path / "qwen2")
     np.testing.assert_array_equal(found.model.norm.weight.detach(), engine.weights["language.model.norm.weight"])
     assert found.config.tie_word_embeddings and found.config.rope_theta == 1e4
@@ -356,7 +356,7 @@ def test_a_checkpoint_gives_its_decoder_and_its_encoder(run, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     back = convert(tmp_path / "siglip", tmp_path / "vision", "default")
     assert len(back.left_out) == len(vision_fillers()) and raw(tmp_path / "vision").items() <= raw(directory).items()
-    file = tmp_path / "siglip" / "model.safetensors"  # as if trained further: then the whole block is the model's
+    file = tmp_path / "siglip" / "model.safetensors"  # as if trained further: then the block is not a filler
     tensors = load_file(file)
     tensors["vision_model.encoder.layers.2.mlp.fc2.bias"] += 1
     save_file(tensors, file)
@@ -610,5 +610,5 @@ def test_checksums_of_a_default_directory_are_checked(published, tmp_path, capsy
     path = tmp_path / "default" / "model.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert "(checksum)" in refused(capsys, tmp_path / "default", tmp_path / "out", "llama")
+    assert "checksum" in refused(capsys, tmp_path / "default", tmp_path / "out", "llama")
     assert TensorSet(tmp_path / "default").shapes

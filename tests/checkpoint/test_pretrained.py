@@ -109,7 +109,7 @@ def test_a_row_that_no_tensor_meets_is_named(published):
 
 
 def test_blocks_above_the_level_are_left_out_but_not_blocks_beyond_the_model(published):
-    def without_last_block(tensors):  # as LLaVA's towers come, whose closing norm stays behind
+    def without_last_block(tensors):  # like LLaVA's towers, which keep the closing norm
         for name in [name for name in tensors if "vision_model.encoder.layers.2." in name]:
             del tensors[name]
 
@@ -224,7 +224,7 @@ def test_a_model_written_by_a_later_version_is_refused_by_the_key_that_is_new(tm
 
 
 def test_a_projector_of_another_width_is_no_start(tmp_path):
-    """Of another decoder, or of an encoder that is wider or tiled: one line with the file, both values and what to do."""
+    """A run with another decoder, or a wider or tiled encoder: one line with the file, both values and the remedy."""
     config = run_config(stage="projector", output=str(tmp_path / "run"), data={"mix": {"conversation": 1.0}})
     writer = CheckpointWriter(tmp_path / "run", config, VISION, QWEN)
     start = writer.record_start(initial_values(parameter_shapes(VISION, QWEN), 5).items())

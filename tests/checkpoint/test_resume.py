@@ -29,7 +29,7 @@ def test_the_number_of_ranks_may_change_and_is_not_known_of_an_old_checkpoint(ru
 
 
 def test_what_divides_the_batch_is_fixed_where_each_device_has_its_own_mean(run):
-    """`train.loss_reduction: per_device`: micro-batches and ranks enter the result there."""
+    """With `train.loss_reduction: per_device`, micro-batches and ranks affect the result."""
     checkpoint = newest_checkpoint(run[0])
     averaged = checkpoint.config.model_copy(
         update={"train": checkpoint.config.train.model_copy(update={"loss_reduction": "per_device"})}

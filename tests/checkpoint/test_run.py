@@ -1,4 +1,4 @@
-"""A run's checkpoints: whole or not there, exact, and refused when a byte has changed."""
+"""A run's checkpoints: complete or absent, exact, and refused if a byte has changed."""
 import errno
 import json
 import resource
@@ -149,7 +149,7 @@ def test_a_full_disk_before_the_first_step_is_named_and_leaves_nothing_behind(tm
     config = run_config()
     writer = CheckpointWriter(tmp_path, config, VISION, LANGUAGE)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # as a disk does, it refuses the rest at every later attempt
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # like a full disk, it refuses every later write
     try:
         with pytest.raises(CheckpointNotSaved, match=str(tmp_path)):
             dict(writer.record_start(start_weights(config, VISION, LANGUAGE)))

@@ -1,4 +1,4 @@
-"""Rows against a slow, independent construction from strings, and what does not fit."""
+"""Rows compared with a slow, independent construction from strings; questions that do not fit."""
 from dataclasses import fields, replace
 
 import numpy as np
@@ -22,7 +22,7 @@ def packer(vision, chat):
 
 
 def tokens_of(chat, text: str) -> list[int]:
-    """Byte by byte, control tokens recognised: another way to the same ids."""
+    """Encodes byte by byte, with control tokens recognised: an independent way to the same ids."""
     ids = []
     while text:
         control = next((token for token in SPECIAL if text.startswith(token)), None)
@@ -39,14 +39,14 @@ def alone(chat, vision, question: str, answer: str) -> tuple[list[int], int]:
 
 
 def seen(batch: Batch, row: int, position: int) -> tuple[list[int], list[int]]:
-    """Tokens and positions that one place of a row may attend to."""
+    """Tokens and position ids that one index of a row attends to."""
     segment = batch.segments_BS[row]
     keys = [j for j in range(position + 1) if segment[j] in (0, segment[position])]
     return batch.token_ids_BS[row, keys].tolist(), batch.positions_BS[row, keys].tolist()
 
 
 def test_every_answer_sees_exactly_its_own_conversation(packer, chat, vision):
-    """Walk every supervised place: what it sees is the single-question conversation up to there, and its target what follows."""
+    """Every supervised index attends to exactly the single-question conversation up to there; its target is the next token."""
     record = random_record("a", 3, 1)
     questions = [Question("bbox2caption", 2), Question("caption2bbox", 0), Question("bbox2caption", 0), Question("global")]
     batch = packer.row(record, questions, BUCKET)
@@ -77,7 +77,7 @@ TURNS = (("What is it?", "A cup."), ("Which colour?", "Red, mostly."), ("Since w
 
 @pytest.mark.parametrize("with_image", [True, False], ids=["image", "text"])
 def test_every_turn_of_a_conversation_sees_all_before_it(packer, chat, vision, with_image):
-    """One segment: what a supervised place sees is the whole conversation up to there, and its target what follows."""
+    """One segment: a supervised index attends to the whole conversation up to there; its target is the next token."""
     record = random_record("a", 0, 1)
     image = record.image if with_image else b""
     batch = packer.conversation_row(Conversation("talk", record.width, record.height, image, TURNS), BUCKET)
@@ -146,7 +146,7 @@ def test_shapes_and_dtypes_never_depend_on_the_content(packer):
     assert batch.record_ids == ("a", "a", "", "t", "", "c", "d", "") and batch.questions == 7
     assert batch.skipped == (("a", "not an image file"), ("e", "not an image file"))
     assert batch.image_weights_B.tolist() == [1, 1, 0, 0, 0, 1, 0, 0]
-    for row in range(8):  # no place has nothing to attend to
+    for row in range(8):  # every index attends to at least one key
         assert batch.segments_BS[row, 0] == 0
 
 
@@ -173,7 +173,7 @@ def test_a_question_that_does_not_fit_is_named_and_the_others_stay(packer, chat,
 def test_an_image_of_another_size_than_its_record_is_a_row_of_weight_zero(packer):
     record = random_record("a", 1, 6)
     wrong = ImageRecord("a", record.width + 1, record.height, record.image, None, record.regions)
-    assert packer.row(wrong, [Question("bbox2caption", 0)], BUCKET).skipped[0][1].startswith("image is not of the size")
+    assert packer.row(wrong, [Question("bbox2caption", 0)], BUCKET).skipped[0][1].startswith("image size differs")
 
 
 def test_a_text_row_puts_ids_at_the_image_positions(packer, vision, chat):

@@ -1,4 +1,4 @@
-"""Chat templates against transformers' `apply_chat_template`, and text that tries to be a control token."""
+"""Chat templates against transformers' `apply_chat_template`, and texts that contain control tokens."""
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -84,7 +84,7 @@ def test_a_conversation_equals_the_published_template_token_by_token_and_supervi
     encoded = peer(after, add_special_tokens=False, return_offsets_mapping=True)
     ids, supervised = [], []
     for asked, answered in chat.conversation_ids(spoken, with_image):
-        ids, supervised = ids[:-1], supervised[:-1]  # an end of turn is a target, and begins what follows
+        ids, supervised = ids[:-1], supervised[:-1]  # an end of turn is a target, and the first input of the next turn
         ids += asked + answered
         supervised += [len(supervised) > 0] + [False] * (len(asked) - 1) + [True] * len(answered)
     prefix = chat.prefix_after if with_image else chat.prefix_before
@@ -118,7 +118,7 @@ def test_the_plain_form_is_the_image_and_its_caption(family, start):
 
 
 def test_a_conversation_whose_tokens_do_not_line_up_is_refused():
-    """One tokenizer merges across the template's edge, one loses text. To compose accents, as Qwen2.5's does, is no loss."""
+    """One tokenizer merges template and text, one loses text. Composing accents, as Qwen2.5's does, is not a loss."""
     merging = train_tokenizer(["\n!!", "a b"], 300, "qwen2.5", phrases=["\n!!"])
     with pytest.raises(ValueError, match="change when they are read together"):
         Chat(merging, "qwen2.5").conversation_ids([("where?", "!! there")], True)

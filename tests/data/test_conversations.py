@@ -1,4 +1,4 @@
-"""LLaVA's conversations: at the door, in the store, in rows."""
+"""LLaVA's conversations: validated, stored, packed into rows."""
 import json
 from collections import Counter
 from dataclasses import fields
@@ -149,7 +149,7 @@ def test_boxes_that_two_decimals_carry_over_the_edge_are_clipped_and_others_refu
 
 @pytest.mark.parametrize("frame", get_args(BboxFrame))
 def test_a_box_a_little_outside_is_a_box_in_every_frame(tmp_path, frame):
-    """A 40 x 20 image. A number beyond 1.1 or below -0.1 is a pixel or no coordinate at all: such a bracket is left as it is."""
+    """A 40 x 20 image. A number above 1.1 or below -0.1 is a pixel or no coordinate: such a bracket is not changed."""
     texts = {
         "right": "[0.1, 0.35, 1.001, 0.7]", "above": "[0.1, -0.002, 0.4, 0.7]", "far": "[0.1, 0.35, 1.1, 0.7]",
         "inverted": "[0.5, 0.4, 0.1, 0.6]", "pixels": "[0.5, 0.4, 9.5, 0.6]", "inside": "[.10,0.30, 5e-1 ,0.70]",

@@ -1,4 +1,4 @@
-"""Geometry against painted pixels, and files that are no images."""
+"""Geometry against painted pixels, and files that are not images."""
 import io
 import zlib
 
@@ -133,7 +133,7 @@ def test_what_is_no_usable_image(data, reason):
 
 
 def test_a_decompression_bomb_is_refused_by_its_header():
-    """The header promises 2**31 pixels, the body holds none: reading it would fail otherwise."""
+    """The header states 2**31 pixels, the body has none: decoding it would fail with another error."""
     data = bytearray(encoded_image(8, 8))
     data[16:24] = (65535).to_bytes(4, "big") + (32768).to_bytes(4, "big")
     data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")

@@ -1,4 +1,4 @@
-"""The pipeline that follows the order of the data."""
+"""The data pipeline."""
 import os
 import signal
 import subprocess
@@ -61,7 +61,7 @@ def all_questions(records: list[ImageRecord], mix: dict) -> Counter:
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_ranks_share_out_what_one_rank_reads(store, vision, chat, stage):
-    """Every step: the rows are the same for any number of ranks and any micro-batch, and so is what they leave out; the ranks
+    """Every step: the rows, and what is left out of them, are the same for any number of ranks and any micro-batch; the ranks
     have the same shapes in the same order. Some rows are longer than the largest bucket, whoever is beside them."""
     short = [{"length": 300, "answers": 60}, {"length": 600, "answers": 120}]
 
@@ -94,7 +94,7 @@ def rows_of(batches: list[Batch]) -> list[Batch]:
 
 
 def unpadded(row: Batch) -> tuple:
-    """What a row holds, whatever its bucket."""
+    """The contents of a row, without its padding."""
     used, supervised = row.segments_BS[0] >= 0, row.answer_weights_BA[0] > 0
     text = [row.token_ids_BS[0, used], row.positions_BS[0, used], row.segments_BS[0, used]]
     text += [row.answer_positions_BA[0, supervised], row.answer_targets_BA[0, supervised]]
@@ -115,7 +115,7 @@ def test_resuming_at_a_step_gives_the_identical_bytes(store, vision, chat, worke
 
 
 def test_a_row_always_fits_its_bucket_and_both_buckets_are_used(store, records, vision, chat):
-    """A row of the larger bucket is there because of itself or of a neighbour in its batch, never every row."""
+    """A row gets the larger bucket only if it, or another row of its batch, needs it."""
     loader = Loader(run(store.path, mix=dict.fromkeys(TASKS, 1)), vision, chat, 0, 1)
     seen, asked = Counter(), 0
     for micro_batches in loader.batches():
@@ -211,7 +211,7 @@ def test_reading_processes_end_with_their_parent(store, tmp_path):
 
 
 def _running(pid: int) -> bool:
-    """A process that has ended but that nobody has waited for (state Z) is not running."""
+    """A zombie (state Z) is not running."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):

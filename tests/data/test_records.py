@@ -1,4 +1,4 @@
-"""The door: every kind of bad region and image, by its reason."""
+"""Validation: every kind of invalid region and image, by its reason."""
 import json
 
 import pytest

@@ -89,7 +89,7 @@ def many(tmp_path: Path) -> tuple[list[dict], Path]:
     ("stage1", 4, {"global": 0.5, "bbox2caption": 1.0, "caption2bbox": 0.3}, (420, 600, 800)),
 ])  # fmt: skip
 def test_every_step_holds_tasks_and_sources_in_their_shares(tmp_path, vision, chat, stage, regions_per_row, mix, buckets):
-    """Within what plain sampling would give, though lengths are grouped (those of packed rows follow from what they ask)."""
+    """Within the spread of plain sampling, although lengths are grouped (those of packed rows depend on their questions)."""
     data = {"sources": many(tmp_path), "buckets": [{"length": length, "answers": length // 2} for length in buckets]}
     config = run("", stage, mix=mix, regions_per_row=regions_per_row, data=data, global_batch=32)
     plan = Loader(config, vision, chat, 0, 1).plan

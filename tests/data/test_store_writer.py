@@ -1,4 +1,4 @@
-"""Writing stores: whole or not at all."""
+"""Writing stores: complete or not at all."""
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,7 +26,7 @@ def test_a_failed_or_killed_build_leaves_no_store(tmp_path):
     )
     killed = subprocess.run([sys.executable, "-c", script, tmp_path / "out"], check=False)
     assert killed.returncode == -9 and not (tmp_path / "out").exists()
-    write_store([random_record("b", 2, 0)], tmp_path / "out")  # what the killed one left does not stand in the way
+    write_store([random_record("b", 2, 0)], tmp_path / "out")  # leftovers of the killed build do no harm
     assert Store(tmp_path / "out").record(0).id == "b"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -1,8 +1,8 @@
-"""Foreign checkpoint layouts: one small table each, read in both directions.
+"""Foreign checkpoint layouts: for each a table of tensor names that is used for reading and writing.
 
-A table's row pairs a foreign name with the canonical one; `{i}` stands for a block's number, `{p}` for `weight` or `bias`, `{*}`
-for anything, and what follows an `@` for a part of the tensor (see `granvit.checkpoint.combined_tensors`). A name that no row
-meets is an error that names it: nothing is skipped in silence.
+A row of a table pairs a foreign name with the canonical one. `{i}` stands for a block's number, `{p}` for `weight` or `bias`,
+`{*}` for any text; a suffix with `@` denotes a part of the tensor (see `granvit.checkpoint.combined_tensors`). A name that
+matches no row is an error.
 """
 import re
 from collections.abc import Callable, Collection, Iterable
@@ -12,7 +12,7 @@ from typing import Any
 
 from granvit.models import LanguageConfig, VisionConfig, part_of
 
-CHOSEN = ("name", "level", "built_level", "top", "tiles", "mean", "std", "resize", "chat")  # `top`: `built_level` before
+CHOSEN = ("name", "level", "built_level", "top", "tiles", "mean", "std", "resize", "chat")  # `top`: old name of `built_level`
 PLACEHOLDERS = {"{i}": r"(\d+)", "{p}": r"(weight|bias)", "{*}": r"(.*)"}
 Pairs = tuple[tuple[str, str], ...]
 
@@ -26,13 +26,13 @@ def _expression(pattern: str) -> re.Pattern[str]:
 
 
 def _match(pattern: str, name: str) -> tuple[str, ...] | None:
-    """What the placeholders stand for, where the pattern meets the name."""
+    """The values of the placeholders; None if the name does not match the pattern."""
     found = _expression(pattern).fullmatch(name)
     return found and found.groups()
 
 
 def pattern_matches(pattern: str, name: str) -> bool:
-    """Whether a table's pattern meets the name."""
+    """Whether the name matches a table's pattern."""
     return _match(pattern, name) is not None
 
 
@@ -43,7 +43,7 @@ def _fill(pattern: str, values: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Spelling:
-    """One set of foreign names: `rows` pair them with canonical ones, `left_out` with the reason why they have no place here."""
+    """One set of foreign names: `rows` pairs them with canonical names, `left_out` with the reason why they are not used."""
 
     rows: Pairs
     left_out: Pairs = ()
@@ -52,55 +52,55 @@ class Spelling:
         return Spelling(self.rows + other.rows, self.left_out + other.left_out)
 
     def prefixed(self, prefix: str) -> "Spelling":
-        """The same names with `prefix` before them."""
+        """The same spelling with `prefix` before all foreign names."""
         rows, left_out = (tuple((prefix + foreign, other) for foreign, other in pairs) for pairs in (self.rows, self.left_out))
         return Spelling(rows, left_out)
 
     def canonical(self, foreign: str) -> str | None:
-        """The canonical name; None where no row meets the name."""
+        """The canonical name; None if no row matches."""
         return next((_fill(to, v) for pattern, to in self.rows if (v := _match(pattern, foreign)) is not None), None)
 
     def foreign(self, canonical: str) -> str | None:
-        """The foreign name; None where no row meets the canonical one."""
+        """The foreign name; None if no row matches."""
         return next((_fill(to, v) for to, pattern in self.rows if (v := _match(pattern, canonical)) is not None), None)
 
     def reason(self, foreign: str) -> str | None:
-        """Why the foreign name is left out; None where it is not."""
+        """The reason why the foreign name is left out; None if it is not."""
         return next((reason for pattern, reason in self.left_out if _match(pattern, foreign) is not None), None)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one publisher writes one kind of model.
+    """The files of one publisher (or program) for one kind of model.
 
-    `model_types` are the values of config.json's `model_type` that have this layout. A file keeps to one of `spellings`; the
-    first is the one written. `read_config` turns a config.json into fields of our `VisionConfig` and `LanguageConfig`, by
-    part; `write_config` is its inverse and raises `ValueError` for a model that this layout has no words for. `pairs` are
-    canonical names of which the second comes wherever the first does. `metadata` goes into the files' headers. `pixels` are the
-    fields of `VisionConfig` that config.json leaves to preprocessor_config.json, as this family has them.
+    `model_types` are the values of `model_type` in config.json with this layout. A file uses one of `spellings`; the first is
+    used for writing. `read_config` maps a config.json to fields of our `VisionConfig` and `LanguageConfig`, by part;
+    `write_config` is its inverse and raises `ValueError` for a model that the layout cannot express. `pairs` are pairs of
+    canonical names: a file with the first must have the second. `metadata` goes into the headers of the files. `pixels` are this
+    family's defaults for the fields of `VisionConfig` that preprocessor_config.json states.
     """
 
     name: str
     model_types: tuple[str, ...]
     spellings: tuple[Spelling, ...]
     read_config: Callable[[dict[str, Any]], dict[str, dict[str, Any]]]
-    write_config: Callable[[Any, Any], dict[str, Any]]  # of the encoder and the decoder; None where the layout holds no such part
+    write_config: Callable[[Any, Any], dict[str, Any]]  # encoder, decoder; None if the layout has no such part
     pairs: Pairs = ()
     metadata: tuple[tuple[str, str], ...] = ()
     pixels: dict[str, Any] = field(default_factory=dict)
 
     @property
     def parts(self) -> frozenset[str]:
-        """The parts of the model that this layout holds."""
+        """The parts of the model that this layout has."""
         return frozenset(part_of(canonical) for _, canonical in self.spellings[0].rows)
 
     def spelling_for(self, canonicals: Collection[str]) -> Spelling:
-        """The first spelling that has a name for all of these that belong here; the first of all where none has."""
+        """The first spelling with a name for all `canonicals` of this layout's parts; the first of all if there is none."""
         own = [name for name in canonicals if part_of(name) in self.parts]
         return next((s for s in self.spellings if all(s.foreign(name) for name in own)), self.spellings[0])
 
     def canonical(self, foreign: str) -> str | None:
-        """The canonical name, or None for a name that is left out; `ValueError` for one that no row maps."""
+        """The canonical name, None for a name that is left out; `ValueError` for a name that matches no row."""
         for spelling in self.spellings:
             if (canonical := spelling.canonical(foreign)) is not None:
                 return canonical
@@ -109,9 +109,9 @@ class Layout:
         raise ValueError(f"tensor {foreign!r} is in no row of the {self.name!r} layout")
 
     def check_config(self, tree: dict[str, Any], ours: VisionConfig | LanguageConfig, origin: str) -> None:
-        """`ValueError` naming the first field in which the directory's config.json is another model than `ours`.
+        """`ValueError` naming the first field in which the config.json `tree` differs from `ours`.
 
-        What a run chooses for itself (`CHOSEN`) may differ.
+        Fields in `CHOSEN`, which a run chooses, may differ.
         """
         part = "vision" if isinstance(ours, VisionConfig) else "language"
         try:
@@ -127,17 +127,17 @@ class Layout:
 
 
 def one_of(names: dict[Any, str], value: Any, key: str) -> str:
-    """`names[value]`; `ValueError` naming the key of a config.json whose value has no counterpart here."""
+    """`names[value]`; `ValueError` naming `key` if `value` is not supported here."""
     if value not in names:
-        raise ValueError(f"{key} {value!r} has no counterpart; known: {', '.join(map(str, names))}")
+        raise ValueError(f"{key} {value!r} is not supported; supported: {', '.join(map(str, names))}")
     return names[value]
 
 
 def refuse_unlike(vision: VisionConfig, structure: dict[str, Any], family: str) -> None:
-    """`ValueError` naming the first field in which an encoder is not built as the family's are."""
+    """`ValueError` naming the first field in which an encoder's architecture differs from the family's."""
     for name, value in structure.items():
         if getattr(vision, name) != value:
-            raise ValueError(f"this encoder has {name}={getattr(vision, name)!r}, which {family} has no names for")
+            raise ValueError(f"this encoder has {name}={getattr(vision, name)!r}, which {family} does not have")
 
 
 OPENAI_PIXELS = {

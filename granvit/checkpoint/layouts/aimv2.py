@@ -1,7 +1,7 @@
-"""AIMv2 at a fixed resolution: as transformers writes it, and with the names of Apple's own code, which SAILViT keeps.
+"""AIMv2 at a fixed resolution: the layout of transformers, and that of Apple's own code, which SAILViT uses too.
 
-Neither config.json says more than sizes: RMS norms, one of them behind the patch embedding, gated SiLU MLPs, no biases but
-the patch embedding's.
+Both kinds of config.json state only sizes. The rest is fixed (`STRUCTURE`): RMS norms, one of them after the patch embedding,
+gated SiLU MLPs, no biases except in the patch embedding.
 """
 from typing import Any
 
@@ -37,7 +37,7 @@ def _sizes(vision: VisionConfig) -> dict[str, Any]:
 
 
 def write_config(vision: VisionConfig) -> dict[str, Any]:
-    """The encoder's config in transformers' words; `ValueError` for an encoder that is not built like AIMv2's."""
+    """The encoder's config of transformers; `ValueError` for an encoder with another architecture than AIMv2."""
     named = {"model_type": "aimv2_vision_model", "use_head": False, "is_native": False}
     return named | _sizes(vision) | {"mlp_bias": False, "hidden_act": "silu"}
 

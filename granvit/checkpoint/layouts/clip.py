@@ -1,6 +1,8 @@
-"""CLIP (OpenAI's) as transformers writes it: the vision tower alone or both towers. SigLIP's words and three more.
+"""CLIP (OpenAI's) in the layout of transformers: only the vision tower, or both towers.
 
-The config.json states only what differs from transformers' `CLIPVisionConfig`.
+The names are those of SigLIP, and in addition a class embedding and a norm before the blocks.
+
+The config.json states only values that differ from the defaults of transformers' `CLIPVisionConfig`.
 """
 from typing import Any
 
@@ -8,7 +10,7 @@ from granvit.checkpoint.layouts import OPENAI_PIXELS, Layout, Spelling, refuse_u
 from granvit.models import LanguageConfig, VisionConfig
 
 DEFAULTS = siglip.DEFAULTS | {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-BEYOND = {"class_token": True, "pre_norm": True, "patch_bias": False}  # what a CLIP tower is beyond SigLIP's
+BEYOND = {"class_token": True, "pre_norm": True, "patch_bias": False}  # where a CLIP tower differs from SigLIP's
 
 
 def read_config(tree: dict[str, Any]) -> dict[str, Any]:
@@ -17,7 +19,7 @@ def read_config(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_config(vision: VisionConfig) -> dict[str, Any]:
-    """The tower's config; `ValueError` for an encoder that is not built like CLIP's."""
+    """The tower's config; `ValueError` for an encoder with another architecture than CLIP."""
     refuse_unlike(vision, BEYOND, "CLIP")
     like_siglip = {field: siglip.STRUCTURE[field] for field in BEYOND}
     tree = siglip.write_config(VisionConfig(**{**vision.model_dump(), **like_siglip}))

@@ -1,4 +1,4 @@
-"""The canonical names themselves, with our `VisionConfig` and `LanguageConfig` in config.json."""
+"""The default layout: canonical names, with our `VisionConfig` and `LanguageConfig` in config.json."""
 from typing import Any
 
 from granvit.checkpoint.layouts import Layout, Spelling

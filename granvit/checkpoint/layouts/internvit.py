@@ -1,5 +1,5 @@
-"""InternViT-300M: as its publisher's hub repository names it (remote code there, none here), and as transformers does
-(`InternVLVisionModel`)."""
+"""InternViT-300M: the layout of its publisher's repository on the Hugging Face hub (whose remote code is not used here), and that
+of transformers (`InternVLVisionModel`)."""
 from typing import Any
 
 from granvit.checkpoint.layouts import Layout, Spelling, one_of, refuse_unlike

@@ -1,4 +1,4 @@
-"""Llama as transformers writes it. Its words are the canonical ones below `language.`."""
+"""Llama in the layout of transformers. The canonical names are the same with the prefix `language.`."""
 from typing import Any
 
 from granvit.checkpoint.layouts import Layout, Spelling, one_of
@@ -6,11 +6,11 @@ from granvit.models import LanguageConfig, VisionConfig
 
 
 def read_config(tree: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `LanguageConfig`; transformers 5 writes `rope_parameters`, 4 a flat `rope_theta`."""
+    """Fields of `LanguageConfig` from a config.json. transformers 5 writes `rope_parameters`, transformers 4 `rope_theta`."""
     rope = tree.get("rope_parameters") or tree
     scaling = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))  # older files write `type`
-    one_of({"default": ""}, kind, "rope_type")  # another scales the angles, which no decoder here does
+    one_of({"default": ""}, kind, "rope_type")  # other types scale the angles, which is not implemented here
     one_of({False: ""}, tree.get("use_sliding_window", False), "use_sliding_window")
     one_of({"silu": ""}, tree.get("hidden_act", "silu"), "hidden_act")
     return {
@@ -28,7 +28,7 @@ def read_config(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_config(language: LanguageConfig) -> dict[str, Any]:
-    """What `read_config` reads, in transformers 4's words."""
+    """The inverse of `read_config`, with the keys of transformers 4."""
     return {
         "hidden_act": "silu",
         "hidden_size": language.width,
@@ -48,11 +48,11 @@ BLOCK = (
     *(f"self_attn.{p}_proj" for p in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
     "input_layernorm", "post_attention_layernorm",
 )  # fmt: skip
-LEFT_OUT = (("layers.{i}.self_attn.rotary_emb.inv_freq", "a constant: old files carry it"),)
+LEFT_OUT = (("layers.{i}.self_attn.rotary_emb.inv_freq", "a constant that old files carry"),)
 
 
 def spelling(model: str = "model.", head: str = "lm_head.") -> Spelling:
-    """The decoder's names with `model` before the blocks' and `head` before the head's."""
+    """The decoder's names with the prefix `model`, and the head's with the prefix `head`."""
     rows = (
         ("embed_tokens.weight", "language.model.embed_tokens.weight"),
         *((f"layers.{{i}}.{m}.weight", f"language.model.layers.{{i}}.{m}.weight") for m in BLOCK),
@@ -63,7 +63,7 @@ def spelling(model: str = "model.", head: str = "lm_head.") -> Spelling:
 
 def _write_config(vision: VisionConfig | None, language: LanguageConfig) -> dict[str, Any]:
     if language.qkv_bias:
-        raise ValueError("this decoder has biases on queries, keys and values, which 'llama' has no names for: 'qwen2' has")
+        raise ValueError("this decoder has biases on queries, keys and values, which 'llama' does not have: use 'qwen2'")
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False} | write_config(language)
 
 

@@ -1,9 +1,9 @@
-"""LLaVA as transformers writes it (`LlavaForConditionalGeneration`): SigLIP, CLIP or AIMv2, the projector, Qwen2 or Llama.
+"""LLaVA in the layout of transformers (`LlavaForConditionalGeneration`): SigLIP, CLIP or AIMv2, the projector, Qwen2 or Llama.
 
-Published files, and those that transformers 4 writes, spell the parts `vision_tower`, `multi_modal_projector` and
-`language_model`; the other spellings are those of the modules in memory since transformers 4.52, and of transformers 5, whose
-SigLIP and CLIP have no `vision_model` inside. transformers 4.57 takes no InternViT here: it asks the tower for hidden states,
-which `InternVLVisionModel` does not hand out.
+In published files and those of transformers 4, names begin with `vision_tower`, `multi_modal_projector` and `language_model`. The
+other spellings are those of the modules in memory since transformers 4.52, and of transformers 5, where SigLIP and CLIP have no
+`vision_model` level. InternViT is not supported: transformers 4.57 reads hidden states of the vision tower, which
+`InternVLVisionModel` does not return.
 """
 from typing import Any
 
@@ -12,7 +12,7 @@ from granvit.checkpoint.layouts.llama import LLAMA
 from granvit.checkpoint.layouts.qwen2 import QWEN2
 from granvit.models import LanguageConfig, VisionConfig
 
-# What a published `text_config` leaves unsaid: transformers' LlamaConfig and Qwen2Config.
+# Defaults for keys that a published `text_config` omits: those of transformers' LlamaConfig and Qwen2Config.
 TEXT_DEFAULTS = {
     "llama": {"hidden_size": 4096, "intermediate_size": 11008, "vocab_size": 32000, "rms_norm_eps": 1e-6, "rope_theta": 1e4},
     "qwen2": {"hidden_size": 4096, "intermediate_size": 22016, "vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1e4},
@@ -22,17 +22,17 @@ TOWERS = {"siglip_vision_model": siglip, "clip_vision_model": clip, "aimv2_visio
 PIXELS = {
     "siglip_vision_model": siglip.SIGLIP.pixels, "clip_vision_model": clip.CLIP.pixels, "aimv2_vision_model": aimv2.AIMV2.pixels,
 }  # fmt: skip
-# `vision_feature_layer`. In transformers 4.57 the last hidden state is behind the closing norm, but CLIP's is before it. See
-# `FINAL_DIFFERS`: other readers take `final` before the norm.
+# The level of each `vision_feature_layer`. In transformers 4.57 the last hidden state is the output of the closing norm, for CLIP
+# its input. Other readers differ: see `FINAL_DIFFERS`.
 LEVELS = {
     "siglip_vision_model": {-2: "penultimate", -1: "final"},
     "clip_vision_model": {-2: "penultimate", -1: "last"},
     "aimv2_vision_model": {-2: "penultimate", -1: "final"},
 }
-# No weights make `final` the same to all: a pre-norm block adds to its input and cannot replace it by a norm of it.
+# This cannot be fixed by adding a filler block that applies the norm: a pre-norm block can only add to its input.
 FINAL_DIFFERS = (
-    "this LLaVA reads the level 'final' as its tower's last hidden state. transformers 4.57 hands that out behind the closing "
-    "norm, as it was trained; transformers 5 and vLLM hand it out before that norm, and give other answers without an error"
+    "this LLaVA reads the level 'final', the last hidden state of its vision tower. transformers 4.57 returns it after the "
+    "closing norm, as in training; transformers 5 and vLLM return it before that norm and give other answers without an error"
 )
 PROJECTOR = Spelling(
     tuple((f"multi_modal_projector.linear_{n}.{{p}}", f"projector.linear_{n}.{{p}}") for n in (1, 2)),
@@ -56,7 +56,7 @@ def _read_config(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
     one_of({"gelu": ""}, tree.get("projector_hidden_act", "gelu"), "projector_hidden_act")
     layer = tree.get("vision_feature_layer", -2)
     if isinstance(layer, list) or layer not in LEVELS[tower]:
-        raise ValueError(f"vision_feature_layer {layer!r} has no counterpart; known: {', '.join(map(str, LEVELS[tower]))}")
+        raise ValueError(f"vision_feature_layer {layer!r} is not supported; supported: {', '.join(map(str, LEVELS[tower]))}")
     fields = TOWERS[tower].read_config(vision)
     strategies = {"default" if fields.get("class_token") else "full": ""}  # default drops the first token, the class token
     one_of(strategies, tree.get("vision_feature_select_strategy", "default"), "vision_feature_select_strategy")
@@ -68,9 +68,9 @@ def _read_config(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _write_config(vision: VisionConfig, language: LanguageConfig) -> dict[str, Any]:
     if vision.tiles:
-        raise ValueError("the model was trained with vision.tiling, and this LLaVA shows an image as one view")
+        raise ValueError("the model was trained with vision.tiling, but this LLaVA has one view per image")
     if vision.layer_scale:
-        raise ValueError("LLaVA asks the vision tower for its hidden states, which InternViT's in transformers does not hand out")
+        raise ValueError("LLaVA reads hidden states of the vision tower, which InternViT in transformers does not return")
     tower = "aimv2_vision_model" if vision.gated_mlp else "clip_vision_model" if vision.class_token else "siglip_vision_model"
     layers = {level: layer for layer, level in LEVELS[tower].items()}
     text = (QWEN2 if language.qkv_bias else LLAMA).write_config(None, language)
@@ -89,7 +89,7 @@ def _write_config(vision: VisionConfig, language: LanguageConfig) -> dict[str, A
 
 
 def _spellings(tower: Spelling, inside: str) -> tuple[Spelling, Spelling]:
-    """A tower's, whose names begin with `inside` within it, on disk and in memory."""
+    """The spellings in files and of modules in memory, for a tower whose names have the prefix `inside`."""
     return (
         tower.prefixed(f"vision_tower.{inside}")
         + PROJECTOR

@@ -1,6 +1,6 @@
-"""Llama, Qwen2 and Qwen2.5 as MindFormers writes them (its `LlamaForCausalLM`), with separate queries, keys and values.
+"""Llama, Qwen2 and Qwen2.5 in the layout of MindFormers (`LlamaForCausalLM`, with separate queries, keys and values).
 
-The words of its config.json are those of its `LlamaConfig`; MindFormers itself takes the same from a YAML file.
+The keys of config.json are those of MindFormers' `LlamaConfig`. MindFormers itself reads them from a YAML file.
 """
 from typing import Any
 
@@ -28,7 +28,7 @@ def _write_config(vision: VisionConfig | None, language: LanguageConfig) -> dict
     if language.heads * language.head_dim != language.width:
         raise ValueError(
             f"this decoder has {language.heads} heads of {language.head_dim} in a width of {language.width}; "
-            f"MindFormers takes the head's width to be width / heads"
+            f"MindFormers needs heads of width / heads"
         )
     return {"model_type": "llama"} | {theirs: getattr(language, ours) for ours, theirs in FIELDS.items()}
 

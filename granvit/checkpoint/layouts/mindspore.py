@@ -1,13 +1,13 @@
-"""MindSpore's `.ckpt` files, read and written without MindSpore, a tensor in memory at a time; and the layout of that name.
+"""Reads and writes MindSpore's `.ckpt` files without MindSpore, one tensor in memory at a time; and the layout `mindspore`.
 
-Such a file is one protobuf message, so a run of fields with no header. Each is a tensor or a slice of a large one:
+Such a file is one protobuf message: a sequence of fields without a header. Each field is a tensor or a slice of a large one:
 
     Checkpoint  { repeated Value value = 1; }
     Value       { string tag = 1; TensorProto tensor = 2; MapTensorProto maptensor = 3; }
     TensorProto { repeated int64 dims = 1; string tensor_type = 2; bytes tensor_content = 3; }
 
-Slices of one tensor follow each other and all state the whole tensor's dims. `crc_num` and ten bytes may end the file: the
-CRC-32 of all that stands before. Nothing in it is code.
+Slices of one tensor follow each other, each with the dims of the whole tensor. The file may end with `crc_num` and ten bytes: the
+CRC-32 of everything before. The format contains no code.
 """
 import hashlib
 import math
@@ -35,10 +35,10 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BFloat16": np.dtype(ml_dtypes.bfloat16),
 }
 TYPES = {dtype: name for name, dtype in DTYPES.items()}
-SLICE_BYTES = 512 << 20  # MindSpore's own
+SLICE_BYTES = 512 << 20  # as in MindSpore
 CRC_MARK, CRC_BYTES = b"crc_num", 10
 VARINT, LENGTH = 0, 2  # protobuf's wire types
-SMALL = 1 << 16  # no tag or type name is longer
+SMALL = 1 << 16  # longer tensor and type names are taken as damage
 
 
 def _encode(number: int) -> bytes:
@@ -54,7 +54,7 @@ def _field(number: int, content: bytes) -> bytes:
 
 
 class CkptWriter:
-    """Writes one `.ckpt` file: `add(name, array)` for all of `shapes`, then `finish()`. A failed write leaves part of a file."""
+    """Writes one `.ckpt` file: `add(name, array)` for all of `shapes`, then `finish()`. A failed write leaves a partial file."""
 
     def __init__(self, path: Path, shapes: Shapes):
         self.shapes = shapes
@@ -68,7 +68,7 @@ class CkptWriter:
         self.file.close()
 
     def add(self, name: str, array: np.ndarray) -> None:
-        """Appends one tensor, in slices where it is large."""
+        """Appends one tensor, in slices if it is large."""
         assert name in self.shapes and name not in self.digests, name
         assert array.shape == self.shapes[name], (name, array.shape, self.shapes[name])
         raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -84,7 +84,7 @@ class CkptWriter:
         self.digests[name] = hashlib.sha256(raw.data).hexdigest()
 
     def finish(self) -> dict[str, str]:
-        """Completes the file (synced) and returns the tensors' digests."""
+        """Completes and syncs the file; returns the tensors' digests."""
         missing = self.shapes.keys() - self.digests.keys()
         assert not missing, f"never written: {sorted(missing)[:5]}"
         self.file.flush()
@@ -94,9 +94,9 @@ class CkptWriter:
 
 
 class CkptFile(StoredTensors):
-    """The tensors of one `.ckpt` file. Opening reads all but the tensors' bytes, and those too where a checksum ends the file.
+    """The tensors of one `.ckpt` file. Opening reads names, shapes and dtypes, and compares the checksum if there is one.
 
-    `ValueError` names the file, and the tensor where one is at fault.
+    `ValueError` names the file, and the tensor if one is invalid.
     """
 
     dtypes = DTYPES
@@ -108,7 +108,7 @@ class CkptFile(StoredTensors):
             previous = None
             for number, offset, length in self._fields(file, 0, end, "the file"):
                 if number != 1:
-                    self._damaged("a field that no checkpoint has")
+                    self._damaged("an unknown field")
                 previous = self._take(file, offset, offset + length, previous)
         for name, entry in self.entries.items():
             self._check_size(name, entry)
@@ -117,7 +117,7 @@ class CkptFile(StoredTensors):
         raise ValueError(f"{self.path}: not a MindSpore checkpoint, or truncated, damaged or encrypted ({what})")
 
     def _without_checksum(self, file: BinaryIO) -> int:
-        """The file's length without its checksum, which is compared."""
+        """The file's length without its checksum; `ValueError` if the checksum is wrong."""
         size = self.path.stat().st_size
         end = size - len(CRC_MARK) - CRC_BYTES
         if end < 0:
@@ -130,7 +130,7 @@ class CkptFile(StoredTensors):
         for start in range(0, end, CHUNK_BYTES):
             found = zlib.crc32(file.read(min(CHUNK_BYTES, end - start)), found)
         if found != stated:
-            raise ValueError(f"{self.path}: its bytes are not those that were written (checksum)")
+            raise ValueError(f"{self.path}: its bytes do not match its checksum; the file is damaged")
         return end
 
     def _varint(self, file: BinaryIO, where: str) -> int:
@@ -144,47 +144,47 @@ class CkptFile(StoredTensors):
         return number
 
     def _fields(self, file: BinaryIO, offset: int, end: int, where: str) -> Iterator[tuple[int, int, int]]:
-        """(number, offset, length) of every length-delimited field between two offsets; of a varint: (number, its value, -1)."""
+        """Yields (number, offset, length) of the length-delimited fields between two offsets, (number, value, -1) of varints."""
         while offset < end:
             file.seek(offset)
             key = self._varint(file, where)
             number, kind = key >> 3, key & 7
             if kind not in (VARINT, LENGTH) or not 1 <= number <= 3:
-                self._damaged(f"a field that no checkpoint has, in {where}")
+                self._damaged(f"an unknown field in {where}")
             value = self._varint(file, where)
             offset = file.tell()
             if kind == VARINT:
                 yield number, value, -1
                 continue
             if offset + value > end:
-                self._damaged(f"{where} needs {offset + value - end} bytes more")
+                self._damaged(f"{where} is {offset + value - end} bytes too short")
             yield number, offset, value
             offset += value
         if offset != end:
-            self._damaged(f"{where} has another length than stated")
+            self._damaged(f"{where} has a wrong length")
 
     def _text(self, file: BinaryIO, offset: int, length: int) -> str:
         if length > SMALL:
-            self._damaged("a name of impossible length")
+            self._damaged("a name that is too long")
         file.seek(offset)
         try:
             return file.read(length).decode()
         except UnicodeDecodeError:
-            self._damaged("a name that is no text")
+            self._damaged("a name that is not UTF-8")
 
     def _take(self, file: BinaryIO, start: int, end: int, previous: str | None) -> str:
-        """Enters one value, a tensor or its next slice, and returns its name; `previous` is the name before it."""
+        """Adds one value (a tensor or its next slice) to `entries` and returns its name; `previous` is the name before it."""
         name, tensor = None, None
-        where = f"the value behind {previous!r}" if previous else "the first value"
+        where = f"the value after {previous!r}" if previous else "the first value"
         for number, offset, length in self._fields(file, start, end, where):
             if number == 1:
                 name = self._text(file, offset, length)
             elif number == 2:
                 tensor = (offset, offset + length)
             else:
-                raise ValueError(f"{self.path}: tensor {name!r} is a map, which no model here has")
+                raise ValueError(f"{self.path}: tensor {name!r} is a map, which is not supported")
         if name is None or tensor is None:
-            self._damaged("a value without name or tensor")
+            self._damaged("a value without a name or a tensor")
         shape, tag, span = self._tensor(file, *tensor, name)
         entry = self.entries.get(name)
         if entry is None:
@@ -192,7 +192,7 @@ class CkptFile(StoredTensors):
         elif previous != name or self._complete(entry):
             raise ValueError(f"{self.path}: tensor {name!r} is there twice")
         elif (entry["tag"], entry["shape"]) != (tag, shape):
-            self._damaged(f"slices of {name!r} of different kinds")
+            self._damaged(f"slices of {name!r} with different dims or types")
         else:
             entry["spans"].append(span)
         return name
@@ -209,7 +209,7 @@ class CkptFile(StoredTensors):
             else:
                 self._damaged(f"the dims of {name!r}")
         if tag is None or span is None:
-            self._damaged(f"tensor {name!r} without type or content")
+            self._damaged(f"tensor {name!r} without a type or content")
         return tuple(dims) if dims != [0] else (), tag, span  # a scalar is written as [0]
 
     def _complete(self, entry: dict) -> bool:
@@ -218,7 +218,7 @@ class CkptFile(StoredTensors):
 
     def _check_size(self, name: str, entry: dict) -> None:
         if entry["tag"] not in self.dtypes:
-            return  # never read
+            return  # `check_readable` refuses it if it is needed
         found = sum(length for _, length in entry["spans"])
         expected = math.prod(entry["shape"]) * self.dtypes[entry["tag"]].itemsize
         if found != expected:

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5 as transformers writes them: Llama with biases on queries, keys and values."""
+"""Qwen2 and Qwen2.5 in the layout of transformers: Llama with biases on queries, keys and values."""
 from typing import Any
 
 from granvit.checkpoint.layouts import Layout, Spelling, llama
@@ -8,7 +8,7 @@ BIASES = tuple((f"layers.{{i}}.self_attn.{p}_proj.bias", f"language.model.layers
 
 
 def spelling(model: str = "model.", head: str = "lm_head.") -> Spelling:
-    """The decoder's names with `model` before the blocks' and `head` before the head's."""
+    """The decoder's names with the prefix `model`, and the head's with the prefix `head`."""
     return llama.spelling(model, head) + Spelling(BIASES).prefixed(model)
 
 

@@ -1,6 +1,7 @@
-"""SigLIP and SigLIP2 (`model_type: siglip`) as transformers writes them: the vision tower alone or both towers.
+"""SigLIP and SigLIP2 (`model_type: siglip`) in the layout of transformers: only the vision tower, or both towers.
 
-Their words are the canonical ones. Their config.json states only what differs from transformers' `SiglipVisionConfig`.
+The canonical names are the same with another prefix. config.json states only values that differ from the defaults of
+transformers' `SiglipVisionConfig`.
 """
 from typing import Any
 
@@ -31,7 +32,7 @@ def read_config(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_config(vision: VisionConfig) -> dict[str, Any]:
-    """The tower's config, without the pooling head; `ValueError` for an encoder that is not built like SigLIP's."""
+    """The tower's config, without the pooling head; `ValueError` for an encoder with another architecture than SigLIP."""
     refuse_unlike(vision, STRUCTURE, "SigLIP")
     tree = {theirs: getattr(vision, ours) for ours, theirs in FIELDS.items()}
     activation = one_of(WORDS, vision.activation, "activation")
@@ -52,7 +53,7 @@ TOWER = Spelling(
     ),
     left_out=(
         ("head.{*}", "the pooling head: the projector reads patch tokens"),
-        ("embeddings.position_ids", "0, 1, 2, ...: old files carry it"),
+        ("embeddings.position_ids", "the constant 0, 1, 2, ... that old files carry"),
     ),
 )
 OTHER_TOWER = Spelling(
@@ -71,5 +72,5 @@ SIGLIP = Layout(
     read_config=lambda tree: {"vision": read_config(tree.get("vision_config", tree))},
     write_config=_write_config,
     metadata=(("format", "pt"),),
-    pixels={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "resize": "bilinear"},  # SigLIP's own is bicubic
+    pixels={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "resize": "bilinear"},  # as SigLIP2; the first SigLIP is bicubic
 )
