@@ -65,7 +65,7 @@ def test_features_of_every_level_are_those_of_transformers(published, package):
     if package is pt_granvit:
         np.testing.assert_array_equal(features(encoder, pixels), features(encoder, pixels, level="penultimate"))
     if not vision.closing_norm:
-        with pytest.raises(ValueError, match="level 'final' is not built in this encoder, which has penultimate, last"):
+        with pytest.raises(ValueError, match="level 'final'.*penultimate, last"):
             features(encoder, pixels, level="final")
 
 
@@ -81,7 +81,7 @@ def test_another_resolution_resamples_the_positions_as_transformers_does(row, pa
     encoder = package.load_encoder(tmp_path, resolution=48, device="cpu")
     np.testing.assert_allclose(features(encoder, pixels), expected.numpy(), rtol=1e-4, atol=2e-5)
     for other in (pixels[..., :32], pixels[..., :32, :32], np.concatenate([pixels, pixels], -1)):
-        with pytest.raises(ValueError, match=r"pixels of another size: this encoder takes \[B, 3, 48, 48\]; load_encoder"):
+        with pytest.raises(ValueError, match=r"\[B, 3, 48, 48\]; load_encoder\(.*resolution"):
             features(encoder, other)
     with pytest.raises(ValueError, match=r"resolution 7: .* looks at patches of 8 pixels"):
         package.load_encoder(tmp_path, resolution=7)
