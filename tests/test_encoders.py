@@ -65,7 +65,7 @@ def test_features_of_every_level_are_those_of_transformers(published, package):
     if package is pt_granvit:
         np.testing.assert_array_equal(features(encoder, pixels), features(encoder, pixels, level="penultimate"))
     if not vision.closing_norm:
-        with pytest.raises(ValueError, match="level 'final'.*penultimate, last"):
+        with pytest.raises(ValueError, match=r"level 'final'.*penultimate, last"):
             features(encoder, pixels, level="final")
 
 
