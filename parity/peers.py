@@ -33,7 +33,7 @@ def without_transformers() -> str:
 def without_mindformers(precision: str) -> str:
     """Why MindFormers' Llama is not compared (empty if it is)."""
     if importlib.util.find_spec("mindformers") is None:
-        return "peers: MindFormers is not installed (pip install -e '.[test]'); its Llama was not compared"
+        return "peers: MindFormers is not installed (pip install -e '.[test-mindspore]'); its Llama was not compared"
     if precision != "float32":
         return f"peers: MindFormers' Llama was not compared: on CPU it runs in float32, not in {precision}"
     return ""

@@ -48,7 +48,7 @@ def describe(row: Row, where: str) -> str:
     """One failed row in words: the tensor, its error, and the class that made it (`where`)."""
     far = row.reason
     if row.reason == "diverged":
-        far = f"off by {row.error[0]:.1e} (limit {row.limit[0]:.1e}, PyTorch {row.peer_error[0]:.1e})"
+        far = f"off by {row.error[0]:.1e} (limit {row.limit[0]:.1e}, peer {row.peer_error[0]:.1e})"
     return f"{row.kind} {row.name}: {far}{f'; made by {where}' if where else ''}"
 
 
@@ -68,7 +68,7 @@ def print_report(report: Report, sources: dict[str, str], console: Console) -> N
             console.print(f"[red]{v.suite}[/]: first {describe(v.first, sources.get(v.first.name, ''))}", highlight=False)
     if report.faults:
         faults = Table(title="planted faults")
-        for column in ("fault", "planted in", "suite", "verdict", "first named"):
+        for column in ("fault", "planted in", "suite", "verdict", "first failure"):
             faults.add_column(column)
         for f in report.faults:
             colour = "green" if f["detected"] and f["located"] else "red"
@@ -204,7 +204,7 @@ def _fault_table(report: Report) -> str:
         state = "located" if good else "detected, wrong place" if f["detected"] else "missed"
         cells = "".join(f"<td>{html.escape(str(f[key]))}" for key in ("name", "framework", "suite", "expected", "first"))
         lines.append(f'<tr class="{"" if good else "bad"}">{cells}<td>{state}</tr>')
-    head = "<tr><th>planted fault<th>in<th>suite<th>expected at<th>first named<th>verdict</tr>"
+    head = "<tr><th>planted fault<th>in<th>suite<th>expected at<th>first failure<th>verdict</tr>"
     alarms = ""
     if report.false_alarms is not None:
         a = report.false_alarms
