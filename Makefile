@@ -1,7 +1,9 @@
-# make demo: fresh machine -> trained tiny GranViT, table, pictures. make test: fresh machine -> the whole test suite.
+# make demo: installs into .venv, trains a tiny GranViT, prints its table and draws pictures.
+# make test: installs into .venv and runs the whole test suite.
 # make lint: ruff over everything, mypy over the core.
-# make test-torch PYTHON=python3.13: the core and the PyTorch twin without MindSpore, in an environment of their own, on a newer Python.
-# make transformers5: a second environment, in which tests/test_transformers5.py loads exports; without it that test is skipped.
+# make test-torch PYTHON=python3.13: runs the tests without MindSpore in a separate environment, on a newer Python if you name one.
+# make transformers5: installs a second environment, in which tests/test_transformers5.py loads exports; without it, that test is
+# skipped.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 READY := $(VENV)/.ready

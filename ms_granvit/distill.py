@@ -1,7 +1,8 @@
 """Self-distillation (paper section 4.3): MSE(teacher(crop), ROIAlign(student features)), and the EMA teacher.
 
-Departures where the paper is silent (SPEC, "Self-distillation"): the teacher moves once per optimizer step, in float32;
-the loss is the mean over elements, then over the valid boxes of the global batch.
+The paper leaves two points open. Here the teacher is updated once per optimizer step, in float32; and the loss is the mean over
+elements, then over the valid boxes of the global batch.
+
 Layout letters: B rows, T views per row, K boxes per row, N patches, C width, g cells along a side of the ROI grid, r crop side.
 """
 import mindspore as ms
@@ -16,7 +17,8 @@ def side(patches: int) -> int:
 
 
 def teacher_features(teacher: nn.Cell, crops_BK3rr: Tensor, grid: int) -> Tensor:
-    """The teacher's view of each crop, `[B, K, grid, grid, C]`, average-pooled where `grid` is below its own; no gradient."""
+    """The teacher's features of each crop, `[B, K, grid, grid, C]`, without gradient. They are average-pooled if `grid` is
+    smaller than the teacher's own patch grid."""
     B, K, _, r, _ = crops_BK3rr.shape
     features = ops.stop_gradient(teacher.encode(crops_BK3rr.reshape(B * K, 3, r, r))[1])
     cell = side(features.shape[1]) // grid
@@ -28,7 +30,8 @@ def teacher_features(teacher: nn.Cell, crops_BK3rr: Tensor, grid: int) -> Tensor
 def student_features(student_BNC: Tensor, boxes_BK4: Tensor, grid: int, grids_B2: Tensor | None) -> Tensor:
     """The student's features under each box, `[B, K, grid, grid, C]`.
 
-    With `grids_B2` the features are those of all views, `[B T, N, C]`; the map is what the tiles make up, without view 0.
+    With tiling, `grids_B2` holds the rows and columns of tiles of each image, and `student_BNC` the features of all views,
+    `[B T, N, C]`. The boxes refer to the map that the tiles form; view 0 (the whole image) is not used.
     """
     B, N, C = student_BNC.shape
     if grids_B2 is None:
@@ -39,10 +42,10 @@ def student_features(student_BNC: Tensor, boxes_BK4: Tensor, grid: int, grids_B2
 
 def distill_sums(student_BNC: Tensor, teacher_BKggC: Tensor, boxes_BK4: Tensor, weights_BK: Tensor,
                  loss: str, grids_B2: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Summed distillation loss over the valid boxes, and for the log the summed variance of the teacher's features: over a box's
-    cells, per channel, then averaged over the channels. Both float32.
+    """The distillation loss and the variance of the teacher's features, each summed over the valid boxes; float32 scalars.
 
-    `mse`: mean over a box's elements of the squared difference. `cosine`: mean over its cells of 1 - cosine.
+    Loss of a box: for `mse` the mean of the squared difference over the box's elements, for `cosine` the mean of 1 - cosine over
+    its cells. Variance of a box (logged only): over its cells for each channel, then averaged over the channels.
     """
     student = ops.cast(student_features(student_BNC, boxes_BK4, teacher_BKggC.shape[2], grids_B2), ms.float32)
     teacher = ops.cast(teacher_BKggC, ms.float32)

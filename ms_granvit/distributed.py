@@ -10,16 +10,16 @@ from mindspore import Tensor, communication, nn, ops
 from granvit.cost import host_memory
 
 ASCEND_910B = 64 * 10**9  # bytes
-# Seconds that a rank waits for another: in a collective (CANN's default, 1836, could end a run whose rank 0 writes large start
-# weights; with its AIV expansion CANN allows 1091 at most, whatever is set), and to connect (default 120: ranks compile the first
-# step's graph for unlike times). A rank that has died is noticed by the watchers (granvit.watcher), not by this.
+# Timeouts in seconds. In a collective: CANN's default, 1836, could end a run while rank 0 writes large start weights. (With AIV
+# expansion CANN allows at most 1091, whatever is set.) When connecting: the default, 120, is too short where ranks need unequal
+# time to compile the first step's graph. A rank that has died is detected by granvit.watcher, not by these timeouts.
 HCCL_TIMEOUTS = {"HCCL_EXEC_TIMEOUT": "17340", "HCCL_CONNECT_TIMEOUT": "7200"}
-ROW, SHORT = 1024, 65536  # numbers in a row; vectors of so many are summed at once
-CHUNK = 1 << 26  # elements that one all-reduce joins (256 MiB of float32)
+ROW, SHORT = 1024, 65536  # elements of one partial sum; longest vector that is summed in one reduction
+CHUNK = 1 << 26  # elements in one joined all-reduce (256 MiB of float32)
 
 
 def choose_device(name: str) -> str:
-    """cpu or npu; `auto` takes the accelerator that is there. `ValueError` where the named one is not."""
+    """The device to use: cpu or npu. `auto` is the accelerator if there is one. `ValueError` if a named one is missing."""
     if name == "cuda":
         raise ValueError("runtime.device cuda: MindSpore runs on cpu and npu here; for CUDA use --framework torch")
     if name == "cpu":
@@ -31,22 +31,22 @@ def choose_device(name: str) -> str:
 
 
 def use_device(name: str) -> str:
-    """Chooses a device as `choose_device` does and makes it MindSpore's."""
+    """Chooses a device as `choose_device` does and makes it MindSpore's device for this process."""
     device = choose_device(name)
     target = "Ascend" if device == "npu" else "CPU"
-    if ms.get_context("device_target") != target:  # refused once a kernel has run, even where nothing would change
+    if ms.get_context("device_target") != target:  # set_device fails once a kernel has run, even for the same device
         ms.set_device(target)
     return device
 
 
 def memory(name: str) -> int:
-    """Bytes of the device that `name` chooses; of the machine for cpu, whose ranks share them. For npu those of a 910B: MindSpore
-    knows a device's only once it is in use."""
+    """Memory of the device that `name` chooses, in bytes. For cpu it is the machine's memory, which all its ranks share. For npu
+    it is that of a 910B, because MindSpore reports a device's memory only once the device is in use."""
     return host_memory() if choose_device(name) == "cpu" else ASCEND_910B
 
 
 class Ranks:
-    """`granvit.engine.Ranks` over msrun's process group. `sum` is the graph that sums small vectors (None: one rank alone)."""
+    """`granvit.engine.Ranks` over msrun's process group. `sum` is the graph that sums small vectors (None for a single rank)."""
 
     def __init__(self, rank: int, world: int, device: str):
         self.rank, self.world, self.device = rank, world, device
@@ -64,11 +64,11 @@ class Ranks:
 
 
 def join(name: str) -> Ranks:
-    """Selects the device that `name` chooses and joins msrun's process group where there is one."""
+    """Selects the device that `name` chooses. In a process that msrun started, joins its process group."""
     device = choose_device(name)
     if device == "npu":
         ms.set_device("Ascend")
-    elif ms.get_context("device_target") != "CPU":  # refused once a kernel has run, even where nothing would change
+    elif ms.get_context("device_target") != "CPU":  # set_device fails once a kernel has run, even for the same device
         ms.set_device("CPU")
     ms.set_context(mode=ms.GRAPH_MODE)
     if "MS_WORKER_NUM" not in os.environ:
@@ -83,10 +83,11 @@ def join(name: str) -> Ranks:
 
 @contextmanager
 def _more_than_one_core() -> Iterator[None]:
-    """Lends all cores to a process that is kept on one (`msrun --bind_core` on a small machine); several are left as they are.
+    """Inside the block, a process that is bound to one core (`msrun --bind_core` on a small machine) may use all cores. A process
+    with several cores is left alone.
 
-    By MindSpore's log a connection counts only if the main thread has noted it before the event loop does. On one core it
-    mostly has not, and every attempt lost costs half a second.
+    According to its log, MindSpore accepts a connection only if the main thread registers it before the event loop handles it. On
+    a single core this mostly fails, and each failed attempt costs half a second.
     """
     bound = os.sched_getaffinity(0)
     if len(bound) > 1:
@@ -94,13 +95,13 @@ def _more_than_one_core() -> Iterator[None]:
         return
     os.sched_setaffinity(0, range(os.cpu_count() or 1))
     yield
-    for thread in os.listdir("/proc/self/task"):  # those that were started meanwhile, too
+    for thread in os.listdir("/proc/self/task"):  # also those started inside the block
         with suppress(ProcessLookupError):
             os.sched_setaffinity(int(thread), bound)
 
 
 def chunks(sizes: list[int]) -> tuple[tuple[int, ...], ...]:
-    """Indices of consecutive tensors grouped until a group holds `CHUNK` elements."""
+    """Indices of consecutive tensors in groups of at most `CHUNK` elements; a larger tensor forms a group of its own."""
     groups, filled = [[]], 0
     for i, size in enumerate(sizes):
         if groups[-1] and filled + size > CHUNK:
@@ -112,7 +113,7 @@ def chunks(sizes: list[int]) -> tuple[tuple[int, ...], ...]:
 
 
 class AllSum(nn.Cell):
-    """Sum of one vector over the ranks, of which there are at least two."""
+    """Sum of one vector over at least two ranks."""
 
     def __init__(self):
         super().__init__(auto_prefix=False)
@@ -123,10 +124,11 @@ class AllSum(nn.Cell):
 
 
 class SumOfSquares(nn.Cell):
-    """Sum of the squares of a vector, always in the same order.
+    """Sum of the squares of a vector, always added in the same order.
 
-    MindSpore's reduction on CPU times itself with several partitions and keeps the fastest: the sum of a long vector (more than
-    100,000 numbers) changes in its last bit from launch to launch. There rows are summed first, whose order is fixed.
+    On CPU, MindSpore's reduction times several partitions of its work and keeps the fastest. The sum of a long vector (more than
+    100,000 elements) therefore changes in its last bit from launch to launch. So on CPU the vector is first summed in rows, whose
+    order of additions is fixed.
     """
 
     def __init__(self):
@@ -143,16 +145,17 @@ class SumOfSquares(nn.Cell):
         return ops.sum(values) + rest
 
     def fold(self, values: Tensor) -> tuple[Tensor, Tensor | float]:
-        """Sums of rows of `ROW` numbers, and the sum of what is left over."""
+        """Sums of rows of `ROW` elements, and the sum of the remaining elements."""
         whole = values.shape[0] // ROW * ROW
         rest = 0.0 if whole == values.shape[0] else ops.sum(values[whole:])
         return ops.sum(values[:whole].reshape(-1, ROW), -1), rest
 
 
 class ReduceGradients(nn.Cell):
-    """Sums the accumulated gradients over the ranks, in place, joined into few large all-reduces, and a vector of loss terms.
+    """Sums over the ranks the accumulated gradients, in place and joined into few large all-reduces, and a vector of loss terms.
 
-    Returns one vector for the host to read, the summed terms and then the gradients' global norm; and that norm by itself.
+    Returns a vector of the summed terms followed by the global norm of the gradients, so that the host reads only once; and the
+    norm again as a scalar.
     """
 
     def __init__(self, gradients: ms.ParameterTuple, world: int):

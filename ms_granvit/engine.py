@@ -1,8 +1,9 @@
-"""The MindSpore engine: one training step in static graphs, state in and out, generation (see `granvit.engine.TrainEngine`).
+"""The MindSpore engine: training steps in static graphs, reading and loading of the training state, generation (see
+`granvit.engine.TrainEngine`).
 
 A step launches four graphs: `micro_batch` (forward, backward, accumulate; compiled once per row shape), `reduce` (sum over
-the ranks, global norm), `update` (clip, AdamW) and `ema`. Between the second and the third the host reads loss and norm, once,
-and looks whether they are finite. What changes from step to step enters as tensors, so nothing is compiled again.
+the ranks, global norm), `update` (clip, AdamW) and `ema`. Between `reduce` and `update` the host reads loss and norm, once, and
+checks that they are finite. Values that change from step to step are tensor inputs, so nothing is compiled again.
 """
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -28,7 +29,7 @@ from ms_granvit.vision import VisionEncoder
 
 
 class Losses(nn.Cell):
-    """The loss of one micro-batch (its share of the global batch's), and its terms for the log."""
+    """The loss of one micro-batch, as its share of the global batch's loss, and the terms that are logged."""
 
     def __init__(self, model: GranViT, teacher: VisionEncoder | None, config: RunConfig, own_grid: int):
         super().__init__(auto_prefix=False)
@@ -38,8 +39,8 @@ class Losses(nn.Cell):
     def construct(self, pixels_B3RR, image_weights_B, token_ids_BS, positions_BS, segments_BS, image_positions_BN,
                   answer_positions_BA, answer_targets_BA, answer_weights_BA, tokens, boxes=None, boxes_BK4=None,
                   box_weights_BK=None, crops_BK3rr=None, grids_B2=None):  # fmt: skip
-        """Loss, caption loss, distillation loss: the batch's sums divided by `tokens` and `boxes` (`StepInputs.divisors`). Then
-        the summed variance of the teacher's features, undivided."""
+        """Loss, caption loss and distillation loss: the batch's sums divided by `tokens` and `boxes` (see `StepInputs.divisors`).
+        Then the summed variance of the teacher's features, not divided."""
         logits, built_features = self.model(
             pixels_B3RR, image_weights_B, token_ids_BS, positions_BS, segments_BS, image_positions_BN, answer_positions_BA
         )
@@ -53,8 +54,9 @@ class Losses(nn.Cell):
 
 
 class MicroBatch(nn.Cell):
-    """Forward and backward; adds the gradients to the accumulators. Returns the terms so far `[3]` (caption, distillation,
-    feature variance) with its own added to them, and its own loss."""
+    """Forward and backward pass of one micro-batch; adds the gradients to the accumulators. `terms` `[3]` is the running sum of
+    caption loss, distillation loss and feature variance. Returns it with this micro-batch's terms added, and this micro-batch's
+    loss."""
 
     def __init__(self, losses: Losses, parameters: ParameterTuple, gradients: ParameterTuple):
         super().__init__(auto_prefix=False)
@@ -69,7 +71,7 @@ class MicroBatch(nn.Cell):
 
 
 class LossSums(nn.Cell):
-    """Forward alone: the sums so far `[2]` (caption, distillation) with a batch's added to them."""
+    """Forward pass alone. `sums` `[2]`: the running sum of caption and distillation loss; returns it with this batch's added."""
 
     def __init__(self, losses: Losses):
         super().__init__(auto_prefix=False)
@@ -124,7 +126,7 @@ class Engine:
 
     @property
     def compilations(self) -> dict[str, int]:
-        """How often each graph was compiled: MindSpore's own cache, which holds one entry for each."""
+        """How often each graph was compiled, counted in MindSpore's cache, which has one entry for each compilation."""
         graphs = {
             "micro_batch": self.micro_batch, "reduce": self.reduce, "update": self.update, "clear": self.clear, "ema": self.ema,
             "all_sum": self.ranks.sum, "held_out": self.held_out, "prefill": self.prefill, "decode": self.decode,
@@ -137,7 +139,8 @@ class Engine:
     def step(self, micro_batches: Sequence[Batch], step_inputs: StepInputs) -> StepResult:
         """Forward and backward over the micro-batches, sum over ranks, clip, AdamW, EMA.
 
-        The device is read once, before the update; where the loss is not finite, its micro-batches' losses are read as well.
+        The host reads from the device once, before the update. If loss or gradient norm is not finite, no weight is changed, the
+        host also reads the micro-batches' losses, and `NonFiniteLoss` lists this rank's micro-batches that are not finite.
         """
         terms, own_losses = Tensor(np.zeros(3, np.float32)), []
         for batch in micro_batches:
@@ -172,7 +175,7 @@ class Engine:
         return [Tensor(array) for array in arrays]
 
     def loss_sums(self, micro_batches: Iterable[Batch]) -> np.ndarray:
-        """Caption and distillation loss summed over tokens and boxes, `[2]`; the device is read once."""
+        """Caption loss summed over tokens, distillation loss summed over boxes, `[2]`; the host reads from the device once."""
         sums = Tensor(np.zeros(2, np.float32))
         for batch in micro_batches:
             sums = self.held_out(sums, *self.inputs(batch, UNDIVIDED))
@@ -183,7 +186,7 @@ class Engine:
         return self.ranks.all_sum(values)
 
     def tensors(self, group: Group) -> Iterator[tuple[str, np.ndarray]]:
-        """One group's tensors under the parameters' names."""
+        """Names and values of one group's tensors; the names are those of the parameters."""
         for name, parameter in self._group(group).items():
             yield name, to_numpy(parameter)
 
@@ -211,5 +214,5 @@ class Engine:
 
 
 def scalar(value: float) -> Tensor:
-    """A float32 tensor without axes."""
+    """A float32 tensor of shape `()`."""
     return Tensor(np.float32(value))

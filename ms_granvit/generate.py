@@ -1,4 +1,4 @@
-"""Greedy generation with a key-value cache: one graph reads the prompts, one graph makes a token; shapes are fixed."""
+"""Greedy generation with a key-value cache. One graph reads the prompts, another generates one token; all shapes are fixed."""
 from collections.abc import Callable
 
 import mindspore as ms
@@ -54,9 +54,9 @@ def choose_token(logits_B1V: Tensor) -> Tensor:
 
 def greedy(prefill: Prefill, decode: Decode, prompts: PromptBatch, max_new_tokens: int, stop_token: int,
            on_logits: Callable[[Tensor], None] = lambda logits_B1V: None) -> np.ndarray:  # fmt: skip
-    """The most probable continuation of each row, int32 `[B, max_new_tokens]`; `stop_token` fills what follows the first one.
+    """Greedy continuation of each row, int32 `[B, max_new_tokens]`. After the first `stop_token` a row holds only `stop_token`.
 
-    `on_logits` is called with the logits `[B, 1, V]` of every step; they stay on the device unless it reads them.
+    `on_logits` is called with the logits `[B, 1, V]` of every step; they stay on the device unless `on_logits` reads them.
     """
     tokens, logits, keys, values = prefill(
         Tensor(prompts.pixels_B3RR), Tensor(prompts.token_ids_BS), Tensor(prompts.lengths_B), Tensor(prompts.image_positions_BN),

@@ -23,7 +23,7 @@ from ms_granvit.vision import VisionEmbeddings, VisionEncoder
 
 
 class Differentiated(nn.Cell):
-    """Losses and the gradients of the first of them."""
+    """The loss terms, and the gradients of the first one, the total loss."""
 
     def __init__(self, losses: nn.Cell, parameters: ParameterTuple):
         super().__init__(auto_prefix=False)
@@ -35,7 +35,7 @@ class Differentiated(nn.Cell):
 
 
 def tapped_modules(engine: Engine, names: Iterable[str]) -> dict[str, Module]:
-    """The module behind each activation's name; `KeyError` where there is none."""
+    """The module that makes each named activation; `KeyError` for an unknown name."""
     cells = {name: cell for name, cell in engine.model.cells_and_names() if name}
     cells[INPUTS] = engine.model
     if engine.teacher is not None:
@@ -105,7 +105,7 @@ class Pixels(nn.Cell):
 
 
 class Positions(nn.Cell):
-    """The resampled position embeddings; their gradient is the table's."""
+    """A table of position embeddings resampled to `image_size`."""
 
     def __init__(self, vision: VisionConfig, image_size: int):
         super().__init__()
@@ -125,7 +125,7 @@ class Activate(nn.Cell):
 
 
 class Weighted(nn.Cell):
-    """An operator's output, summed under a cotangent, and the output itself."""
+    """The sum of an operator's output times a cotangent, and the output itself."""
 
     def __init__(self, operator: nn.Cell):
         super().__init__(auto_prefix=False)
@@ -137,7 +137,7 @@ class Weighted(nn.Cell):
 
 
 def _operator(name: str, config: RunConfig, device: str, arrays: Sequence[np.ndarray], options: dict[str, Any]) -> nn.Cell:
-    """What `granvit.introspection.Introspection.operate` runs: the functions and cells that the model itself is made of."""
+    """The operator that `granvit.introspection.Introspection.operate` runs: a function or cell that the model itself uses."""
     dtype = DTYPES[config.runtime.compute]
     if name in ("layer_norm", "rms_norm"):
         cell = Norm(name.removesuffix("_norm"), arrays[0].shape[-1], **options)
@@ -159,14 +159,14 @@ def _operator(name: str, config: RunConfig, device: str, arrays: Sequence[np.nda
 
 
 class Introspector:
-    """`granvit.introspection.Introspection` over MindSpore, in graph mode or, without `graph`, in PyNative."""
+    """`granvit.introspection.Introspection` over MindSpore, in graph mode, or in PyNative mode if `graph` is False."""
 
     def __init__(self, config: RunConfig, vision: VisionConfig, language: LanguageConfig,
                  start: Iterable[tuple[str, np.ndarray]], shapes: Shapes, graph: bool = True):  # fmt: skip
         self.engine = Engine(config, vision, language, start)
         self.mode = ms.GRAPH_MODE if graph else ms.PYNATIVE_MODE
         self.dtype = DTYPES[config.runtime.compute]
-        self.weights = ParameterTuple(self.engine.model.get_parameters())  # before the taps bring parameters of their own
+        self.weights = ParameterTuple(self.engine.model.get_parameters())  # before the taps add their own parameters
         self.taps: dict[str, Tap] = {}
         for name, module in tapped_modules(self.engine, shapes).items():
             module.tap = self.taps[name] = Tap(shapes[name], self.dtype)
@@ -177,7 +177,7 @@ class Introspector:
         self.differentiated = Differentiated(self.engine.micro_batch.losses, self.weights + probes)
 
     def capture(self, batch: Batch, feed: Feed | None = None, backward: bool = True) -> Capture:
-        """Forward and backward over one batch, with what is fed in place of activations."""
+        """Forward and backward pass over one batch; `feed` replaces the values and gradients of the activations it names."""
         for name, tap in self.taps.items():
             tap.feed((feed or {}).get(name))
         inputs = self.engine.inputs(batch, StepInputs(1, 0.0, 0.0, batch.tokens, batch.boxes))
@@ -198,7 +198,7 @@ class Introspector:
 
     def operate(self, operator: str, arrays: Sequence[np.ndarray], cotangent: np.ndarray, differentiate: int,
                 **options: Any) -> tuple[np.ndarray, list[np.ndarray]]:  # fmt: skip
-        """An operator's output, and the gradients of its first `differentiate` inputs under `cotangent`."""
+        """An operator's output, and the gradients of its first `differentiate` inputs; `cotangent` is the output's gradient."""
         cell = _operator(operator, self.engine.config, self.engine.device, arrays, options)
         inputs = [to_tensor(a, self.dtype) if a.dtype.kind == "f" else Tensor(a) for a in arrays]
         ms.set_context(mode=self.mode)
@@ -215,7 +215,7 @@ class Introspector:
 
     def generate(self, prompts: PromptBatch, max_new_tokens: int, stop_token: int) -> tuple[np.ndarray, np.ndarray]:
         """Greedy continuation, and the logits `[B, T, V]` of its steps."""
-        assert not self.taps, "taps have the shapes of a training batch"
+        assert not self.taps, "generation needs an Introspector without taps, whose shapes are those of a training batch"
         steps: list[np.ndarray] = []
         prefill, decode = self.engine.prefill, self.engine.decode
         tokens = greedy(prefill, decode, prompts, max_new_tokens, stop_token, lambda logits: steps.append(to_numpy(logits)))

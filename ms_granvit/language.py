@@ -35,7 +35,7 @@ class Rotary(nn.Cell):
 
 
 def rotate(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Applies RoPE: the first half of the head's width is paired with the second."""
+    """Applies RoPE in the rotate-half layout: channel i of a head is paired with channel i + D / 2."""
     half = x_BHSD.shape[-1] // 2
     swapped = ops.cat((-x_BHSD[..., half:], x_BHSD[..., :half]), -1)
     return x_BHSD * cos + swapped * sin
@@ -96,7 +96,7 @@ class LanguageBlock(Module):
 
     def forward_cached(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, keys: Tensor, values: Tensor,
                        slots_BSL: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """As `construct`, over a cache `[B, G, L, D]` into which the new keys and values are written at one-hot slots."""
+        """As `construct`, with caches `[B, G, L, D]`; new keys and values are written to the one-hot slots."""
         q, k, v = self.self_attn.project(self.input_layernorm(x), cos, sin)
         B, S, L = slots_BSL.shape
         one_hot_BGSL = ops.broadcast_to(ops.expand_dims(ops.cast(slots_BSL, x.dtype), 1), (B, k.shape[1], S, L))
@@ -117,7 +117,7 @@ class DecoderModel(nn.Cell):
 
 
 class CausalDecoder(Module):
-    """A decoder over input embeddings, so that image tokens can stand among text tokens."""
+    """A decoder that takes input embeddings instead of token ids, so that image tokens can be placed between text tokens."""
 
     def __init__(self, c: LanguageConfig, dtype: ms.Type, attention: str = "composed", recompute: bool = False):
         super().__init__()
@@ -131,9 +131,8 @@ class CausalDecoder(Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, dtype: ms.Type | None = None, device: str = "auto") -> Self:
-        """The decoder in a publisher's directory (any layout that `parity/convert.py` knows), in a run or in one of
-        `save_pretrained`, for evaluation; `dtype` (default: the stored one; float32 on CPU), `device`, warnings and errors as
-        for the encoder."""
+        """Loads the decoder for evaluation from a publisher's directory (any layout that `parity/convert.py` reads), a run, or a
+        directory that `save_pretrained` wrote. For `dtype`, `device`, warnings and errors see `VisionEncoder.from_pretrained`."""
         opened = open_pretrained(directory, "language")
         device = use_device(device)
         dtype = dtype or dtype_on_device(opened.dtype)
@@ -158,7 +157,7 @@ class CausalDecoder(Module):
         return self.emit(linear(hidden, self.model.embed_tokens.weight, None))
 
     def construct(self, inputs_BSC: Tensor, positions_BS: Tensor, segments_BS: Tensor) -> Tensor:
-        """Hidden states `[B, S, C]` after the closing norm, under the shared-prefix mask."""
+        """Hidden states `[B, S, C]` after the closing norm, with the shared-prefix mask."""
         cos, sin = self.rotary(positions_BS)
         mask = attention_ops.shared_prefix_mask(segments_BS)
         x = inputs_BSC
@@ -168,15 +167,16 @@ class CausalDecoder(Module):
 
     def forward_cached(self, inputs_BSC: Tensor, positions_BS: Tensor, valid_BS: Tensor, keys: Tensor,
                        values: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """As `construct` for one causal segment whose positions are its cache slots, with caches `[layers, B, G, L, D]`.
+        """As `construct`, for one causal segment a row, with caches `[layers, B, G, L, D]` of keys and of values.
 
-        Slots of tokens that are not valid (padding) stay empty. Returns hidden states and the caches.
+        A token's position is also its slot in the caches. Tokens that are not valid (padding) are not written to them. Returns
+        hidden states and the caches.
         """
         cos, sin = self.rotary(positions_BS)
         slots, positions_BS1 = ops.arange(keys.shape[3], dtype=positions_BS.dtype), ops.expand_dims(positions_BS, -1)
         mask = ops.expand_dims(slots <= positions_BS1, 1)
         slots_BSL = ops.logical_and(slots == positions_BS1, ops.expand_dims(valid_BS, -1))
-        # Taken apart at once: on CPU a slice of an array of five axes takes longer than the rest of a layer.
+        # Unstacked here, once: on CPU, slicing a tensor of five axes takes longer than the rest of a layer.
         x, keys, values = inputs_BSC, ops.unstack(keys, 0), ops.unstack(values, 0)
         all_keys, all_values = (), ()
         for i, block in enumerate(self.model.layers):

@@ -1,5 +1,5 @@
-"""Building blocks with the canonical parameter names. Weights are cast to the activations' dtype where they are used, so a
-float32 master serves a bfloat16 forward pass; norms compute in float32."""
+"""Building blocks with the canonical parameter names. Every forward pass casts the weights to the dtype of the activations, so
+float32 master weights can be used in a bfloat16 forward pass. Norms compute in float32."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,7 +15,7 @@ _stored_as = ms.float32
 
 @contextmanager
 def stored_as(dtype: ms.Type) -> Iterator[None]:
-    """Parameters made meanwhile are of this dtype: MindSpore holds their memory from the start."""
+    """Parameters that are created inside the block have this dtype. (MindSpore allocates their memory when they are created.)"""
     global _stored_as
     before, _stored_as = _stored_as, dtype
     try:
@@ -25,8 +25,8 @@ def stored_as(dtype: ms.Type) -> Iterator[None]:
 
 
 def parameter(*shape: int) -> Parameter:
-    """A parameter that is filled later (`ms_granvit.arrays.fill`), float32 but for `stored_as`; its name is the attribute that
-    holds it."""
+    """A parameter whose values are set later (`ms_granvit.arrays.fill`); float32 unless created inside `stored_as`. MindSpore
+    names it after the attribute that it is assigned to."""
     return Parameter(initializer("zeros", shape, _stored_as))
 
 
@@ -43,7 +43,7 @@ class Linear(Module):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x @ weight.T + bias` over the last axis, as one two-dimensional product that reads the weight as it lies in memory."""
+    """`x @ weight.T + bias` over the last axis, as one two-dimensional product; the weight is not copied to be transposed."""
     y = ops.MatMul(transpose_b=True)(x.reshape(-1, x.shape[-1]), ops.cast(weight, x.dtype))
     if bias is not None:
         y = y + ops.cast(bias, x.dtype)
@@ -76,10 +76,10 @@ class LayerNorm(Module):
 
 
 class UnitRMS(nn.Cell):
-    """`y = x / sqrt(mean(x^2) + eps)` over the last axis in float32, and the factor `r` that made it.
+    """`y = x r` with `r = 1 / sqrt(mean(x^2) + eps)` over the last axis, in float32. Returns `y` and `r`.
 
-    The gradient, `r (dy - y mean(dy y))`, is written out: it takes fewer kernels than the derived one. On CPU a mean is a
-    product with a vector of 1 / width: a reduction over the last axis takes 4 ns an element there.
+    The gradient, `r (dy - y mean(dy y))`, is written by hand because it takes fewer kernels than the derived one. On CPU the mean
+    is a matrix product with a vector of 1 / width, because a reduction over the last axis takes 4 ns an element there.
     """
 
     def __init__(self, width: int, eps: float):
@@ -125,7 +125,7 @@ def activate(kind: str, x: Tensor) -> Tensor:
     """`gelu_tanh` (SigLIP), `gelu` (exact), `quick_gelu` (CLIP: x sigmoid(1.702 x)), `silu`."""
     if kind == "gelu_tanh":
         # (1 + tanh u) / 2 = sigmoid(2 u), with 2 sqrt(2 / pi) = 1.5958. On CPU the GeLU kernel is five times as slow, and the
-        # tanh kernel is off by 1e-5 (its gradient by 1e-4) where it saturates.
+        # tanh kernel has errors of 1e-5 (its gradient of 1e-4) where it saturates.
         return x * ops.sigmoid(1.5957691216057308 * x * (1 + 0.044715 * (x * x)))
     if kind == "gelu":
         return ops.gelu(x)

@@ -1,6 +1,6 @@
 """GranViT: encoder, projector, decoder (paper Fig. 3).
 
-With tiling the pixels are `[B, T, 3, R, R]`, T views of each row's image, which the encoder sees as B T images.
+With tiling the pixels are `[B, T, 3, R, R]`, T views of each row's image; the encoder processes them as B T images.
 Layout letters: B rows, T views, N patches or image tokens, S sequence, A supervised positions, C width, V vocabulary.
 """
 from pathlib import Path
@@ -22,7 +22,7 @@ from ms_granvit.vision import VisionEncoder
 
 
 def row_offsets(positions_BN: Tensor, length: int) -> Tensor:
-    """Positions in rows of `length` as indices `[B N]` into the flattened rows."""
+    """Converts positions in rows of `length` tokens to indices `[B N]` into the flattened rows."""
     rows = ops.expand_dims(ops.arange(positions_BN.shape[0], dtype=positions_BN.dtype), 1)
     return (positions_BN + rows * length).reshape(-1)
 
@@ -36,7 +36,7 @@ def take(hidden_BSC: Tensor, positions_BA: Tensor) -> Tensor:
 class GranViT(Module):
     """An image and questions about it -> logits of the answers.
 
-    `zero_image_tokens`: the decoder reads the question alone, with zeros in the place of the image (stage `guesser`).
+    With `zero_image_tokens` the image tokens are zeros, so the decoder has the text alone (stage `guesser`).
     """
 
     def __init__(self, vision: VisionConfig, language: LanguageConfig, dtype: ms.Type, attention: str = "composed",
@@ -49,8 +49,8 @@ class GranViT(Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, dtype: ms.Type | None = None, device: str = "auto") -> Self:
-        """The model in a run, in a LLaVA directory or in one of `save_pretrained`, for evaluation; `dtype` (default: the stored
-        one; float32 on CPU), `device`, warnings and errors as for the encoder."""
+        """Loads the model for evaluation from a run, a LLaVA directory, or a directory that `save_pretrained` wrote. For
+        `dtype`, `device`, warnings and errors see `VisionEncoder.from_pretrained`."""
         opened = open_pretrained(directory, *PARTS)
         device = use_device(device)
         dtype = dtype or dtype_on_device(opened.dtype)
@@ -69,7 +69,7 @@ class GranViT(Module):
                image_positions_BN: Tensor) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Input embeddings `[B, S, C]` with image tokens in their places, and the encoder's features at its `built_level`.
 
-        A token at position -1 has no place: its weight is 0, and zeros are added at position 0.
+        Position -1 marks an absent image token: its features are multiplied by 0 and added at position 0.
         """
         embeddings = self.language.embed(token_ids_BS)
         B, S, C = embeddings.shape

@@ -1,4 +1,4 @@
-"""The caption term of the loss (paper section 4.1: L_caption = CrossEntropy(O_LLM, T)); a sum, divided by the engine."""
+"""The caption term of the loss (paper section 4.1: L_caption = CrossEntropy(O_LLM, T)); a sum, which the engine divides."""
 import mindspore as ms
 from mindspore import Tensor, ops
 

@@ -1,7 +1,7 @@
 """AdamW with clipping by global norm.
 
-Parameter by parameter, so that the temporaries are one parameter large (the torch twin's flat buffer would be copied whole
-in a static graph, where a parameter cannot be a view).
+Parameters are updated one by one, so that temporaries are as large as one parameter. The PyTorch twin updates one flat buffer; in
+a static graph, where a parameter cannot be a view, that buffer would be copied as a whole.
 """
 import mindspore as ms
 from mindspore import Tensor, nn, ops
@@ -11,7 +11,7 @@ from granvit.models import PARTS, part_of
 
 
 class Clear(nn.Cell):
-    """Zeros the accumulated gradients in place, also where they are not finite."""
+    """Sets the accumulated gradients to zero in place, even if they are not finite."""
 
     def __init__(self, gradients: ms.ParameterTuple):
         super().__init__(auto_prefix=False)
@@ -24,10 +24,10 @@ class Clear(nn.Cell):
 
 
 class AdamW(nn.Cell):
-    """Decoupled weight decay (Loshchilov & Hutter 2019), bias-corrected, on float32 masters; decay on matrices alone.
-    Parts may have their own learning rate and decay.
+    """Decoupled weight decay (Loshchilov & Hutter 2019), bias-corrected, on float32 master weights. Only parameters of
+    two or more axes decay. Parts may have their own learning rate and decay.
 
-    Everything that changes from step to step is a tensor input, so the graph is compiled once.
+    All values that change from step to step are tensor inputs, so the graph is compiled once.
     """
 
     def __init__(self, parameters: ms.ParameterTuple, gradients: ms.ParameterTuple, config: OptimizerSection):

@@ -1,10 +1,10 @@
-"""What one framework computes for a fixture, suite by suite, as named tensors; and its form on disk.
+"""Computes the suites of a fixture in one framework as named tensors, and stores them on disk as a record.
 
-A record is a directory: `record.json` (schema, settings, hashes, versions) and `<suite>.safetensors`, whose tensors bear
-`<kind>/<name>` in order of execution. Kinds: `forward` and `backward` (an activation and its gradient), `gradient` (of a
-parameter), `loss`, and what a training step leaves behind. bfloat16 is kept as the float32 of the same value.
+A record is a directory: `record.json` (schema, settings with hashes, versions, order of the tensors) and `<suite>.safetensors`,
+whose tensors are called `<kind>/<name>`. Kinds: `forward` and `backward` (an activation and its gradient), `gradient` (of a
+parameter), `loss`, and those of a training step (moments, weights, ...). bfloat16 and float16 are stored as float32.
 
-As a script it is one rank of the trajectory suite, started by msrun or torchrun.
+Run as a script, this file is one rank of the suite `trajectory2`; msrun or torchrun starts it.
 """
 import argparse
 import hashlib
@@ -38,16 +38,17 @@ from parity.preconditions import check_deterministic
 
 SCHEMA = 1
 Tensors = dict[str, np.ndarray]  # "<kind>/<name>" -> values, in order of execution
-OPENED = ("vision", "language", "model", "isolated")  # suites that one opened-up model serves
+OPENED = ("vision", "language", "model", "isolated")  # suites that share one model with taps
 LEFT_BEHIND: tuple[tuple[Group, str], ...] = (("model", "weight"), ("teacher", "teacher"))
-# A part by itself: what is fed at its border, and its tensors' path. `projector.linear_1` follows the encoder.
+# Suites of one part: the activation that seeded values replace, and the prefix of the part's tensors. `projector.linear_1` is the
+# first activation after the encoder.
 ALONE = {"vision": ("projector.linear_1", "vision."), "language": (INPUTS, "language")}
 BEFORE_INPUTS = ("forward/language.model.embed_tokens", "backward/language.model.embed_tokens")
 
 
 @dataclass
 class Record:
-    """What one side computed. `settings` says of what and how, and must agree where records are compared."""
+    """What one framework computed. Two records can be compared only if their `settings` are equal."""
 
     framework: str
     device: str
@@ -57,7 +58,7 @@ class Record:
     suites: dict[str, Tensors] = field(default_factory=dict)
 
     def save(self, directory: Path) -> None:
-        """Writes the record; `ValueError` where the directory holds one."""
+        """Writes the record; `ValueError` if the directory already holds one."""
         manifest = directory / "record.json"
         if manifest.exists():
             raise ValueError(f"{manifest} exists: a record is never overwritten; name another directory")
@@ -70,7 +71,7 @@ class Record:
 
 
 def load_record(directory: Path) -> Record:
-    """Reads a record; `ValueError` where it is none, of another schema, or damaged."""
+    """Reads a record; `ValueError` if there is none, if its schema is another, or if it is damaged."""
     manifest = directory / "record.json"
     try:
         tree = json.loads(manifest.read_text())
@@ -87,17 +88,17 @@ def load_record(directory: Path) -> Record:
         try:
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path}: cannot be read: {error}") from None
+            raise ValueError(f"{path}: cannot be read: {error}; record it again") from None
         if set(tensors) != set(names):
-            raise ValueError(f"{path} does not hold the tensors that {manifest} lists")
+            raise ValueError(f"{path} does not hold the tensors that {manifest} lists; record it again")
         record.suites[suite] = {name: tensors[name] for name in names}
     return record
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to compute. `graph` False: MindSpore in PyNative. `golden` feeds the isolated suite. `options` names the
-    configurations that the suite of that name runs."""
+    """What to compute. With `graph` False MindSpore runs in PyNative mode. `golden` holds the inputs of the suite `isolated`, and
+    `options` the names of the configurations that the suite `options` runs."""
 
     suites: tuple[str, ...]
     steps: int
@@ -120,13 +121,13 @@ def compute(fixture: Fixture, framework: str, request: Request) -> Record:
 
 
 def open_framework(framework: str) -> type[Introspection]:
-    """The framework's `Introspector`; `ValueError` where the framework is not installed."""
+    """The framework's `Introspector` class; `ValueError` if the framework is not installed."""
     package = load_engine_class(framework).__module__.partition(".")[0]
     return importlib.import_module(f"{package}.introspect").Introspector
 
 
 def settings(fixture: Fixture, request: Request) -> dict[str, Any]:
-    """Everything that two sides must share to be comparable."""
+    """The settings that must be equal for two records to be comparable."""
     return {
         "seed": fixture.seed,
         "vision": fixture.vision.model_dump(mode="json"),
@@ -193,8 +194,8 @@ def _suites(fixture: Fixture, framework: str, request: Request, Introspector: ty
 
 
 def _option(seed: int, framework: str, request: Request, name: str) -> Iterable[tuple[str, Tensors]]:
-    """One configuration: every activation and the losses, in MindSpore op by op, and training steps, in its static graph. So one
-    large graph is compiled for each, and a fault still has a place."""
+    """The suites of one configuration: a forward pass with every activation (MindSpore in PyNative mode), and training steps
+    (MindSpore in its static graph). So only one large graph is compiled, and a difference can still be located."""
     fixture = option_fixture(seed, name)
     yield option_suite(name), forward_pass(framework, fixture, OPTIONS[name].stage, request)
     yield from option_steps(framework, fixture, OPTIONS[name].stage, request)
@@ -212,7 +213,7 @@ def option_steps(framework: str, fixture: Fixture, stage: str, request: Request)
 
 
 def forward_pass(framework: str, fixture: Fixture, stage: str, request: Request) -> Tensors:
-    """Every activation of the fixture's first micro-batch, and its losses; in MindSpore op by op, so nothing is compiled."""
+    """Every activation and the losses of the first micro-batch. MindSpore runs in PyNative mode, so nothing is compiled."""
     config = fixture.config(stage, request.compute, request.device)
     shapes = fixture.shapes(config)
     start = (config, fixture.vision, fixture.language, fixture.weights.items())
@@ -221,15 +222,15 @@ def forward_pass(framework: str, fixture: Fixture, stage: str, request: Request)
 
 
 def opened_suite(opened: Introspection, fixture: Fixture, suite: str, golden: Tensors | None = None) -> Tensors:
-    """One suite of an opened-up model: the encoder or the decoder by itself, all of it, or every module by itself."""
+    """One suite of a model with taps: the encoder alone, the decoder alone, the whole model, or every module isolated."""
     shapes = fixture.shapes(opened.engine.config)
     feed: Feed = {}
     if suite in ALONE:
         border, path = ALONE[suite]
         feed = fixture.boundary(border, shapes[border])
     elif suite == "isolated":
-        assert golden is not None, "the isolated suite is fed the golden model's activations"
-        # The teacher hands no gradient back: any will do there.
+        assert golden is not None, "the suite `isolated` needs the golden model's activations"
+        # The teacher has no backward pass: any array can stand for its gradients.
         feed = {n: (golden[f"forward/{n}"], golden.get(f"backward/{n}", golden[f"forward/{n}"])) for n in shapes}
     found = _flat(opened.capture(fixture.batches[0], feed), list(shapes))
     if suite not in ALONE:
@@ -238,7 +239,7 @@ def opened_suite(opened: Introspection, fixture: Fixture, suite: str, golden: Te
 
 
 def _flat(capture: Capture, order: list[str]) -> Tensors:
-    """Forward in order of execution, losses, backward in reverse order, parameters' gradients."""
+    """Activations in order of execution, losses, gradients of activations in reverse order, gradients of parameters."""
     found = {f"forward/{name}": capture.activations[name] for name in order}
     found |= {f"loss/{name}": np.array(capture.losses[name]) for name in reversed(LOSSES)}  # parts before their sum
     gradients = capture.activation_gradients
@@ -268,7 +269,7 @@ def make_engine(framework: str, fixture: Fixture, stage: str, request: Request) 
 
 
 def reset(engine: TrainEngine, fixture: Fixture) -> None:
-    """The start weights, no moments."""
+    """Resets an engine to the fixture's start weights and to moments of zero."""
     engine.load("model", fixture.weights.items())
     teacher = [(f"teacher{n.removeprefix('vision')}", v) for n, v in fixture.weights.items() if part_of(n) == "vision"]
     if next(iter(engine.tensors("teacher")), None) is not None:
@@ -278,7 +279,7 @@ def reset(engine: TrainEngine, fixture: Fixture) -> None:
 
 
 def training_step(engine: TrainEngine, fixture: Fixture) -> Tensors:
-    """One training step of accumulated micro-batches, and everything that it leaves behind."""
+    """One training step of accumulated micro-batches: losses, norm, clipped gradients; moments, weights and teacher after it."""
     batches = fixture.step_batches(1)
     result = engine.step(batches, fixture.step_inputs(1, batches))
     values = vars(result)
@@ -292,20 +293,20 @@ def training_step(engine: TrainEngine, fixture: Fixture) -> Tensors:
 
 
 def _ordered(engine: TrainEngine, group: Group, fixture: Fixture) -> list[tuple[str, np.ndarray]]:
-    """A group's tensors in the model's order; a framework may hold them in another."""
+    """A group's tensors in the order of the fixture's weights, which may not be the framework's own order."""
     order = {name.removeprefix("vision."): i for i, name in enumerate(fixture.weights)}
     bare = lambda name: name.removeprefix("teacher.").removeprefix("vision.")  # noqa: E731
     return sorted(engine.tensors(group), key=lambda item: order[bare(item[0])])
 
 
 def _trajectory(engine: TrainEngine, fixture: Fixture, steps: int) -> Tensors:
-    """`steps` steps of this rank's share of each step's micro-batches: losses, gradient norm, distance of each part per step, and
-    the weights at the end."""
+    """Trains `steps` steps on this rank's share of the micro-batches. Returns losses, gradient norm and each part's distance from
+    its start weights for every step, and the weights and the teacher after the last step."""
     rows: dict[str, list[float]] = {}
     for step in range(1, steps + 1):
         batches = fixture.step_batches(step)
         result = engine.step(batches[engine.rank :: engine.world], fixture.step_inputs(step, batches))
-        values = {"grad_norm": result.grad_norm, **vars(result), **_distances(engine, fixture)}  # a step's gradient comes first
+        values = {"grad_norm": result.grad_norm, **vars(result), **_distances(engine, fixture)}  # norm first
         for name, value in values.items():
             rows.setdefault(name, []).append(value)
     found: Tensors = {f"curve/{name}": np.array(values) for name, values in rows.items()}
@@ -322,7 +323,7 @@ def _distances(engine: TrainEngine, fixture: Fixture) -> dict[str, float]:
 
 
 def _two_ranks(fixture: Fixture, framework: str, request: Request) -> Tensors:
-    """The trajectory under the framework's launcher, each rank with its share of the micro-batches."""
+    """The trajectory on two ranks, started by the framework's launcher; each rank has one micro-batch of every step."""
     assert MICRO_BATCHES == 2, "one micro-batch for each rank"
     with tempfile.TemporaryDirectory(prefix="granvit-parity-") as folder:
         out, port, binaries = Path(folder) / "trajectory.safetensors", _free_port(), Path(sys.executable).parent
@@ -354,7 +355,7 @@ def _free_port() -> int:
 
 def _rank(arguments: list[str] | None = None) -> None:
     """One rank of `_two_ranks`; rank 0 writes what it computed."""
-    parser = argparse.ArgumentParser(description="One rank of parity's trajectory suite; parity/check.py starts it.")
+    parser = argparse.ArgumentParser(description="One rank of parity's suite trajectory2; parity/check.py starts it.")
     for name in ("framework", "vision", "language", "compute", "device", "fault"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--seed", type=int)

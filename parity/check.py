@@ -1,5 +1,5 @@
-"""Is the MindSpore model the PyTorch model? A number for every layer, forward and backward, through the optimizer and over many
-steps, and proof that the checker would have noticed. `python parity/check.py --help`.
+"""Checks that the MindSpore model and the PyTorch model compute the same: every layer forward and backward, the optimizer, many
+training steps. `--faults` tests the check itself with planted faults. `python parity/check.py --help`.
 
 Exit status: 0 equal, 1 diverged, 2 could not tell.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the command works without installation, as msrun and torchrun start it
+sys.path.insert(0, str(ROOT))  # the command works without installation
 
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -34,7 +34,7 @@ from parity.report import COULD_NOT_TELL, Report, print_report, write_report  # 
 
 FREE = ("ops", "vision", "language", "model", "stage1", "stage2", "trajectory", "trajectory2", "generate", "options",
         "checkpoint", "peers")  # fmt: skip
-PYNATIVE = ("vision", "language", "model")  # also run op by op, beside the graph
+PYNATIVE = ("vision", "language", "model")  # suites that also run in PyNative mode
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,32 +66,34 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""examples:
   python parity/check.py                                          # everything, on this machine
-  python parity/check.py --suite model stage1 --isolate           # some suites, and every module by itself
-  python parity/check.py --faults                                 # would it notice? (long)
+  python parity/check.py --suite model stage1 --isolate           # some suites, and every module isolated
+  python parity/check.py --faults                                 # test the check with planted faults (long)
   python parity/check.py --record npu --framework mindspore --device Ascend     # on one machine ...
   python parity/check.py --record gpu --framework torch --device cuda           # ... on another ...
-  python parity/check.py --compare npu gpu                                      # ... judged anywhere""",
+  python parity/check.py --compare npu gpu                                      # ... compared anywhere""",
     )  # fmt: skip
     parser.add_argument("--suite", nargs="+", choices=FREE, default=list(FREE), metavar="NAME",
                         help=f"some of: {', '.join(FREE)} (default: all)")  # fmt: skip
-    parser.add_argument("--isolate", action="store_true", help="also feed every module the golden input: an error is charged to "
-                        "the module that makes it")  # fmt: skip
-    parser.add_argument("--steps", type=int, default=20, help="of the trajectory (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and data (default: %(default)s)")
+    parser.add_argument("--isolate", action="store_true", help="also feed every module the golden model's input, so that an "
+                        "error is attributed to the module that makes it")  # fmt: skip
+    parser.add_argument("--steps", type=int, default=20, help="steps of a trajectory (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and data (default: %(default)s)")
     parser.add_argument("--vision", default="tiny-vision",
                         help="encoder in configs/models, or a YAML file (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--language", default="tiny-language", help="decoder, likewise (default: %(default)s)")
+    parser.add_argument("--language", default="tiny-language",
+                        help="decoder in configs/models, or a YAML file (default: %(default)s)")  # fmt: skip
     parser.add_argument("--precision", choices=tuple(ROUNDOFF), default="float32",
-                        help="of both frameworks, where the device has it (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--faults", action="store_true", help="plant faults one at a time; each must be found and placed")
-    parser.add_argument("--fault", nargs="+", metavar="NAME", help="with --faults: some of them")
-    parser.add_argument("--seeds", type=int, default=50, help="with --faults: seeds without a fault (default: %(default)s)")
-    parser.add_argument("--record", type=Path, metavar="DIR", help="only write what one framework computes here")
-    parser.add_argument("--framework", choices=("mindspore", "torch"), help="with --record")
+                        help="compute dtype of both frameworks; the device must support it (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--faults", action="store_true", help="plant faults one at a time; each must be detected and located")
+    parser.add_argument("--fault", nargs="+", metavar="NAME", help="with --faults: only these faults")
+    parser.add_argument("--seeds", type=int, default=50,
+                        help="with --faults: number of seeds to run without a fault (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--record", type=Path, metavar="DIR", help="only run --framework and write its record to DIR")
+    parser.add_argument("--framework", choices=("mindspore", "torch"), help="with --record: the framework to run")
     parser.add_argument("--device", default="cpu", help="with --record: cpu, Ascend or npu, cuda (default: %(default)s)")
-    parser.add_argument("--compare", type=Path, nargs=2, metavar="DIR", help="judge two records")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar="DIR", help="compare two records")
     parser.add_argument("--out", type=Path, default=Path("runs/parity"),
-                        help="of report.json and report.html (default: %(default)s)")  # fmt: skip
+                        help="directory of report.json and report.html (default: %(default)s)")  # fmt: skip
     options = parser.parse_args(arguments)
     if options.record and not options.framework:
         parser.error("--record needs --framework mindspore or torch")
@@ -105,7 +107,7 @@ def _fixture(options: argparse.Namespace) -> Fixture:
 
 
 def _check(options: argparse.Namespace, console: Console) -> Report:
-    """Both frameworks and the golden reference on this machine."""
+    """Runs and compares both frameworks and the golden reference on this machine."""
     for framework in ("mindspore", "torch"):  # MindSpore first: it must be imported before torch's protobuf
         load_engine_class(framework)
         preconditions.check_precision(framework)
@@ -146,7 +148,7 @@ def _check(options: argparse.Namespace, console: Console) -> Report:
 
 
 def _print_coverage(console: Console) -> None:
-    """Which configuration has which value of an option."""
+    """Prints which configurations have each value of each option."""
     rows, covered, all_pairs = coverage()
     table = Table(title="options: the configurations that have each value")
     for column in ("option", "value", "configurations"):
@@ -154,11 +156,11 @@ def _print_coverage(console: Console) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    console.print(f"{covered} of {all_pairs} pairs of values of two options stand together in one configuration at least")
+    console.print(f"{covered} of {all_pairs} pairs of values of two options occur together in a configuration")
 
 
 def _opened_golden(fixture: Fixture, golden: Record) -> dict[str, np.ndarray]:
-    """The golden model's free-running activations and gradients, which the isolated suite feeds."""
+    """The golden model's activations and gradients, which are the inputs of the suite `isolated`."""
     if "model" in golden.suites:
         return golden.suites["model"]
     return compute(fixture, "torch", Request(("model",), 1, "float64")).suites["model"]
@@ -172,7 +174,7 @@ def _report(precision: str, rows: list[Row], candidate: Record, peer: Record, no
 
 
 def _record(options: argparse.Namespace, console: Console) -> int:
-    """One side's record; PyTorch's also holds the golden reference."""
+    """Writes one framework's record; PyTorch's includes the golden reference."""
     device = {"ascend": "npu"}.get(options.device.lower(), options.device.lower())
     fixture = _fixture(options)
     suites = tuple(s for s in options.suite if s not in ("checkpoint", "peers"))
@@ -180,7 +182,7 @@ def _record(options: argparse.Namespace, console: Console) -> int:
     load_engine_class(options.framework)
     preconditions.check_precision(options.framework)
     if (options.record / "record.json").exists():
-        raise ValueError(f"{options.record} holds a record already; name another directory")
+        raise ValueError(f"{options.record} already holds a record; name another directory")
     compute(fixture, options.framework, request).save(options.record)
     if options.framework == "torch":
         compute(fixture, "torch", replace(request, compute="float64", device="cpu")).save(options.record / "golden")
@@ -189,15 +191,16 @@ def _record(options: argparse.Namespace, console: Console) -> int:
 
 
 def _compare(a: Path, b: Path) -> Report:
-    """Judges two records; PyTorch's brings the golden reference."""
+    """Compares two records; PyTorch's includes the golden reference."""
     directories = sorted((a, b), key=lambda path: load_record(path).framework)  # mindspore before torch
     candidate, peer = (load_record(path) for path in directories)
     if peer.framework != "torch":
-        raise CouldNotTell("neither record is PyTorch's, which brings the golden reference; record one with --framework torch")
+        raise CouldNotTell("no record is PyTorch's, so there is no golden reference: record one with --framework torch")
     golden = load_record(directories[1] / "golden")
     preconditions.check_comparable([golden, peer, candidate])
     if candidate.compute != peer.compute:
-        raise CouldNotTell(f"{directories[0]} is in {candidate.compute}, {directories[1]} in {peer.compute}: record both alike")
+        precisions = f"{directories[0]} is in {candidate.compute}, {directories[1]} in {peer.compute}"
+        raise CouldNotTell(f"{precisions}: record both with the same --precision")
     return _report(candidate.compute, list(compare_records(golden, peer, candidate)), candidate, peer, [])
 
 
@@ -208,7 +211,7 @@ def _faults(options: argparse.Namespace, console: Console) -> Report:
     names = options.fault or list(FAULTS)
     for name in names:
         if name not in FAULTS:
-            raise ValueError(f"--fault {name!r}: there is none of that name; known: {'; '.join(FAULTS)}")
+            raise ValueError(f"--fault {name!r}: no such fault; known: {'; '.join(FAULTS)}")
     trial = Trial(options)
     found = []
     for number, name in enumerate(names):
@@ -222,7 +225,7 @@ def _faults(options: argparse.Namespace, console: Console) -> Report:
 
 
 def made_by(options: argparse.Namespace) -> dict[str, str]:
-    """A tensor's name -> the class that made it and its file, which are called the same in both packages."""
+    """For each tensor's name, the class that computes it and its file; both are called the same in both packages."""
     if importlib.util.find_spec("torch") is None:
         return {}
     described = {INPUTS: "GranViT.inputs in model.py"}

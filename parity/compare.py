@@ -1,9 +1,8 @@
-"""How two implementations are judged: against a golden reference, by the other's own rounding.
+"""Judges one implementation, the candidate, by its errors and those of another, the peer, against a golden reference.
 
 The golden reference is the PyTorch model in float64. The error of a tensor is `|x - golden|` over `|golden|`, once in the
-Frobenius norm and once for the largest element. A candidate passes where both are at most `RATIO` times the peer's own errors
-at the same precision, or below the floor of that precision. So a tolerance is what the peer's rounding earns, not a number
-typed in.
+Frobenius norm and once for the largest element. The candidate passes if both of its errors are at most `RATIO` times the peer's
+errors at the same precision, or below the floor of that precision. So the tolerance is a multiple of the peer's own error.
 """
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,28 +12,29 @@ import numpy as np
 from parity.capture import Record, Tensors
 
 RATIO = 4.0
-# Below its floor an error is rounding whatever the peer's is. In units of the format's roundoff; the second number is for the
-# largest element. 32 units: MindSpore's CPU kernels are coarser than PyTorch's (measured on one call, in units: softmax 8.9
-# against 0.9, log-softmax 6.1 against 0.6, sigmoid 3.7 against 0.6).
+# An error below the floor counts as rounding, whatever the peer's error is. In units of the format's roundoff, for the norm and
+# for the largest element. 32 units, because MindSpore's CPU kernels are less accurate than PyTorch's (measured on one call, in
+# units: softmax 8.9 against 0.9, log-softmax 6.1 against 0.6, sigmoid 3.7 against 0.6).
 FLOOR_UNITS = {"float32": (32.0, 128.0), "bfloat16": (8.0, 32.0), "float16": (8.0, 32.0)}
-# What came back through the whole model carries the roundings of every block there and back: 8 times the floor; so does all
-# that many steps on such gradients have made. The isolated suite, where nothing is carried, keeps the plain one.
+# Tensors of these kinds went through the whole model and back, and contain the rounding errors of every block: their floor is 8
+# times as large. So is that of the suites with many steps. In the suites `NOT_CARRIED`, no error is carried from module to
+# module.
 CARRIED = ("backward", "gradient", "clipped gradient", "first moment", "second moment")
 CARRIED_FACTOR = 8.0
 NOT_CARRIED = ("ops", "isolated")  # suites
 MANY_STEPS = ("trajectory", "trajectory2")  # suites
 ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-SQUARES = ("second moment",)  # a square doubles a relative error, and so its floor
-# Beyond this many units the peer's own error is no rounding: what it would allow the candidate is worth nothing.
+SQUARES = ("second moment",)  # a square doubles the relative error, so its floor is doubled
+# If the peer's own error exceeds this many units, it is not rounding: the peer is wrong, and the tensor fails.
 PEER_UNITS = 2.0**14
-# A gradient whose true value is zero (that of a bias on attention keys: softmax ignores a shift) is rounding over rounding. Where
-# the golden norm is below this share of the largest among its layer's tensors, that one is the scale.
+# A gradient whose true value is zero (that of a bias on attention keys: softmax ignores a shift) consists of rounding errors. If
+# a golden norm is below this share of the largest one in its layer, the largest one is the scale of its error.
 ZERO = 1e-6
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor's verdict. Errors are relative, `(Frobenius, largest element)`; `reason` says why it failed, if it did."""
+    """The verdict on one tensor. Errors are relative, `(Frobenius, largest element)`. `reason`: why it failed, or empty."""
 
     suite: str
     kind: str
@@ -51,7 +51,7 @@ class Row:
 
     @property
     def badness(self) -> float:
-        """The error over its limit: above 1 for every failure, whatever its reason."""
+        """The error divided by its limit; above 1 for every failure, infinite if the error is within its limit."""
         ratio = max(e / limit for e, limit in zip(self.error, self.limit, strict=True))
         return ratio if self.passed or ratio > 1 else float("inf")
 
@@ -65,7 +65,7 @@ def compare_records(golden: Record, peer: Record, candidate: Record) -> Iterator
 
 def compare_suite(suite: str, golden: Tensors, peer: Tensors, candidate: Tensors, compute: str,
                   peer_name: str = "PyTorch") -> Iterator[Row]:  # fmt: skip
-    """As `compare_records`, for one suite. A missing or extra name is a row that fails."""
+    """As `compare_records`, for one suite. A missing or an additional name is a failure."""
     scales = layer_scales(golden)
     plain = tuple(units * ROUNDOFF[compute] for units in FLOOR_UNITS[compute])
     for key in [*golden, *(k for k in candidate if k not in golden)]:
@@ -94,7 +94,7 @@ def compare_suite(suite: str, golden: Tensors, peer: Tensors, candidate: Tensors
         if not np.isfinite(b).all():
             reason = "NaN or infinity"
         elif not max(peer_error) <= PEER_UNITS * ROUNDOFF[compute]:
-            reason = f"{peer_name} itself is off the golden values by more than rounding"
+            reason = f"{peer_name} itself differs from the golden values by more than rounding"
         elif any(e > most for e, most in zip(error, limit, strict=True)):
             reason = "diverged"
         yield Row(suite, kind, name, reference.shape, peer_error, error, limit, reason)
@@ -108,10 +108,10 @@ def errors(x: np.ndarray, golden: np.ndarray, scale: tuple[float, float]) -> tup
 
 
 def layer_scales(golden: Tensors) -> dict[str, tuple[float, float]]:
-    """What each tensor's error is measured by: its own norm and largest element, or its layer's where its true value is zero.
+    """The scale of each tensor's error: its own norm and largest element, or the largest in its layer if its true value is zero.
 
-    A layer is the tensors of one kind whose paths share all but the last two words (`...self_attn.k_proj.bias`: those of
-    `...self_attn`), a parameter's vectors and matrices apart.
+    A layer consists of the tensors of one kind and one number of axes whose names are equal up to the last two parts
+    (`...self_attn.k_proj.bias` and `...self_attn.q_proj.bias`).
     """
     sizes = {k: (float(np.linalg.norm(g.astype(np.float64).ravel())), float(np.abs(g).max(initial=0))) for k, g in golden.items()}
     largest: dict[tuple[str, int], tuple[float, float]] = {}
@@ -128,7 +128,7 @@ def _layer(key: str, array: np.ndarray) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one suite. `first` is the first row, in order of execution, that failed: where to look."""
+    """The verdict on one suite. `first` is the first failed row in order of execution."""
 
     suite: str
     compared: int

@@ -1,4 +1,4 @@
-"""Does the checker notice? Trials with a planted fault, and seeds without one."""
+"""Tests of the check itself: runs with a planted fault, and runs of other seeds without one."""
 import argparse
 from dataclasses import replace
 from functools import cache
@@ -14,12 +14,12 @@ from parity.fixture import make_fixture
 from parity.options import OPTIONS, option_suite
 from parity.report import describe
 
-TRIAL_STEPS = 3  # of a trajectory under two ranks
+TRIAL_STEPS = 3  # of a trajectory
 SEED_SUITES = ("vision", "language", "model")
 
 
 class Trial:
-    """Runs faults over one fixture for each encoder; what is not faulty is computed once."""
+    """Runs planted faults. Fixtures and records without a fault are computed once and reused."""
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
@@ -30,8 +30,8 @@ class Trial:
         return compute(self.fixture(vision), framework, request_of(suite, precision))
 
     def fault(self, fault: Fault) -> dict[str, Any]:
-        """Plants the fault and judges its suite. In PyTorch it is planted in the golden reference too: what is wrong then is the
-        package, not one precision of it."""
+        """Plants the fault and judges its suite. A fault in PyTorch is planted in the golden reference too, because both are
+        computed by the same package."""
         suite = fault.suite
         outcome = {
             "name": fault.name,
@@ -65,7 +65,7 @@ class Trial:
 
 
 def request_of(suite: str, precision: str, fault: str | None = None) -> Request:
-    """What computes one suite; of the options, the configuration that its name names."""
+    """The request that computes one suite; for a suite of an option, only that configuration."""
     option = next((name for name in OPTIONS if suite.startswith(option_suite(name))), None)
     if option is None:
         return Request((suite,), TRIAL_STEPS, precision, fault=fault)
@@ -73,7 +73,7 @@ def request_of(suite: str, precision: str, fault: str | None = None) -> Request:
 
 
 def false_alarms(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Judges `--seeds` fixtures of other seeds: encoder, decoder, model and a training step, each graph compiled once."""
+    """Judges fixtures of `--seeds` other seeds: encoder, decoder, model and a training step. Each graph is compiled once."""
     sides: dict[str, tuple[Any, Any]] = {}
     first = make_fixture(options.seed, options.vision, options.language)
     wanted = (("golden", "torch", "float64"), ("peer", "torch", options.precision), ("candidate", "mindspore", options.precision))
@@ -98,5 +98,5 @@ def false_alarms(options: argparse.Namespace, console: Console) -> dict[str, Any
                 if not row.passed:
                     alarms.append(f"seed {fixture.seed}, {suite}: {describe(row, '')}")
         if (number + 1) % 10 == 0:
-            console.print(f"[dim]{number + 1}/{options.seeds} seeds, worst {worst:.2f} of its limit[/]", highlight=False)
+            console.print(f"[dim]{number + 1}/{options.seeds} seeds, worst error {worst:.2f} of its limit[/]", highlight=False)
     return {"seeds": options.seeds, "alarms": alarms, "worst": worst}

@@ -1,7 +1,7 @@
-"""Planted faults: what a wrong port looks like. One at a time is switched on in one framework, from outside, through the
-functions and classes that the packages are made of; the checker must say "diverged" and name the place.
+"""Planted faults: typical errors of a port. One at a time is planted in one framework, by replacing a function or method of its
+package; the check must answer "diverged" and name the place.
 
-A fault says which suites could see it, and where: the kinds and names that the first diverging tensor may have.
+A fault states the suite that must detect it, and the kinds and names that the first diverging tensor may have.
 """
 import importlib
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ Plant = Callable[[], AbstractContextManager]
 
 @dataclass(frozen=True)
 class Fault:
-    """`where` lists `<kind>/<name>` beginnings, any of which the first diverging tensor of `suite` may have."""
+    """`where` lists prefixes of `<kind>/<name>`; the first diverging tensor of `suite` must have one of them."""
 
     name: str
     framework: str
@@ -29,8 +29,8 @@ FAULTS: dict[str, Fault] = {}
 
 
 def fault(name: str, framework: str, suite: str, *where: str, at: str | None = None, vision: str = "tiny-vision") -> Callable:
-    """Registers a fault: a function that makes the wrong thing of the right one that stands `at` a dotted path; or, without
-    `at`, a generator function that plants the fault until it is resumed."""
+    """Registers a fault. With `at`, the dotted path of a function or method, the decorated function gets the original and returns
+    the wrong version. Without `at`, it is a generator function that plants the fault, yields, and removes it."""
 
     def register(make: Callable) -> Callable:
         plant = contextmanager(make) if at is None else lambda: replaced(at, make)
@@ -42,7 +42,7 @@ def fault(name: str, framework: str, suite: str, *where: str, at: str | None = N
 
 @contextmanager
 def planted(name: str | None, framework: str) -> Iterator[None]:
-    """Switches the fault on in its framework; nothing where `name` is None or the fault is the other framework's."""
+    """Plants a fault inside the block. Does nothing if `name` is None or the fault belongs to the other framework."""
     if name is None or FAULTS[name].framework != framework:
         yield
         return
@@ -52,7 +52,7 @@ def planted(name: str | None, framework: str) -> Iterator[None]:
 
 @contextmanager
 def replaced(target: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """`target` (a dotted path) replaced by `make(original)`."""
+    """Inside the block, `target` (a dotted path) is replaced by `make(original)`."""
     path, _, attribute = target.rpartition(".")
     try:
         owner = importlib.import_module(path)
@@ -399,7 +399,7 @@ def _(f):
     return wrong
 
 
-# --- PyTorch: what only an option runs through ------------------------------------------------------------------------
+# --- PyTorch: faults in code that only an option runs -----------------------------------------------------------------
 @fault("a cell for the mean of its neighbours", "torch", "option pooled", "loss/loss_distill",
        at="pt_granvit.engine.teacher_features")  # fmt: skip
 def _(f):

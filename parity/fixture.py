@@ -1,7 +1,7 @@
-"""What both frameworks compute: tiny models, weights, batches and inputs of operators, all from a seed, none from a file.
+"""The models and inputs that both frameworks compute with: tiny models, weights and batches, all generated from a seed.
 
-Made so that a fault shows: every norm weight stands away from 1 and every bias away from 0, every branch speaks as loud as the
-stream it adds to, questions have unlike lengths, boxes lie anywhere, weight decay and clipping are on, a step accumulates two
+They are chosen so that faults become visible: norm weights are not 1 and biases are not 0, branch outputs match the residual
+stream in scale, questions have different lengths, boxes lie anywhere, weight decay and clipping are on, a step accumulates two
 micro-batches.
 """
 import hashlib
@@ -24,16 +24,15 @@ ROWS, REGIONS = 2, 3  # of a micro-batch
 QUESTION, ANSWER = (2, 5), (1, 4)  # lengths in tokens are drawn from [low, high)
 PREFIX_BEFORE, PREFIX_AFTER = 5, 2  # text tokens of the prefix around the image tokens
 MICRO_BATCHES = 2  # of a step, over all ranks
-TILED = ((1, 3), (2, 2))  # rows and columns of tiles, by row of a batch with tiling: absent ones in the first
+TILED = ((1, 3), (2, 2))  # rows and columns of tiles, in turn for the rows of a batch; 1 x 3 leaves a tile absent
 NEW_TOKENS = 6
 STOP = 1  # a token that the generation suite is unlikely to choose
-EMBEDDING_STD = 0.3  # of what enters the first blocks: small, so that a norm's epsilon is not lost beside the variance
+EMBEDDING_STD = 0.3  # std of the first blocks' inputs: small, so that the epsilon of a norm matters
 
 
 @dataclass(frozen=True)
 class Fixture:
-    """One seed's models and data. `config(stage, compute)` is a run of them. `sections` of a run's configuration stand over the
-    fixture's own."""
+    """The models and data of one seed. `sections` are merged over the configuration of a run, which `config` returns."""
 
     seed: int
     vision_name: str
@@ -41,13 +40,13 @@ class Fixture:
     vision: VisionConfig
     language: LanguageConfig
     weights: dict[str, np.ndarray]
-    batches: tuple[Batch, ...]  # as many as any suite trains on
+    batches: tuple[Batch, ...]  # the steps use them in turn
     sections: Mapping[str, Any] = field(default_factory=dict)
     micro_batches: int = MICRO_BATCHES  # of a step
-    share: float = 1.0  # of the global batch that they are
+    share: float = 1.0  # of the global batch: these micro-batches
 
     def config(self, stage: str, compute: str = "float32", device: str = "cpu") -> RunConfig:
-        """The configuration of a run of `stage`; every hyperparameter is away from the value that would hide it."""
+        """The configuration of a run of `stage`; no hyperparameter has a value that would hide its effect."""
         return run_config(stage, self.vision_name, self.language_name, self.seed, compute, device, self.sections)
 
     def shapes(self, config: RunConfig) -> Shapes:
@@ -60,7 +59,7 @@ class Fixture:
         return {name: shape for name, shape in found.items() if part_of(name) not in unused}
 
     def step_inputs(self, step: int, batches: list[Batch]) -> StepInputs:
-        """What enters step `step` (counted from 1) beside its batches; each step has a learning rate of its own."""
+        """The inputs of step `step` (counted from 1) besides its batches. The learning rate is different in every step."""
         rate, alpha = 1e-2 / (1 + 0.1 * step), float(alphas(DistillSection(**self.sections.get("distill", {})), step)[-1])
         tokens, boxes = (sum(counts) / self.share for counts in zip(*((b.tokens, b.boxes) for b in batches), strict=True))
         averaged = len(batches) if self.sections.get("train", {}).get("loss_reduction") == "per_device" else 0
@@ -72,7 +71,7 @@ class Fixture:
         return [self.batches[(first + i) % len(self.batches)] for i in range(self.micro_batches)]
 
     def prompts(self) -> PromptBatch:
-        """Two open questions of unlike lengths."""
+        """Two prompts of different lengths."""
         batch, rng = self.batches[0], np.random.default_rng((self.seed, 11))
         prefix = PREFIX_BEFORE + self.vision.image_tokens + PREFIX_AFTER
         lengths = np.array([prefix + 3, prefix + 6], np.int32)
@@ -80,7 +79,7 @@ class Fixture:
         return PromptBatch(batch.pixels_B3RR[:2], ids, lengths, batch.image_positions_BN[:2])
 
     def boundary(self, name: str, shape: tuple[int, ...]) -> Feed:
-        """A seeded value and a seeded gradient in place of one activation: what lies behind it is judged by itself."""
+        """A seeded value and gradient that replace one activation, so that the part on one side of it is judged alone."""
         rng = np.random.default_rng((self.seed, 12, *name.encode()))
         scale = EMBEDDING_STD if name == INPUTS else 1.0
         return {name: (scale * rng.standard_normal(shape, np.float32), rng.standard_normal(shape, np.float32) / shape[0])}
@@ -137,7 +136,7 @@ def run_config(stage: str, vision: str, language: str, seed: int, compute: str, 
 
 
 def make_fixture(seed: int, vision_name: str = "tiny-vision", language_name: str = "tiny-language", batches: int = 4) -> Fixture:
-    """A fixture; `ValueError` where there is no model of that name."""
+    """A fixture; `ValueError` if there is no model of that name."""
     config = run_config("stage1", vision_name, language_name, seed, "float32", "cpu")
     vision, language = resolve_models(config)
     sizes = batch_sizes(vision)
@@ -146,7 +145,7 @@ def make_fixture(seed: int, vision_name: str = "tiny-vision", language_name: str
 
 
 def batch_sizes(vision: VisionConfig) -> tuple[int, int, int, int]:
-    """Rows, regions, length and answers of a micro-batch; some padding in every row."""
+    """Rows, regions, length and answers of a micro-batch; every row has some padding."""
     longest = PREFIX_BEFORE + vision.image_tokens + PREFIX_AFTER + REGIONS * (QUESTION[1] + ANSWER[1] - 2)
     return ROWS, REGIONS, longest + 1, REGIONS * (ANSWER[1] - 1) + 1
 
@@ -167,10 +166,9 @@ def start_values(vision: VisionConfig, language: LanguageConfig, seed: int) -> d
 
 def random_batch(vision: VisionConfig, language: LanguageConfig, rows: int, regions: int, length: int, answers: int,
                  seed: int | tuple[int, ...], crop: int | None = None) -> Batch:  # fmt: skip
-    """Rows of one image and `regions` questions of unlike lengths, each with a box; padded to `length` and `answers`. Crops have
-    `crop` pixels a side, by default the image's. With tiling, rows have `TILED` tiles in turn; tiles beyond those are as
-    loud as the others.
-    Built by hand: independent of the packer."""
+    """Rows of one image and `regions` questions of different lengths, each with a box; padded to `length` and `answers`. Crops
+    have `crop` pixels a side (default: the image's). With tiling, rows have `TILED` tiles in turn; absent tiles have random
+    pixels too. The packer (`granvit.data.batch`) is not used."""
     rng = np.random.default_rng(seed)
     N, crop = vision.image_tokens, crop or vision.image_size
     prefix = PREFIX_BEFORE + N + PREFIX_AFTER

@@ -1,5 +1,5 @@
-"""MindFormers' `LlamaForCausalLM` on CPU, in a process of its own: it sets MindSpore's context, writes a log directory where it
-stands, and takes its mode from the environment.
+"""MindFormers' `LlamaForCausalLM` on CPU, in a separate process, because MindFormers sets MindSpore's context, writes a log
+directory into the current directory, and reads its mode from environment variables.
 
 `python -m parity.mindformers_llama DIR` reads DIR/config.json (its `LlamaConfig`) and DIR/in.safetensors (weights under its own
 names, and `inputs_BSC`), and writes DIR/out.safetensors (`logits_BSV`).
@@ -17,14 +17,14 @@ from safetensors.numpy import load_file, save_file
 from granvit.checkpoint.layouts.mindformers import MINDFORMERS
 from granvit.models import LanguageConfig
 
-FORCED = {  # what its CPU path needs (measured with 1.9.0): no fused kernels, float32 everywhere
+FORCED = {  # what MindFormers needs on CPU (tried with 1.9.0): no fused kernels, float32 everywhere
     "use_flash_attention": False, "fused_rms_norm": False, "use_rope_slice": True, "param_init_type": "float32",
     "compute_dtype": "float32", "layernorm_compute_type": "float32", "softmax_compute_type": "float32", "rotary_dtype": "float32",
 }  # fmt: skip
 
 
 def logits(language: LanguageConfig, weights: dict[str, np.ndarray], inputs_BSC: np.ndarray) -> np.ndarray:
-    """Logits float32 `[B, S, V]` of one causal segment a row, from canonical weights; `RuntimeError` where MindFormers fails."""
+    """Logits float32 `[B, S, V]` of one causal segment a row, from canonical weights; `RuntimeError` if MindFormers fails."""
     names = {name: MINDFORMERS.spellings[0].foreign(name) for name in weights if name.startswith("language.")}
     with tempfile.TemporaryDirectory(prefix="mindformers-") as directory:
         path = Path(directory)
@@ -55,7 +55,7 @@ def main() -> None:
     for name, parameter in model.parameters_and_names():
         parameter.set_data(ms.Tensor(tensors.pop(name)))
     assert not tensors, f"MindFormers' Llama has no parameter {sorted(tensors)}"
-    ids_BS = ms.Tensor(np.ones(inputs_BSC.shape[:2], np.int32))  # beside embeddings only whether they are padding (0) matters
+    ids_BS = ms.Tensor(np.ones(inputs_BSC.shape[:2], np.int32))  # with input_embeds, ids only say which are padding (0)
     logits_BSV = model(ids_BS, input_embeds=ms.Tensor(inputs_BSC))[0].asnumpy()
     save_file({"logits_BSV": np.ascontiguousarray(logits_BSV)}, directory / "out.safetensors")
 

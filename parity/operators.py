@@ -1,4 +1,4 @@
-"""The operators that parity checks by themselves: inputs that reach their corners, and how each is asked for."""
+"""The operators that parity compares one by one, with inputs that include their edge cases."""
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,14 +21,14 @@ class Case:
 
 
 def cases(fixture: Fixture) -> Iterator[Case]:
-    """Every operator, its corners included."""
+    """Every operator, with its edge cases."""
     rng = np.random.default_rng((fixture.seed, 21))
     normal = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
 
     features = normal(2, 6, 6, 8)
     boxes = np.array([
-        [[0.1, 0.2, 0.7, 0.55], [0, 0, 1, 1], [0.5, 0.5, 0.5, 0.5]],  # inside; the whole image; nothing
-        [[0.9, 0.9, 1, 1], [0.31, 0.3, 0.33, 0.31], [0, 0.4, 0.05, 1]],  # a corner; less than a cell; along a border
+        [[0.1, 0.2, 0.7, 0.55], [0, 0, 1, 1], [0.5, 0.5, 0.5, 0.5]],  # inside; the whole image; empty
+        [[0.9, 0.9, 1, 1], [0.31, 0.3, 0.33, 0.31], [0, 0.4, 0.05, 1]],  # a corner; smaller than a cell; along a border
     ], np.float32)  # fmt: skip
     yield Case("roi_align", "roi_align", [features, boxes], 1, (2, 3, 3, 3, 8), {"grid": 3})
 
@@ -42,7 +42,7 @@ def cases(fixture: Fixture) -> Iterator[Case]:
         yield Case(f"rope, theta {theta:.0e}", "rope", [q, positions], 1, q.shape, {"theta": theta})
 
     for eps in (1e-5, 1e-6):
-        small = normal(3, 7, 16) * 10.0 ** rng.uniform(-2.5, 1, (3, 7, 1)).astype(np.float32)  # rows beside the epsilon too
+        small = normal(3, 7, 16) * 10.0 ** rng.uniform(-2.5, 1, (3, 7, 1)).astype(np.float32)  # some rows are as small as eps
         weight, bias = 1 + 0.3 * normal(16), 0.3 * normal(16)
         yield Case(f"layer norm, eps {eps:.0e}", "layer_norm", [small, weight, bias], 1, small.shape, {"eps": eps})
         yield Case(f"RMS norm, eps {eps:.0e}", "rms_norm", [small, weight], 1, small.shape, {"eps": eps})

@@ -1,9 +1,9 @@
-"""Second fixtures: a handful of configurations in which every option that reaches a graph has every value at least once.
+"""Further fixtures: six configurations in which every option that affects a graph has every value at least once.
 
-The default fixture is one encoder, one decoder, stage 1 and stage 2. What only an option runs through is compared here: each
-configuration is a tiny pair of models, run forward and trained for one step. `factors` says which values
-one has; `missing` which values, stated by `granvit.models` and `granvit.config`, none has. New values of a configuration's words
-(`Literal`, `bool`) are found by themselves.
+The default fixture is one encoder, one decoder, stage 1 and stage 2. The configurations here run the code that only other options
+reach. Each is a tiny pair of models, run forward and trained for one step. `domain` lists all options ("factors") with their
+values, `factors` gives the values of one configuration, and tests/parity/test_options.py fails for a value that no configuration
+has. Fields of `granvit.models` and `granvit.config` that are `Literal` or `bool` are found automatically.
 """
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,8 +25,9 @@ LANGUAGE = {"vocab": 96, "width": 16, "layers": 1, "heads": 4, "kv_heads": 2, "h
 
 @dataclass(frozen=True)
 class Option:
-    """What differs from the default fixture. `text_rows` of a micro-batch are without an image and without boxes. `share` of the
-    global batch are these micro-batches: gradients become as small as the epsilon of clipping."""
+    """The differences from the default fixture. `text_rows` is the number of rows in a micro-batch without image and boxes.
+    `share` is the share of the global batch that the micro-batches are; a small one makes gradients as small as the epsilon of
+    clipping."""
 
     stage: str
     vision: Mapping[str, Any] = field(default_factory=dict)
@@ -38,7 +39,7 @@ class Option:
 
 
 OPTIONS: dict[str, Option] = {
-    # What CLIP's encoder has, and the closing norm's features for distillation; regions pooled, compared by cosine.
+    # The modules of CLIP's encoder; distillation on features after the closing norm, pooled to a smaller grid, with cosine loss.
     "pooled": Option(
         "stage1",
         {"activation": "quick_gelu", "class_token": True, "pre_norm": True, "patch_bias": False, "level": "last",
@@ -48,7 +49,7 @@ OPTIONS: dict[str, Option] = {
          "runtime": {"recompute": True}},
         micro_batches=1,
     ),
-    # What AIMv2's encoder has; crops smaller than the image, so that the teacher's positions are resampled; a row of text alone.
+    # The modules of AIMv2's encoder; crops smaller than the image, so that the teacher's positions are resampled; a row of text.
     "resampled": Option(
         "stage1",
         {"norm": "rms", "activation": "silu", "gated_mlp": True, "bias": False, "patch_norm": True, "image_size": 35,
@@ -57,15 +58,15 @@ OPTIONS: dict[str, Option] = {
         {"distill": {"weight": 0.7, "crop_size": 24, "alpha": 0.8}, "optimizer": {"weight_decay": 0.0, "clip_norm": 1e9}},
         text_rows=1,
     ),
-    # The paper's high resolution, with what InternViT's encoder has.
+    # The paper's high resolution, with the modules of InternViT's encoder.
     "tiled": Option(
         "stage1",
         {"activation": "gelu", "layer_scale": True, "closing_norm": False, "level": "penultimate", "built_level": "last"},
         {"tied_head": False, "qkv_bias": True, "rope_theta": 1e6, "norm_eps": 1e-5},
         {"distill": {"weight": 0.7, "crop_size": 16, "loss": "cosine"}, "vision": {"tiling": 4}},
     ),
-    # An encoder fed to the projector behind its closing norm, tuned with the decoder, each with rates of its own; losses averaged
-    # by micro-batch.
+    # The projector gets the features after the encoder's closing norm. Encoder and decoder train, with learning rates of their
+    # own; losses are averaged per micro-batch.
     "tuned": Option(
         "sft",
         {"norm": "rms", "activation": "gelu", "layer_scale": True, "bias": True, "gated_mlp": True, "pre_norm": True,
@@ -75,7 +76,7 @@ OPTIONS: dict[str, Option] = {
          "optimizer": {"parts": {"vision": {"lr": 0.03, "weight_decay": 0.0}, "language": {"weight_decay": 0.3}}}},
         text_rows=1,
     ),
-    # The projector alone, over tiles.
+    # Only the projector trains, with tiling.
     "projector": Option(
         "sft",
         {"class_token": True, "level": "last", "bias": False, "patch_bias": False},
@@ -84,13 +85,13 @@ OPTIONS: dict[str, Option] = {
          "optimizer": {"weight_decay": 0.0, "clip_norm": 1e-5}},
         micro_batches=1, share=1e-5,
     ),
-    # Questions without their image.
+    # The image tokens are zeros.
     "guesser": Option("guesser", {"activation": "silu"}, {"qkv_bias": False}, {"optimizer": {"clip_norm": 1e9}}),
 }  # fmt: skip
 
 
 def option_suite(name: str) -> str:
-    """The suite's name of a configuration."""
+    """The name of a configuration's suite."""
     return f"option {name}"
 
 
@@ -115,27 +116,27 @@ def _shown(weights: np.ndarray, option: Option) -> np.ndarray:
     return shown_weights
 
 
-# --- which values there are, and which a configuration has ------------------------------------------------------------
-# Words that no graph depends on.
+# --- all options and their values, and those of a configuration -------------------------------------------------------
+# Fields with fixed values that do not affect a graph, and why.
 NOT_IN_THE_GRAPH = {
-    "vision.built_level": "the factor `built level`",
+    "vision.built_level": "covered by the factor `built level`",
     "vision.resize": "images are resized on the host (tests/data/test_images.py)",
-    "vision.closing_norm": "says which levels may be named; the levels are here",
+    "vision.closing_norm": "decides which levels exist; `level` and `built level` are factors",
     "language.chat": "a chat template is text (tests/data/test_chat.py)",
-    "run.stage": "what a stage trains, distils and hides: the factors of those names",
+    "run.stage": "covered by the factors for trained parts, distillation and zero image tokens",
     "run.model.init": "where start weights come from (tests/test_stages.py)",
-    "run.data.mix": "which questions are asked (tests/data/test_sampler.py)",
-    "run.eval.tasks": "which questions are asked in evaluation (tests/test_metrics.py)",
-    "run.train.freeze": "the factors `vision`, `projector`, `language` say what trains",
-    "run.optimizer.schedule": "the learning rate is a number that enters the graph (tests/test_core.py)",
-    "run.runtime.compute": "--precision; MindSpore's CPU build computes in float32 alone",
-    "run.runtime.jit_level": "of Ascend",
-    "run.runtime.device": "--device",
+    "run.data.mix": "selects questions (tests/data/test_sampler.py)",
+    "run.eval.tasks": "selects the questions of an evaluation (tests/test_metrics.py)",
+    "run.train.freeze": "covered by the factors `vision`, `projector`, `language`",
+    "run.optimizer.schedule": "the learning rate is an input of the graph (tests/test_core.py)",
+    "run.runtime.compute": "chosen by --precision; on CPU MindSpore computes only in float32",
+    "run.runtime.jit_level": "has an effect only on Ascend",
+    "run.runtime.device": "chosen by --device",
 }
 
 
 def words() -> dict[str, tuple[str, ...]]:
-    """Every field of `VisionConfig`, `LanguageConfig` and `RunConfig` whose values are words, and those values."""
+    """The fields of `VisionConfig`, `LanguageConfig` and `RunConfig` that are `Literal` or `bool`, and their values."""
     roots = (("vision", VisionConfig), ("language", LanguageConfig), ("run", RunConfig))
     return {path: values for root, model in roots for path, values in _words(model, root)}
 
@@ -159,7 +160,7 @@ def _literals(kind: Any) -> Iterator[str]:
             yield from _literals(inner)
 
 
-# Numbers, and words that only mean something together.
+# Factors that are not one field with fixed values: numbers with several regimes, and combinations of fields.
 Read = Callable[[RunConfig, VisionConfig, LanguageConfig, Option], str]
 NUMBERS: dict[str, tuple[tuple[str, ...], Read]] = {
     "ROI grid": (("none", "the teacher's", "below"), lambda r, v, c, o: _grid(r, v)),
@@ -203,8 +204,8 @@ def domain() -> dict[str, tuple[str, ...]]:
 
 
 def factors(option: Option, run: RunConfig, vision: VisionConfig, language: LanguageConfig) -> Values:
-    """The value of every factor that enters one configuration's graphs: without distillation its words say nothing, and where
-    images are not shown nor do the encoder's."""
+    """The value of every factor that affects the graphs of one configuration. Without distillation its fields are left out, and
+    with zero image tokens those of the encoder."""
     found = {}
     for path in domain():
         if path in NUMBERS:
@@ -222,7 +223,7 @@ def factors(option: Option, run: RunConfig, vision: VisionConfig, language: Lang
 
 
 def configurations(seed: int = 0) -> dict[str, Values]:
-    """What the default fixture's two stages and every option have."""
+    """The factors of the default fixture's two stages and of every option."""
     found, default = {}, make_fixture(seed)
     for stage in ("stage1", "stage2"):
         found[stage] = factors(Option(stage), default.config(stage), default.vision, default.language)
@@ -233,12 +234,12 @@ def configurations(seed: int = 0) -> dict[str, Values]:
 
 
 def pairs(values: Values) -> set[tuple[tuple[str, str], tuple[str, str]]]:
-    """The pairs of values of unlike factors."""
+    """All pairs of values of two different factors."""
     return set(combinations(sorted(values.items()), 2))
 
 
 def coverage() -> tuple[list[tuple[str, str, str]], int, int]:
-    """Rows of (factor, value, configurations that have it), and how many pairs of values are covered, of how many."""
+    """Rows of (factor, value, configurations that have it), the number of pairs of values that are covered, and of all pairs."""
     found = configurations()
     rows = [(factor, value, ", ".join(name for name, own in found.items() if own.get(factor) == value))
             for factor, values in domain().items() for value in values]  # fmt: skip

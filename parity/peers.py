@@ -1,9 +1,9 @@
-"""The same weights in code that nobody here wrote: transformers' SigLIP, Qwen2 and Llama beside both packages, and MindFormers'
-Llama beside the MindSpore one.
+"""Compares both packages with independent implementations, with the same weights: with transformers' SigLIP, Qwen2 and Llama, and
+the MindSpore package with MindFormers' Llama.
 
-transformers runs in float64: it is golden here. What is compared are activations that both packages name: the blocks' outputs
-(transformers' `hidden_states`), and the decoder's logits at the answers of one causal segment. In the second comparison
-MindSpore may be off by what MindFormers' rounding earns.
+transformers in float64 is the golden reference. The outputs of the blocks (transformers' `hidden_states`) are compared, and the
+decoder's logits at the answers of one causal segment. In the comparison with MindFormers, MindFormers is the peer: its error sets
+the tolerance.
 """
 import importlib.util
 from collections.abc import Iterable, Iterator
@@ -24,28 +24,28 @@ from parity.fixture import Fixture, start_values
 
 
 def without_transformers() -> str:
-    """Empty, or why no peer can be asked: transformers is the golden reference of all of them."""
+    """Why no comparison is possible (empty if it is): transformers is the golden reference of all of them."""
     if importlib.util.find_spec("transformers") is None:
-        return "peers: transformers is not installed (pip install -e '.[test]'); no peer was asked"
+        return "peers: transformers is not installed (pip install -e '.[test]'); nothing was compared"
     return ""
 
 
 def without_mindformers(precision: str) -> str:
-    """Empty, or why MindFormers' Llama is not asked."""
+    """Why MindFormers' Llama is not compared (empty if it is)."""
     if importlib.util.find_spec("mindformers") is None:
-        return "peers: MindFormers is not installed (pip install -e '.[test]'); its Llama was not asked"
+        return "peers: MindFormers is not installed (pip install -e '.[test-mindspore]'); its Llama was not compared"
     if precision != "float32":
-        return f"peers: MindFormers' Llama was not asked: on CPU it runs in float32, not in {precision}"
+        return f"peers: MindFormers' Llama was not compared: on CPU it runs in float32, not in {precision}"
     return ""
 
 
 def notes(precision: str) -> list[str]:
-    """Which peers are not asked, and why."""
+    """Which comparisons are not made, and why."""
     return [note for note in [without_transformers() or without_mindformers(precision)] if note]
 
 
 def golden(fixture: Fixture, batch: Batch) -> Tensors:
-    """What transformers computes, under the names of `granvit.introspection`."""
+    """The activations of transformers, under the names of `granvit.introspection`."""
     return _encoder(fixture, batch) | _decoder(fixture, batch)
 
 
@@ -56,7 +56,7 @@ def _encoder(fixture: Fixture, batch: Batch) -> Tensors:
     c = fixture.vision
     if not fixture.is_siglip:
         return {}
-    blocks = c.built_layers + 1  # transformers shows the last block behind the closing norm only: one more, never looked at
+    blocks = c.built_layers + 1  # one more, not used: transformers gives the last block's output only after the closing norm
     peer = SiglipVisionModel(SiglipVisionConfig(
         hidden_size=c.width, intermediate_size=c.mlp, num_hidden_layers=blocks, num_attention_heads=c.heads,
         image_size=c.image_size, patch_size=c.patch_size, layer_norm_eps=c.norm_eps, hidden_act="gelu_pytorch_tanh",
@@ -72,7 +72,7 @@ def _encoder(fixture: Fixture, batch: Batch) -> Tensors:
 
 
 def _decoder(fixture: Fixture, batch: Batch) -> Tensors:
-    """Logits of `one_segment(batch)`, fed the fixture's embeddings at `inputs`."""
+    """Outputs of the blocks and logits for `one_segment(batch)`, with the fixture's seeded values as input embeddings."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -94,14 +94,14 @@ def _decoder(fixture: Fixture, batch: Batch) -> Tensors:
 
 
 def one_segment(batch: Batch) -> Batch:
-    """The batch with every row one causal sequence, as transformers reads it."""
+    """The batch with each row as one causal sequence, which is what transformers computes."""
     rows, length = batch.token_ids_BS.shape
     positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
     return replace(batch, positions_BS=positions, segments_BS=np.zeros_like(batch.segments_BS))
 
 
 def _fill(peer, weights: dict[str, np.ndarray], layout: Layout, unused: tuple[str, ...]) -> None:
-    """Copies canonical weights into a transformers model through the layout's table."""
+    """Copies canonical weights into a transformers model, whose names the layout translates."""
     import torch
 
     with torch.no_grad():
@@ -111,9 +111,9 @@ def _fill(peer, weights: dict[str, np.ndarray], layout: Layout, unused: tuple[st
 
 
 def rows(fixture: Fixture, precision: str) -> Iterator[Row]:
-    """Both packages against transformers: MindSpore may be off by what PyTorch's rounding earns, then by what MindFormers' does.
+    """Both packages against transformers, with PyTorch as the peer; then MindSpore's logits, with MindFormers as the peer.
 
-    Without transformers there is no row, without MindFormers none of it (see `notes`).
+    Without transformers there are no rows, without MindFormers none of the second kind (see `notes`).
     """
     if without_transformers():
         return
@@ -133,7 +133,7 @@ def rows(fixture: Fixture, precision: str) -> Iterator[Row]:
 
 
 def _ours(fixture: Fixture, batch: Batch, framework: str, precision: str, names: Iterable[str]) -> Tensors:
-    """The activations that one of the packages computes under these names."""
+    """The activations with these names, computed by one of the packages."""
     config = fixture.config("stage1", precision)
     shapes = fixture.shapes(config)
     opened = open_framework(framework)(config, fixture.vision, fixture.language, fixture.weights.items(), shapes)
@@ -142,6 +142,6 @@ def _ours(fixture: Fixture, batch: Batch, framework: str, precision: str, names:
 
 
 def _whole_heads(fixture: Fixture) -> Fixture:
-    """The fixture with heads that are width / heads wide, which is all that MindFormers knows."""
+    """The fixture with heads of size width / heads, the only size that MindFormers supports."""
     language = fixture.language.model_copy(update={"head_dim": fixture.language.width // fixture.language.heads})
     return replace(fixture, language=language, weights=start_values(fixture.vision, language, fixture.seed))

@@ -1,4 +1,4 @@
-"""What must hold before two sides can be compared at all. A failure here means "could not tell", never "diverged"."""
+"""Conditions for a comparison. If one fails, the result is "could not tell", not "diverged"."""
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -19,11 +19,11 @@ NAMES = {
 
 
 class CouldNotTell(Exception):
-    """The sides are not comparable; the message says in what they differ and what to do."""
+    """The records cannot be compared; the message says how they differ and what to do."""
 
 
 def check_comparable(records: Sequence[Any]) -> None:
-    """`CouldNotTell` where the records (`parity.capture.Record`) are not of the same computation."""
+    """`CouldNotTell` if the settings of the records (`parity.capture.Record`) are not equal."""
     first = records[0]
     for other in records[1:]:
         for key, what in NAMES.items():
@@ -35,19 +35,19 @@ def check_comparable(records: Sequence[Any]) -> None:
 
 
 def check_deterministic(framework: str, one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> None:
-    """`CouldNotTell` where the same computation gave other bits the second time: something random is left on."""
+    """`CouldNotTell` if two runs of the same computation differ in any bit: something in it is random."""
     if digest(one.items()) != digest(two.items()):
         unlike = [n for n in one if not np.array_equal(one[n], two[n], equal_nan=True)]
-        raise CouldNotTell(f"{framework} computed one batch twice and got other bits, first in {unlike[0]}: randomness is on")
+        raise CouldNotTell(f"{framework} got different bits for one batch twice, first in {unlike[0]}; switch off randomness")
 
 
 def check_precision(framework: str) -> None:
-    """`CouldNotTell` where the environment makes float32 products less than float32."""
+    """`CouldNotTell` if the environment reduces the precision of float32 products."""
     if framework == "torch":
         import torch
 
         if torch.get_float32_matmul_precision() != "highest" or torch.backends.cuda.matmul.allow_tf32:
-            raise CouldNotTell("PyTorch computes float32 products in TF32; torch.set_float32_matmul_precision('highest') first")
+            raise CouldNotTell("PyTorch computes float32 products in TF32; call torch.set_float32_matmul_precision('highest')")
     if os.environ.get("NVIDIA_TF32_OVERRIDE") == "1":
         raise CouldNotTell("NVIDIA_TF32_OVERRIDE=1 makes float32 products TF32; unset it")
 

@@ -1,4 +1,4 @@
-"""What a check prints and writes: a table on the terminal, report.json (every number), report.html (one self-contained file)."""
+"""The output of a check: a table on the terminal, report.json (every number), report.html (one self-contained file)."""
 import html
 import json
 import math
@@ -19,7 +19,7 @@ OUTCOMES = {EQUAL: "equal", DIVERGED: "diverged", COULD_NOT_TELL: "could not tel
 
 @dataclass
 class Report:
-    """Everything that one check found. `notes` says what was not checked, and why; `faults` is the table of planted faults."""
+    """The results of one check. `notes` says what was not checked, and why; `faults` is the table of planted faults."""
 
     candidate: str
     peer: str
@@ -45,15 +45,15 @@ class Report:
 
 
 def describe(row: Row, where: str) -> str:
-    """One failing row in words: which tensor, what made it, how far it is off."""
+    """One failed row in words: the tensor, its error, and the class that made it (`where`)."""
     far = row.reason
     if row.reason == "diverged":
-        far = f"off by {row.error[0]:.1e} (limit {row.limit[0]:.1e}, PyTorch {row.peer_error[0]:.1e})"
+        far = f"off by {row.error[0]:.1e} (limit {row.limit[0]:.1e}, peer {row.peer_error[0]:.1e})"
     return f"{row.kind} {row.name}: {far}{f'; made by {where}' if where else ''}"
 
 
 def print_report(report: Report, sources: dict[str, str], console: Console) -> None:
-    """The table and, under it, where each suite first diverged. `sources` maps a name to the file and class that made it."""
+    """Prints the table and the first failure of each suite. `sources` maps a tensor's name to the class and file that made it."""
     table = Table(title=f"{report.candidate} against {report.peer}, {report.compute}; golden reference: PyTorch, float64")
     for column in ("suite", "tensors", "worst error", "of limit", "where", "verdict"):
         table.add_column(column, justify="right" if column in ("tensors", "worst error", "of limit") else "left")
@@ -68,7 +68,7 @@ def print_report(report: Report, sources: dict[str, str], console: Console) -> N
             console.print(f"[red]{v.suite}[/]: first {describe(v.first, sources.get(v.first.name, ''))}", highlight=False)
     if report.faults:
         faults = Table(title="planted faults")
-        for column in ("fault", "planted in", "suite", "verdict", "first named"):
+        for column in ("fault", "planted in", "suite", "verdict", "first failure"):
             faults.add_column(column)
         for f in report.faults:
             colour = "green" if f["detected"] and f["located"] else "red"
@@ -87,7 +87,7 @@ def print_report(report: Report, sources: dict[str, str], console: Console) -> N
 
 
 def write_report(report: Report, sources: dict[str, str], directory: Path) -> None:
-    """report.json and report.html."""
+    """Writes report.json and report.html."""
     directory.mkdir(parents=True, exist_ok=True)
     tree = {
         "schema": SCHEMA,
@@ -111,7 +111,7 @@ def write_report(report: Report, sources: dict[str, str], directory: Path) -> No
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: they become strings."""
+    """Replaces NaN and infinity, which JSON does not have, by strings."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -134,8 +134,8 @@ def _html(report: Report, sources: dict[str, str]) -> str:
         f'<p class="outcome {OUTCOMES[report.status].replace(" ", "-")}">{OUTCOMES[report.status]}</p>',
         f"<p>Errors are relative to the golden reference, PyTorch in float64. A tensor of {candidate} passes where its error is "
         f"at most {RATIO:g} times {peer}'s own at {report.compute}, or below the floor of {floor:.1e} (largest element: "
-        f"{largest:.1e}; {CARRIED_FACTOR:g} times as much for what came back through the whole model and for what many "
-        f"steps made).</p>",
+        f"{largest:.1e}; {CARRIED_FACTOR:g} times as much for gradients that went through the whole model and for the "
+        f"results of many steps).</p>",
         _summary(report, sources),
     ]
     for suite in dict.fromkeys(row.suite for row in report.rows):
@@ -164,7 +164,7 @@ def _summary(report: Report, sources: dict[str, str]) -> str:
 
 
 def _plot(rows: Sequence[Row], heading: str, report: Report) -> str:
-    """Relative error by depth on a logarithmic axis, both frameworks' and the limit."""
+    """A plot of the relative errors of both frameworks and of the limit by depth, on a logarithmic axis."""
     width, height, left, bottom, top = 1040, 260, 62, 28, 14
     finite = [e for row in rows for e in (row.error[0], row.peer_error[0], row.limit[0]) if math.isfinite(e) and e > 0]
     low, high = math.floor(math.log10(min(finite))), math.ceil(math.log10(max(finite)))
@@ -204,13 +204,13 @@ def _fault_table(report: Report) -> str:
         state = "located" if good else "detected, wrong place" if f["detected"] else "missed"
         cells = "".join(f"<td>{html.escape(str(f[key]))}" for key in ("name", "framework", "suite", "expected", "first"))
         lines.append(f'<tr class="{"" if good else "bad"}">{cells}<td>{state}</tr>')
-    head = "<tr><th>planted fault<th>in<th>suite<th>expected at<th>first named<th>verdict</tr>"
+    head = "<tr><th>planted fault<th>in<th>suite<th>expected at<th>first failure<th>verdict</tr>"
     alarms = ""
     if report.false_alarms is not None:
         a = report.false_alarms
         counted = f"{a['seeds']} seeds without a fault: {len(a['alarms'])} false alarms"
         alarms = f"<p>{counted}; worst error {a['worst']:.2f} of its limit.</p>"
-    return f"<h2>Would it have noticed?</h2><table>{head}{''.join(lines)}</table>{alarms}"
+    return f"<h2>Planted faults</h2><table>{head}{''.join(lines)}</table>{alarms}"
 
 
 def _table(report: Report, sources: dict[str, str]) -> str:
@@ -223,7 +223,7 @@ def _table(report: Report, sources: dict[str, str]) -> str:
         cells = [row.suite, row.kind, row.name, shape, *numbers, f"{row.badness:.3f}", state, sources.get(row.name, "")]
         lines.append(f'<tr class="{"" if row.passed else "bad"}">' + "".join(f"<td>{html.escape(c)}" for c in cells) + "</tr>")
     table = f"<table id='rows'><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    return f"<h2>Every tensor</h2><p>A click on a heading sorts.</p>{table}"
+    return f"<h2>Every tensor</h2><p>Click a heading to sort.</p>{table}"
 
 
 def _environment(report: Report) -> str:

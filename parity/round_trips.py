@@ -1,4 +1,4 @@
-"""Checkpoints: what one framework writes, the other reads to the last bit; foreign layouts and back, likewise."""
+"""Checkpoints loaded into the other framework, and converted to foreign layouts and back: no byte may differ."""
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,14 +39,14 @@ def layouts(fixture: Fixture) -> list[str]:
 
 
 def notes(fixture: Fixture) -> list[str]:
-    """Which round trip was not made, and why."""
+    """Which round trips were not made, and why."""
     if "mindformers" in layouts(fixture):
         return []
     return [f"checkpoint: MindFormers' layout cannot hold {fixture.language.name!r} (its heads are not width / heads wide)"]
 
 
 def _convert(checkpoint: Checkpoint, layout: str, folder: Path) -> Iterator[Row]:
-    """The checkpoint in a foreign layout and back: every tensor that the layout holds."""
+    """Converts the checkpoint to a foreign layout and back: a row for every tensor that the layout holds."""
     foreign, returned = folder / f"in {layout}", folder / f"from {layout}"
     convert(checkpoint.path, foreign, layout)
     convert(foreign, returned, "default")
@@ -57,7 +57,7 @@ def _convert(checkpoint: Checkpoint, layout: str, folder: Path) -> Iterator[Row]
 
 
 def _resume(fixture: Fixture, source: str, target: str, run: Path) -> Iterator[Row]:
-    """After a step in `source` its checkpoint is loaded into `target`, weights, teacher and moments."""
+    """Loads the checkpoint after a step in `source` into `target`: weights, teacher and moments."""
     config = fixture.config("stage1")
     batches = fixture.step_batches(1)
     writer = CheckpointWriter(run, config, fixture.vision, fixture.language)
@@ -80,7 +80,7 @@ def _identical(kind: str, engine: TrainEngine, other: TrainEngine, group: Group)
 
 
 def bytes_row(suite: str, kind: str, name: str, expected: np.ndarray, found: np.ndarray | None) -> Row:
-    """A verdict on raw bytes."""
+    """The verdict on one tensor's raw bytes. Its error is the share of bytes that differ."""
     nothing, exact = (0.0, 0.0), (np.finfo(float).tiny,) * 2
     if found is None:
         return Row(suite, kind, name, expected.shape, nothing, (np.nan, np.nan), exact, "missing")

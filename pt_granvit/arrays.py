@@ -1,4 +1,4 @@
-"""numpy arrays in and out of PyTorch; bfloat16 is `ml_dtypes.bfloat16` in numpy."""
+"""Conversion between numpy arrays and PyTorch tensors; bfloat16 is `ml_dtypes.bfloat16` in numpy."""
 from collections.abc import Iterable
 
 import ml_dtypes
@@ -10,7 +10,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def to_tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """A numpy array as a tensor of `dtype` on the host, rounded there: to the same bits whatever the device."""
+    """A numpy array as a CPU tensor of `dtype`. It is rounded on the host, so the bits are the same for every device."""
     array = np.ascontiguousarray(array)
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(dtype)
@@ -18,7 +18,7 @@ def to_tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """The reverse of `to_tensor`, bit for bit: a copy on the host."""
+    """A copy of a tensor as a numpy array with the same bits."""
     tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
@@ -27,8 +27,11 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def fill(module: nn.Module, tensors: Iterable[tuple[str, np.ndarray | Tensor]], prefix: str = "") -> None:
-    """Gives every parameter its value, by its name behind `prefix`, in the dtype that the parameter has; rounded on the host,
-    to the same bits whatever the device."""
+    """Sets every parameter to the tensor called `prefix` + the parameter's name. numpy arrays are rounded on the host to the
+    parameter's dtype.
+
+    Names and parameters must match: `KeyError` for a tensor without a parameter.
+    """
     missing = {prefix + name: parameter for name, parameter in module.named_parameters()}
     for name, value in tensors:
         parameter = missing.pop(name)

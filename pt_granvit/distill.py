@@ -1,7 +1,8 @@
 """Self-distillation (paper section 4.3): MSE(teacher(crop), ROIAlign(student features)), and the EMA teacher.
 
-Departures where the paper is silent (SPEC, "Self-distillation"): the teacher moves once per optimizer step, in float32;
-the loss is the mean over elements, then over the valid boxes of the global batch.
+The paper leaves two points open. Here the teacher is updated once per optimizer step, in float32; and the loss is the mean over
+elements, then over the valid boxes of the global batch.
+
 Layout letters: B rows, T views per row, K boxes per row, N patches, C width, g cells along a side of the ROI grid, r crop side.
 """
 import torch
@@ -18,7 +19,8 @@ def side(patches: int) -> int:
 
 
 def teacher_features(teacher: VisionEncoder, crops_BK3rr: Tensor, grid: int) -> Tensor:
-    """The teacher's view of each crop, `[B, K, grid, grid, C]`, average-pooled where `grid` is below its own; no gradient."""
+    """The teacher's features of each crop, `[B, K, grid, grid, C]`, without gradient. They are average-pooled if `grid` is
+    smaller than the teacher's own patch grid."""
     B, K = crops_BK3rr.shape[:2]
     with torch.no_grad():
         _, features = teacher.encode(crops_BK3rr.flatten(0, 1))
@@ -29,7 +31,8 @@ def teacher_features(teacher: VisionEncoder, crops_BK3rr: Tensor, grid: int) -> 
 def student_features(student_BNC: Tensor, boxes_BK4: Tensor, grid: int, grids_B2: Tensor | None) -> Tensor:
     """The student's features under each box, `[B, K, grid, grid, C]`.
 
-    With `grids_B2` the features are those of all views, `[B T, N, C]`; the map is what the tiles make up, without view 0.
+    With tiling, `grids_B2` holds the rows and columns of tiles of each image, and `student_BNC` the features of all views,
+    `[B T, N, C]`. The boxes refer to the map that the tiles form; view 0 (the whole image) is not used.
     """
     N = student_BNC.shape[1]
     features_BHWC = student_BNC.unflatten(1, (side(N), side(N)))
@@ -40,10 +43,10 @@ def student_features(student_BNC: Tensor, boxes_BK4: Tensor, grid: int, grids_B2
 
 def distill_sums(student_BNC: Tensor, teacher_BKggC: Tensor, boxes_BK4: Tensor, weights_BK: Tensor,
                  loss: str, grids_B2: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Summed distillation loss over the valid boxes, and for the log the summed variance of the teacher's features: over a box's
-    cells, per channel, then averaged over the channels. Both float32.
+    """The distillation loss and the variance of the teacher's features, each summed over the valid boxes; float32 scalars.
 
-    `mse`: mean over a box's elements of the squared difference. `cosine`: mean over its cells of 1 - cosine.
+    Loss of a box: for `mse` the mean of the squared difference over the box's elements, for `cosine` the mean of 1 - cosine over
+    its cells. Variance of a box (logged only): over its cells for each channel, then averaged over the channels.
     """
     student = to_float32_or_wider(student_features(student_BNC, boxes_BK4, teacher_BKggC.shape[2], grids_B2))
     teacher = to_float32_or_wider(teacher_BKggC)

@@ -1,7 +1,7 @@
 """Data parallelism under torchrun: the process group, and sums over ranks.
 
-Gradients are summed on the devices. Small vectors of the host (counts, flags) are summed by gloo, so that they neither wait for
-the device nor are copied to it.
+Gradients are summed on the devices. Small vectors on the host (counts, flags) are summed with gloo, so that they need no copy to
+the device and do not wait for it.
 """
 import os
 from datetime import timedelta
@@ -14,14 +14,14 @@ from torch import Tensor
 from granvit.cost import host_memory
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
-# How long a rank waits for another in a sum of host vectors, where it waits while rank 0 writes large weights. Sums on devices
-# keep their library's own timeout: in a step all ranks arrive together. A rank that died is noticed by the watchers
-# (granvit.watcher), a host that died by these timeouts alone.
+# Timeout of a sum of host vectors, in which the other ranks wait while rank 0 writes large weights. Sums on devices keep their
+# library's own timeout, because in a step all ranks arrive at about the same time. A rank that has died is detected by
+# granvit.watcher, a host that has died only by these timeouts.
 WAIT = timedelta(hours=4)
 
 
 def choose_device(name: str) -> str:
-    """cpu, cuda or npu; `auto` takes the accelerator that is there. `ValueError` where the named one is not."""
+    """The device to use: cpu, cuda or npu. `auto` is the accelerator if there is one. `ValueError` if a named one is missing."""
     if name in ("auto", "cuda") and torch.cuda.is_available():
         return "cuda"
     if name == "npu" or (name == "auto" and os.environ.get("ASCEND_HOME_PATH")):
@@ -36,14 +36,14 @@ def choose_device(name: str) -> str:
 
 
 def memory(name: str) -> int:
-    """Bytes of the device that `name` chooses; of the machine for cpu, whose ranks share them."""
+    """Memory of the device that `name` chooses, in bytes. For cpu it is the machine's memory, which all its ranks share."""
     device = choose_device(name)
     return host_memory() if device == "cpu" else getattr(torch, device).get_device_properties(0).total_memory
 
 
 class Ranks:
-    """`granvit.engine.Ranks` over torch.distributed. `host` is the gloo group that sums small vectors on the host, whatever the
-    device (None: one rank alone)."""
+    """`granvit.engine.Ranks` over torch.distributed. `host` is the gloo group that sums small vectors on the host, for every kind
+    of device (None for a single rank)."""
 
     def __init__(self, rank: int, world: int, device: str, host: dist.ProcessGroup | None = None):
         self.rank, self.world, self.device, self.host = rank, world, device, host
@@ -62,9 +62,9 @@ class Ranks:
 
 
 def join(name: str) -> Ranks:
-    """Selects the device that `name` chooses and joins torchrun's process group where there is one.
+    """Selects the device that `name` chooses. In a process that torchrun started, joins its process group.
 
-    The devices are connected here, by a first sum, so that a network that does not work is met before any long work.
+    A first sum connects the devices, so that a broken network is detected before any long work.
     """
     device = choose_device(name)
     if device != "cpu":

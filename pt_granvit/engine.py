@@ -1,4 +1,5 @@
-"""The PyTorch engine: one training step, state in and out, generation (see `granvit.engine.TrainEngine`)."""
+"""The PyTorch engine: training steps, reading and loading of the training state, generation (see
+`granvit.engine.TrainEngine`)."""
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -33,7 +34,7 @@ class Engine:
         self.dtype = DTYPES[runtime.compute]
         attention = attention_ops.choose(runtime.attention, self.device, self.dtype)
         self.implementations = {"attention": attention, "roi_align": "separable"}
-        self.compilations: dict[str, int] = {}  # eager
+        self.compilations: dict[str, int] = {}  # eager mode compiles nothing
         masters = torch.float64 if self.dtype == torch.float64 else torch.float32
         with torch.device(self.device):
             self.model = GranViT(vision, language, self.dtype, attention, runtime.recompute, stage.zero_image_tokens)
@@ -57,7 +58,8 @@ class Engine:
     def step(self, micro_batches: Sequence[Batch], step_inputs: StepInputs) -> StepResult:
         """Forward and backward over the micro-batches, sum over ranks, clip, AdamW, EMA.
 
-        The device is read once, before the update; where the loss is not finite, once more for the culprits.
+        The host reads from the device once, before the update. If loss or gradient norm is not finite, no weight is changed, the
+        host also reads the micro-batches' losses, and `NonFiniteLoss` lists this rank's micro-batches that are not finite.
         """
         sums = self.trained.values.new_zeros(3)  # caption, distillation, feature variance
         own_losses = []
@@ -81,8 +83,8 @@ class Engine:
         return StepResult(loss, caption, distill, norm, (variance / max(step_inputs.boxes, 1)) ** 0.5)
 
     def losses(self, batch: Batch, step_inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss, caption loss, distillation loss: the batch's sums divided by `StepInputs.divisors`. Then the summed variance of
-        the teacher's features, undivided."""
+        """Loss, caption loss and distillation loss: the batch's sums divided by `StepInputs.divisors`. Then the summed variance
+        of the teacher's features, not divided."""
         logits, built_features = self.model(
             self._put(batch.pixels_B3RR), self._put(batch.image_weights_B), self._ids(batch.token_ids_BS),
             self._ids(batch.positions_BS), self._ids(batch.segments_BS), self._ids(batch.image_positions_BN),
@@ -102,7 +104,7 @@ class Engine:
 
     @torch.no_grad()
     def loss_sums(self, micro_batches: Iterable[Batch]) -> np.ndarray:
-        """Caption and distillation loss summed over tokens and boxes, `[2]`; the device is read once."""
+        """Caption loss summed over tokens, distillation loss summed over boxes, `[2]`; the host reads from the device once."""
         sums = self.trained.values.new_zeros(2)
         for batch in micro_batches:
             _, caption, distill, _ = self.losses(batch, UNDIVIDED)
@@ -114,7 +116,7 @@ class Engine:
         return self.ranks.all_sum(values)
 
     def tensors(self, group: Group) -> Iterator[tuple[str, np.ndarray]]:
-        """One group's tensors under the parameters' names."""
+        """Names and values of one group's tensors; the names are those of the parameters."""
         for name, tensor in self._group(group).items():
             yield name, to_numpy(tensor)
 
@@ -148,5 +150,5 @@ class Engine:
         return self._to_device(torch.from_numpy(array).long())
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        """A copy that the host does not wait for, where the device is CUDA's."""
+        """Copies a tensor to the device; on CUDA the host does not wait for the copy."""
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device == "cuda" else tensor.to(self.device)

@@ -12,7 +12,7 @@ from pt_granvit.model import GranViT
 @torch.no_grad()
 def greedy(model: GranViT, prompts: PromptBatch, max_new_tokens: int, stop_token: int, device: str,
            on_logits: Callable[[Tensor], None] = lambda logits_BV: None) -> np.ndarray:  # fmt: skip
-    """The most probable continuation of each row, int32 `[B, max_new_tokens]`; `stop_token` fills what follows the first one.
+    """Greedy continuation of each row, int32 `[B, max_new_tokens]`. After the first `stop_token` a row holds only `stop_token`.
 
     `on_logits` is called with the logits `[B, V]` of every step.
     """

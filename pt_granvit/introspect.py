@@ -24,7 +24,7 @@ from pt_granvit.vision import VisionEmbeddings, VisionEncoder
 
 
 def tapped_modules(engine: Engine, names: Iterable[str]) -> dict[str, Module]:
-    """The module behind each activation's name; `AttributeError` where there is none."""
+    """The module that makes each named activation; `AttributeError` for an unknown name."""
 
     def find(name: str) -> nn.Module:
         if name == INPUTS:
@@ -60,7 +60,7 @@ def _positions(table_NC: Tensor, vision: VisionConfig, image_size: int) -> Tenso
 
 
 def _operator(name: str, config: RunConfig, device: str, options: dict[str, Any]) -> Callable[..., Tensor]:
-    """What `granvit.introspection.Introspection.operate` runs: the functions and modules that the model itself is made of."""
+    """The operator that `granvit.introspection.Introspection.operate` runs: a function or module that the model itself uses."""
     dtype = DTYPES[config.runtime.compute]
     implementation = attention_ops.choose(config.runtime.attention, device, dtype)
     functions = {
@@ -80,7 +80,7 @@ def _operator(name: str, config: RunConfig, device: str, options: dict[str, Any]
 
 
 class Introspector:
-    """`granvit.introspection.Introspection` over PyTorch, which is eager whatever `graph` says."""
+    """`granvit.introspection.Introspection` over PyTorch. It runs eagerly; `graph` has no effect."""
 
     def __init__(self, config: RunConfig, vision: VisionConfig, language: LanguageConfig,
                  start: Iterable[tuple[str, np.ndarray]], shapes: Shapes, graph: bool = True):  # fmt: skip
@@ -89,7 +89,7 @@ class Introspector:
         self.modules = tapped_modules(self.engine, shapes)
 
     def capture(self, batch: Batch, feed: Feed | None = None, backward: bool = True) -> Capture:
-        """Forward and backward over one batch, with what is fed in place of activations."""
+        """Forward and backward pass over one batch; `feed` replaces the values and gradients of the activations it names."""
         for name, module in self.modules.items():
             module.tap = Tap((feed or {}).get(name))
         taps = {name: module.tap for name, module in self.modules.items()}
@@ -112,11 +112,11 @@ class Introspector:
 
     def operate(self, operator: str, arrays: Sequence[np.ndarray], cotangent: np.ndarray, differentiate: int,
                 **options: Any) -> tuple[np.ndarray, list[np.ndarray]]:  # fmt: skip
-        """An operator's output, and the gradients of its first `differentiate` inputs under `cotangent`."""
+        """An operator's output, and the gradients of its first `differentiate` inputs; `cotangent` is the output's gradient."""
         inputs = [torch.from_numpy(array).to(self.engine.device) for array in arrays]
         inputs = [x.to(self.engine.dtype) if x.is_floating_point() else x for x in inputs]
         differentiated = [x.requires_grad_() for x in inputs[:differentiate]]
-        with torch.device(self.engine.device):  # for what an operator builds
+        with torch.device(self.engine.device):  # for tensors that an operator creates
             out = _operator(operator, self.engine.config, self.engine.device, options)(*inputs)
         if not differentiated:
             return to_numpy(out), []

@@ -28,7 +28,7 @@ def rotary(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype
 
 
 def rotate(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Applies RoPE: the first half of the head's width is paired with the second."""
+    """Applies RoPE in the rotate-half layout: channel i of a head is paired with channel i + D / 2."""
     half = x_BHSD.shape[-1] // 2
     swapped = torch.cat([-x_BHSD[..., half:], x_BHSD[..., :half]], dim=-1)
     return x_BHSD * cos + swapped * sin
@@ -85,7 +85,7 @@ class LanguageBlock(Module):
 
     def forward_cached(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, keys: Tensor, values: Tensor,
                        slots_BSL: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """As `forward`, over a cache `[B, G, L, D]` into which the new keys and values are written at one-hot slots."""
+        """As `forward`, with caches `[B, G, L, D]`; new keys and values are written to the one-hot slots."""
         q, k, v = self.self_attn.project(self.input_layernorm(x), cos, sin)
         one_hot_B1LS = slots_BSL.transpose(1, 2)[:, None].to(x.dtype)
         keys, values = keys + one_hot_B1LS @ k, values + one_hot_B1LS @ v
@@ -104,7 +104,7 @@ class DecoderModel(nn.Module):
 
 
 class CausalDecoder(Module):
-    """A decoder over input embeddings, so that image tokens can stand among text tokens."""
+    """A decoder that takes input embeddings instead of token ids, so that image tokens can be placed between text tokens."""
 
     def __init__(self, c: LanguageConfig, dtype: torch.dtype, attention: str = "sdpa", recompute: bool = False):
         super().__init__()
@@ -114,8 +114,8 @@ class CausalDecoder(Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, dtype: torch.dtype | None = None, device: str = "auto") -> Self:
-        """The decoder in a publisher's directory (any layout that `parity/convert.py` knows), in a run or in one of
-        `save_pretrained`, for evaluation; `dtype` (default: the stored one), `device`, warnings and errors as for the encoder."""
+        """Loads the decoder for evaluation from a publisher's directory (any layout that `parity/convert.py` reads), a run, or a
+        directory that `save_pretrained` wrote. For `dtype`, `device`, warnings and errors see `VisionEncoder.from_pretrained`."""
         opened = open_pretrained(directory, "language")
         dtype = dtype or DTYPES[opened.dtype]
         device = choose_device(device)
@@ -140,7 +140,7 @@ class CausalDecoder(Module):
         return self.emit(torch.nn.functional.linear(hidden, self.model.embed_tokens.weight.to(hidden.dtype)))
 
     def forward(self, inputs_BSC: Tensor, positions_BS: Tensor, segments_BS: Tensor) -> Tensor:
-        """Hidden states `[B, S, C]` after the closing norm, under the shared-prefix mask."""
+        """Hidden states `[B, S, C]` after the closing norm, with the shared-prefix mask."""
         cos, sin = rotary(positions_BS, self.config.head_dim, self.config.rope_theta, self.dtype)
         mask = attention_ops.shared_prefix_mask(segments_BS)
         x = inputs_BSC
@@ -153,9 +153,10 @@ class CausalDecoder(Module):
 
     def forward_cached(self, inputs_BSC: Tensor, positions_BS: Tensor, valid_BS: Tensor, keys: Tensor,
                        values: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """As `forward` for one causal segment whose positions are its cache slots, with caches `[layers, B, G, L, D]`.
+        """As `forward`, for one causal segment a row, with caches `[layers, B, G, L, D]` of keys and of values.
 
-        Slots of tokens that are not valid (padding) stay empty. Returns hidden states and the caches.
+        A token's position is also its slot in the caches. Tokens that are not valid (padding) are not written to them. Returns
+        hidden states and the caches.
         """
         cos, sin = rotary(positions_BS, self.config.head_dim, self.config.rope_theta, self.dtype)
         slots = torch.arange(keys.shape[3], device=keys.device)

@@ -1,5 +1,5 @@
-"""Building blocks with the canonical parameter names. Weights are cast to the activations' dtype where they are used, so a
-float32 master serves a bfloat16 forward pass; norms compute in float32 (float64 where the activations are)."""
+"""Building blocks with the canonical parameter names. Every forward pass casts the weights to the dtype of the activations, so
+float32 master weights can be used in a bfloat16 forward pass. Norms compute in float32 (in float64 for float64 activations)."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,7 +14,7 @@ _stored_as = torch.float32
 
 @contextmanager
 def stored_as(dtype: torch.dtype) -> Iterator[None]:
-    """Parameters made meanwhile are of this dtype."""
+    """Parameters that are created inside the block have this dtype."""
     global _stored_as
     before, _stored_as = _stored_as, dtype
     try:
@@ -24,12 +24,12 @@ def stored_as(dtype: torch.dtype) -> Iterator[None]:
 
 
 def parameter(*shape: int) -> nn.Parameter:
-    """A parameter that is filled later (`pt_granvit.arrays.fill`), float32 but for `stored_as`."""
+    """A parameter whose values are set later (`pt_granvit.arrays.fill`); float32 unless created inside `stored_as`."""
     return nn.Parameter(torch.empty(shape, dtype=_stored_as))
 
 
 def to_float32_or_wider(x: Tensor) -> Tensor:
-    """`x` in float32, or in float64 if it is that already: the dtype of norms, softmax and losses."""
+    """`x` in float32; float64 stays float64. Norms, softmax and losses are computed in this dtype."""
     return x if x.dtype == torch.float64 else x.float()
 
 

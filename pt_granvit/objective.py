@@ -1,4 +1,4 @@
-"""The caption term of the loss (paper section 4.1: L_caption = CrossEntropy(O_LLM, T)); a sum, divided by the engine."""
+"""The caption term of the loss (paper section 4.1: L_caption = CrossEntropy(O_LLM, T)); a sum, which the engine divides."""
 from torch import Tensor
 
 from pt_granvit.layers import to_float32_or_wider

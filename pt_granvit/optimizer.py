@@ -14,7 +14,7 @@ from granvit.models import part_of
 
 
 class FlatParameters:
-    """Moves parameters into one flat buffer (matrices first: weight decay applies to that slice alone)."""
+    """Moves parameters into one flat buffer. Those of two or more axes come first, because only they decay."""
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]]):
         self.named = sorted(named, key=lambda pair: pair[1].ndim < 2)
@@ -31,23 +31,24 @@ class FlatParameters:
             parameter.grad = gradient.view(parameter.shape)
 
     def gradient_norm(self) -> Tensor:
-        """Global L2 norm. Tensor by tensor: one float32 sum over millions of elements is off in the fourth digit on CPU."""
+        """Global L2 norm, tensor by tensor: on CPU, one float32 sum over millions of elements is wrong in its fourth digit."""
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for _, p in self.named])))
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """A flat buffer as the parameters' names and shapes."""
+        """Views of a flat buffer with the names and shapes of the parameters."""
         sizes = [p.numel() for _, p in self.named]
         return {name: part.view(p.shape) for (name, p), part in zip(self.named, flat.split(sizes), strict=True)}
 
 
 class AdamW:
-    """Decoupled weight decay (Loshchilov & Hutter 2019), bias-corrected, on float32 masters; parts may have their own rates."""
+    """Decoupled weight decay (Loshchilov & Hutter 2019), bias-corrected, on float32 master weights. Only parameters of
+    two or more axes decay. Parts may have their own learning rate and decay."""
 
     def __init__(self, parameters: FlatParameters, config: OptimizerSection):
         self.parameters, self.config = parameters, config
         self.first_moment = torch.zeros_like(parameters.values)
         self.second_moment = torch.zeros_like(parameters.values)
-        self.slices: list[tuple[slice, float, float]] = []  # of the flat buffer: share of the learning rate, weight decay
+        self.slices: list[tuple[slice, float, float]] = []  # of the flat buffer, factor of the learning rate, decay
         first = 0
         for (rate, decay), members in groupby(parameters.named, lambda named: config.of_part(part_of(named[0]))):
             last = first + sum(p.numel() for _, p in members)
@@ -58,7 +59,7 @@ class AdamW:
     def step(self, step: int, learning_rate: float, grad_norm: Tensor) -> None:
         """One update from the accumulated gradients, which are clipped to `clip_norm` and then zeroed.
 
-        `step` counts updates from 1; `learning_rate` is what the schedule makes of `optimizer.lr` at this step.
+        `step` counts updates from 1; `learning_rate` is the value of `optimizer.lr` at this step of the schedule.
         """
         c, p = self.config, self.parameters
         g, m, v = p.gradients, self.first_moment, self.second_moment

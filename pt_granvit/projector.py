@@ -7,8 +7,8 @@ from pt_granvit.taps import Module
 
 
 def pixel_shuffle(features_BNC: Tensor) -> Tensor:
-    """2 x 2 neighbouring patches of a square grid as one, `[B, N/4, 4C]` (paper A.5): the upper two's features, then the lower
-    two's, each from left to right, which is InternVL's order."""
+    """Joins the features of each 2 x 2 block of patches of a square grid, `[B, N/4, 4C]` (paper A.5). Their order is upper left,
+    upper right, lower left, lower right, as in InternVL."""
     B, N, C = features_BNC.shape
     half = round(N**0.5) // 2
     cells = features_BNC.reshape(B, half, 2, half, 2, C).permute(0, 1, 3, 2, 4, 5)
@@ -18,7 +18,7 @@ def pixel_shuffle(features_BNC: Tensor) -> Tensor:
 class Projector(Module):
     """Patch features `[B, N, C_vision]` -> image tokens `[B, N, C_language]`: Linear, exact GELU, Linear.
 
-    With tiling, image tokens `[B, N/4, C_language]` of `pixel_shuffle`d features.
+    With tiling, `pixel_shuffle` comes first, and the image tokens are `[B, N/4, C_language]`.
     """
 
     def __init__(self, vision: VisionConfig, language: LanguageConfig):

@@ -1,5 +1,5 @@
-"""Named activations: modules whose results a tap may see, and the tap, which keeps such a result, replaces it and has its
-gradient."""
+"""Named activations: `Module` passes its output to a tap, if it has one. `Tap` records the output and its gradient, and can
+replace both."""
 from collections.abc import Callable
 
 import numpy as np
@@ -8,18 +8,18 @@ from torch import Tensor, nn
 
 
 class Module(nn.Module):
-    """A module whose result has a name, its path (`granvit.introspection`). A `tap` sees the result on its way and may replace
-    it; without one, which is how a model trains, nothing is there."""
+    """A module whose output is a named activation; the name is the path of the module (see `granvit.introspection`). `tap`, if
+    set, gets the output and returns what replaces it. In training there is no tap."""
 
     tap: Callable[[Tensor], Tensor] | None = None
 
     def emit(self, result: Tensor) -> Tensor:
-        """The result as it leaves the module."""
+        """The module's output, after the tap if there is one."""
         return result if self.tap is None else self.tap(result)
 
 
 class Swap(torch.autograd.Function):
-    """Forward: `replacement`. Backward: the gradient to `replacement`, and `gradient` to `x` in its stead."""
+    """Forward: `replacement`. Backward: `replacement` gets the gradient that arrives, `x` gets `gradient` instead of it."""
 
     @staticmethod
     def forward(ctx, replacement: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
@@ -32,7 +32,8 @@ class Swap(torch.autograd.Function):
 
 
 class Tap:
-    """Keeps the activation that passes, and adds a probe of zeros whose gradient is the activation's."""
+    """Records an activation and adds a tensor of zeros, the probe, whose gradient is the gradient of the activation. `fed`, if
+    given, holds the value and the gradient that replace the activation's."""
 
     def __init__(self, fed: tuple[np.ndarray, np.ndarray] | None):
         self.fed = fed

@@ -20,8 +20,8 @@ from pt_granvit.taps import Module
 
 
 class PatchEmbedding(Module):
-    """A convolution whose stride is its kernel, as one matrix product over flattened patches; pixels beyond the last whole patch
-    are not looked at."""
+    """A convolution whose stride is its kernel, as one matrix product over flattened patches. Pixels beyond the last whole patch
+    are ignored."""
 
     def __init__(self, c: VisionConfig):
         super().__init__()
@@ -39,7 +39,7 @@ class PatchEmbedding(Module):
 
 
 class VisionEmbeddings(Module):
-    """Patches, class token, positions."""
+    """Patch embeddings, the class token if there is one, and position embeddings."""
 
     def __init__(self, c: VisionConfig, image_size: int):
         super().__init__()
@@ -130,8 +130,8 @@ class VisionBlocks(nn.Module):
 class VisionEncoder(Module):
     """Patch features of images of one size.
 
-    `image_size` other than the configuration's resamples the position embeddings (bicubic). Blocks above `c.built_level`
-    do not exist (see `VisionConfig`).
+    If `image_size` is not the configuration's, the position embeddings are resampled (bicubic). Blocks above `c.built_level` are
+    not built (see `VisionConfig`).
     """
 
     def __init__(self, c: VisionConfig, dtype: torch.dtype, image_size: int | None = None, attention: str = "sdpa",
@@ -139,7 +139,7 @@ class VisionEncoder(Module):
         super().__init__()
         self.config, self.dtype, self.recompute, self.built = c, dtype, recompute, ", ".join(c.available_levels)
         self.side = c.side(image_size)
-        self.takes = f"this encoder takes [B, 3, {self.side}, {self.side}]; load_encoder(..., resolution=SIDE) makes another"
+        self.takes = f"this encoder takes [B, 3, {self.side}, {self.side}]; load_encoder(..., resolution=SIDE) takes other sides"
         self.embeddings = VisionEmbeddings(c, self.side)
         self.pre_layernorm = norm(c.norm, c.width, c.norm_eps) if c.pre_norm else None
         self.encoder = VisionBlocks(c, attention)
@@ -150,13 +150,13 @@ class VisionEncoder(Module):
     @classmethod
     def from_pretrained(cls, directory: str | Path, resolution: int | None = None, dtype: torch.dtype | None = None,
                         device: str = "auto") -> Self:  # fmt: skip
-        """The encoder in a publisher's directory (any layout that `parity/convert.py` knows), in a run or in one of
-        `save_pretrained`, all blocks that are there built, for evaluation.
+        """Loads the encoder for evaluation, with all blocks that are stored, from a publisher's directory (any layout that
+        `parity/convert.py` reads), a run, or a directory that `save_pretrained` wrote.
 
         `resolution` is the images' side in pixels (default: the published one), `dtype` that of weights and activations (default:
-        the stored one). `device` is where the encoder lies and takes its pixels: cpu, cuda or npu; auto, the default, is the
-        accelerator where there is one. What the directory holds besides is named in a warning. `ValueError` names file and
-        tensor, or the key of config.json, that is at fault.
+        the stored one). `device`, where weights and pixels must be, is cpu, cuda or npu; auto, the default, is the
+        accelerator if there is one. A warning names the stored tensors that are not loaded. `ValueError` names the file and the
+        tensor, or the key of config.json, that is wrong.
         """
         opened = open_pretrained(directory, "vision")
         dtype = dtype or DTYPES[opened.dtype]
@@ -177,7 +177,7 @@ class VisionEncoder(Module):
         return ((pixels_B3RR.to(exact) / 255 - self.mean.to(exact)) / self.std.to(exact)).to(self.dtype)
 
     def levels(self, pixels_B3RR: Tensor) -> dict[str, Tensor]:
-        """Normalised pixels -> patch features `[B, N, C]` at every level that is built, class token dropped."""
+        """Normalised pixels -> patch features `[B, N, C]` at every level that is built, without the class token."""
         x = self.embeddings(pixels_B3RR.to(self.dtype))
         if self.pre_layernorm is not None:
             x = self.pre_layernorm(x)
@@ -199,11 +199,11 @@ class VisionEncoder(Module):
         return levels[self.config.level], levels[self.config.built_level]
 
     def forward(self, pixels_B3RR: Tensor, level: Level = "penultimate") -> Tensor:
-        """Normalised pixels (`(x / 255 - mean) / std`) -> patch features `[B, N, C]`; `ValueError` for images of another size
-        and for a level not built."""
+        """Normalised pixels (`(x / 255 - mean) / std`) -> patch features `[B, N, C]`. `ValueError` for images of another size
+        and for a level that is not built."""
         if pixels_B3RR.shape[1:] != (3, self.side, self.side):
-            raise ValueError(f"pixels of another size: {self.takes}")
+            raise ValueError(f"the shape of the pixels is wrong: {self.takes}")
         levels = self.levels(pixels_B3RR)
         if level not in levels:
-            raise ValueError(f"level '{level}' is not built in this encoder, which has {self.built}")
+            raise ValueError(f"this encoder has no level '{level}'; it has {self.built}")
         return levels[level]

@@ -1,13 +1,13 @@
-"""Benchmarks, printed as ratios within one run with the limit beside them.
+"""Benchmarks. They print ratios of quantities that were measured in the same run and, where there is one, the limit.
 
     python scripts/bench.py packing [--framework mindspore|torch]     regions/s of shared-prefix rows against separate rows
     python scripts/bench.py twins                                     a training step of one framework against the other
     python scripts/bench.py convert [--gigabytes 0.5]                 parity/convert.py against a plain copy of the same file
     python scripts/bench.py encoders                                  every encoder row at full size against transformers
     python scripts/bench.py load                                      memory while SigLIP2 and Qwen2.5-1.5B are loaded
-    python scripts/bench.py order                                     what steps hold and waste under several orders of the data
-    python scripts/bench.py seeds --other CHECKOUT                    a toy stage 1 in this order of the data and another's
-    python scripts/bench.py memory --config configs/stage1.yaml       memory of a training step of full size, predicted
+    python scripts/bench.py order                                     steps and padding under several orders of the data
+    python scripts/bench.py seeds --other CHECKOUT                    a toy stage 1 in this checkout's order and another's
+    python scripts/bench.py memory --config configs/stage1.yaml       predicted memory of a training step of full size
 """
 import argparse
 import json
@@ -43,7 +43,7 @@ PREFIX, QUESTION, ANSWER = 20, 48, 8  # text tokens: prefix around the image, on
 
 @dataclass(frozen=True)
 class Size:
-    """A model pair to measure, with the images of one step and the teacher's crop side."""
+    """A pair of models to measure, the number of images in a step, and the side of the teacher's crops in pixels."""
 
     name: str
     vision: VisionConfig
@@ -64,7 +64,7 @@ MID = Size(
 
 
 def synthetic_batch(size: Size, rows: int, regions: int, crops: bool) -> Batch:
-    """Random pixels and tokens in the shape of real rows: one image and `regions` questions each."""
+    """Random pixels and tokens in the shapes of real rows; each row has one image and `regions` questions."""
     rng, N = np.random.default_rng(0), size.vision.patches
     prefix, span = PREFIX + N, QUESTION + ANSWER
     length, answers = prefix + regions * span, regions * ANSWER
@@ -112,8 +112,8 @@ def config_for(size: Size, regions: int, crops: bool) -> RunConfig:
 
 
 def seconds_per_step(framework: str, size: Size, regions: int, rows: int, crops: bool, repeats: int) -> float:
-    """Median time of a training step (forward, backward, update) after one to compile and warm up, in a process of its own:
-    MindSpore gives no graph's memory back, and one table's graphs do not fit into 24 GB beside each other."""
+    """Median seconds of a training step (forward, backward, update), after one step to compile and warm up. It runs in a separate
+    process, because MindSpore does not free the memory of a graph, and the graphs of one table do not fit into 24 GB together."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_seconds_per_step, framework, size, regions, rows, crops, repeats).result()
 
@@ -138,8 +138,8 @@ def train_macs(size: Size, regions: int, rows: int, crops: bool) -> float:
 
 
 def packing(console: Console, framework: str, regions: int, repeats: int) -> None:
-    """One image with `regions` questions in one shared-prefix row, against one row a question."""
-    load_engine_class(framework)  # a framework that is not installed is said here
+    """Speed with all `regions` questions about an image in one shared-prefix row, against one row for each question."""
+    load_engine_class(framework)  # raises here if the framework is not installed
     table = Table(title=f"packing, K = {regions}, {framework}: a training step on the same images and regions")
     for column in ("model", "teacher's crops", "separate, regions/s", "packed, regions/s", "ratio", "limit (by multiplications)"):
         table.add_column(column, justify="left" if column == "model" else "right")
@@ -152,7 +152,7 @@ def packing(console: Console, framework: str, regions: int, repeats: int) -> Non
             separate, packed = speeds
             row = (size.name, "with" if crops else "without", f"{separate:.1f}", f"{packed:.1f}", f"{packed / separate:.2f}x",
                    f"{limit:.2f}x")  # fmt: skip
-            console.print(f"[dim]{'  '.join(row)}[/]", highlight=False)  # a table that takes minutes shows its rows as they come
+            console.print(f"[dim]{'  '.join(row)}[/]", highlight=False)  # the table takes minutes: show rows at once
             table.add_row(*row)
     console.print(table)
 
@@ -171,7 +171,7 @@ def twins(console: Console, regions: int, repeats: int) -> None:
 
 
 def write_decoder(directory: Path, gigabytes: float) -> int:
-    """A synthetic Qwen2 file of about this size in bfloat16, as published; returns the largest tensor's bytes."""
+    """Writes a Qwen2 file of about this size in bfloat16, in the published layout; returns the bytes of its largest tensor."""
     width, mlp, vocab = 1024, 4096, 32768
     block = 2 * (3 * width * mlp + 2 * width * width + 2 * width * width // 4)
     layers = max(1, round((gigabytes * 1e9 - 2 * vocab * width) / block))
@@ -194,11 +194,11 @@ from granvit.checkpoint.convert import convert
 report = convert(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], verify=sys.argv[4] == "yes")
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(report.seconds, peak * 1024)
-"""  # not getrusage, whose peak a child takes over from its parent
+"""  # not getrusage: a child process inherits its peak from the parent
 
 
 def conversion(console: Console, gigabytes: float, repeats: int) -> None:
-    """The same file copied and converted in turn; medians, each conversion in a process of its own. Linux only."""
+    """Copies and converts the same file in turn and prints medians. Each conversion runs in a separate process. Linux only."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "source").mkdir()
@@ -238,9 +238,9 @@ def main() -> None:
     parser.add_argument("--framework", choices=("mindspore", "torch"), default="mindspore")
     parser.add_argument("--regions", type=int, default=6, help="questions per image (default 6; the paper's data has 6.2)")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps; the median is printed (default 5)")
-    parser.add_argument("--gigabytes", type=float, default=0.5, help="size of the file that is converted (default 0.5)")
-    parser.add_argument("--other", type=Path, help="a checkout of this repository with the order to compare with")
-    parser.add_argument("--config", default="configs/stage1.yaml", help="of memory: the run (default: %(default)s)")
+    parser.add_argument("--gigabytes", type=float, default=0.5, help="size of the file to convert (default 0.5)")
+    parser.add_argument("--other", type=Path, help="with seeds: the checkout of this repository to compare with")
+    parser.add_argument("--config", default="configs/stage1.yaml", help="with memory: the run's file (default: %(default)s)")
     args = parser.parse_args()
     console = Console(width=130)
     if args.what == "packing":
@@ -248,7 +248,7 @@ def main() -> None:
     elif args.what == "convert":
         conversion(console, args.gigabytes, args.repeats)
     elif args.what == "memory":
-        import bench_memory  # needs PyTorch, which the others do not
+        import bench_memory  # imports PyTorch, which the others do not need
 
         bench_memory.memory(console, args.config)
     elif args.what in ("encoders", "load"):
@@ -257,7 +257,7 @@ def main() -> None:
         bench_order.order(console)
     elif args.what == "seeds":
         if args.other is None:
-            parser.error("seeds compares with another checkout: --other DIRECTORY")
+            parser.error("seeds needs another checkout to compare with: --other DIRECTORY")
         bench_order.seeds(console, args.other)
     else:
         twins(console, args.regions, args.repeats)

@@ -1,4 +1,4 @@
-"""What `scripts/bench.py encoders` and `load` measure: published files of full size, read by both packages. Linux only."""
+"""The benchmarks `encoders` and `load` of scripts/bench.py: both packages load files of full size. Linux only."""
 import importlib
 import json
 import sys
@@ -27,7 +27,7 @@ PACKAGES = {"torch": "pt_granvit", "mindspore": "ms_granvit"}
 
 
 def _alone(function: Callable, *arguments: Any) -> Any:
-    """The function's result out of a process of its own, whose memory is its own."""
+    """The result of the function, run in a separate process, so that memory is measured without what ran before."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -39,10 +39,10 @@ def _memory(what: str) -> int:
 
 
 class Peak:
-    """Measures how far this process's memory rises above what it was: `with Peak() as peak: ...; peak.bytes`."""
+    """Measures by how much this process's memory rises inside the block: `with Peak() as peak: ...; peak.bytes`."""
 
     def __enter__(self) -> "Peak":
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is in use now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the memory in use now
         self.before = _memory("VmRSS")
         return self
 
@@ -51,7 +51,7 @@ class Peak:
 
 
 def _publish(row: str, folder: Path) -> float:
-    """Writes the row's files and one image's features at every level; returns transformers' seconds for them."""
+    """Writes an encoder row's files and one image's features at every level; returns transformers' seconds for the features."""
     import torch
 
     from tests import transformers_encoders
@@ -69,7 +69,7 @@ def _publish(row: str, folder: Path) -> float:
 
 
 def _compare(framework: str, folder: Path) -> tuple[float, int, float, dict[str, float]]:
-    """Seconds and peak memory of loading, seconds of one image, and the largest error per level over the largest value."""
+    """Seconds and peak memory of loading, seconds of one image, and for each level the largest error over the largest value."""
     package = importlib.import_module(PACKAGES[framework])
     start = time.perf_counter()
     with Peak() as peak:
@@ -98,9 +98,9 @@ def _features(framework: str, encoder, pixels: np.ndarray, level: str) -> np.nda
 
 def encoders(console: Console) -> None:
     """Every encoder row at full size with random weights, float32: both packages against transformers on one image."""
-    from tests.transformers_encoders import ROWS  # imports PyTorch: not in the processes that import MindSpore
+    from tests.transformers_encoders import ROWS  # imported here: it imports PyTorch, which MindSpore's processes must not
 
-    table = Table(title="encoders of full size, random weights, float32, one image: largest error over largest value")
+    table = Table(title="encoders of full size, random weights, float32, one image: largest error / largest value")
     table.add_column("row", min_width=max(map(len, ROWS)))
     table.add_column("framework")
     for column in ("penultimate", "last", "final", "load, s", "peak / size", "first image, s", "transformers, s"):
@@ -120,7 +120,7 @@ def encoders(console: Console) -> None:
 
 
 def _write(directory: Path, layout: Layout, config: VisionConfig | LanguageConfig, shapes: Shapes) -> None:
-    """Random weights in bfloat16 under the layout's names, as a publisher ships them."""
+    """Writes random weights in bfloat16 in a publisher's layout."""
     directory.mkdir()
     named = {layout.spellings[0].foreign(name): shape for name, shape in shapes.items()}
     rng, parts = np.random.default_rng(0), (config, None) if isinstance(config, VisionConfig) else (None, config)
@@ -132,14 +132,14 @@ def _write(directory: Path, layout: Layout, config: VisionConfig | LanguageConfi
 
 
 def _load(framework: str, dtype: str, folder: Path) -> tuple[float, int, int]:
-    """Seconds, peak memory and the loaded size of encoder and decoder."""
+    """Loads encoder and decoder: seconds, peak memory and size of their parameters in bytes."""
     package, arrays = (importlib.import_module(f"{PACKAGES[framework]}{name}") for name in ("", ".arrays"))
     start = time.perf_counter()
     with Peak() as peak:
         encoder = package.load_encoder(folder / "vision", dtype=arrays.DTYPES[dtype], device="cpu")
         decoder = package.load_decoder(folder / "language", dtype=arrays.DTYPES[dtype], device="cpu")
         if framework == "mindspore":
-            _parameters(framework, decoder)[-1].asnumpy()  # waits for all that is still on its way
+            _parameters(framework, decoder)[-1].asnumpy()  # waits for pending operations
     seconds = time.perf_counter() - start
     size = sum(p.nbytes for module in (encoder, decoder) for p in _parameters(framework, module))
     return seconds, peak.bytes, size
@@ -150,9 +150,9 @@ def _parameters(framework: str, module) -> list:
 
 
 def load(console: Console) -> None:
-    """SigLIP2-So400m and Qwen2.5-1.5B, random weights, bfloat16 in the files: memory while loading, above what was in use."""
+    """Memory that loading SigLIP2-So400m and Qwen2.5-1.5B needs in addition (random weights, bfloat16 in the files)."""
     vision, language = vision_config("siglip2-so400m-patch16-512"), language_config("qwen2.5-1.5b")
-    table = Table(title=f"loading {vision.name} and {language.name} out of bfloat16 files")
+    table = Table(title=f"loading {vision.name} and {language.name} from bfloat16 files")
     for column in ("framework", "into", "s", "size, GB", "peak memory, GB", "limit (size + 1 GB)"):
         table.add_column(column, justify="left" if column in ("framework", "into") else "right")
     with tempfile.TemporaryDirectory() as temporary:

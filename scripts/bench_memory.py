@@ -1,7 +1,7 @@
-"""What `scripts/bench.py memory` measures: the memory of a training step of full size, without a device and without weights.
+"""The benchmark `memory` of scripts/bench.py: the memory of a training step of full size, without a device and without weights.
 
-PyTorch's engine runs under `FakeTensorMode`: every tensor has its shape and dtype, and no values. A tracker adds up the storages
-that are alive. Attention takes the fused kernel for CPU, which like those of CUDA and CANN keeps no S x S array.
+PyTorch's engine runs under `FakeTensorMode`: tensors have shapes and dtypes, but no values. A tracker adds up the live storages.
+Attention uses the fused kernel for CPU, which like those of CUDA and CANN keeps no S x S array.
 """
 import weakref
 from collections.abc import Iterator
@@ -26,12 +26,12 @@ from granvit.engine import StepInputs
 from granvit.models import LanguageConfig, VisionConfig
 from pt_granvit import engine as pt_engine
 
-USABLE_910B = 62.3e9  # bytes of a 910B's 64 GB that are left to a program
+USABLE_910B = 62.3e9  # bytes that a program can use of a 910B's 64 GB
 FUSED = "aten._scaled_dot_product_flash_attention_for_cpu"
 
 
 class Tracker(TorchDispatchMode):
-    """Bytes of all storages that operators have made and that are alive (`live`), and the most there were (`peak`)."""
+    """Counts the bytes of all live storages that operators have created (`live`), and their maximum (`peak`)."""
 
     def __init__(self):
         super().__init__()
@@ -60,15 +60,15 @@ class Tracker(TorchDispatchMode):
         self.live -= size
 
     def restart(self) -> int:
-        """Begins a new peak; returns the last one."""
+        """Returns the peak and starts a new one."""
         last, self.peak = self.peak, self.live
         return last
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of one step. `state` is what is there between steps; `activations` what the forward pass keeps for the backward pass;
-    `passes` and `update` are the peaks of forward and backward, and of the optimizer and the teacher's move, `state` included."""
+    """Bytes of one step. `state` is allocated between steps; `activations` are kept by the forward pass for the backward pass.
+    `passes` is the peak of forward and backward pass, `update` that of optimizer and teacher update; both include `state`."""
 
     parameters: int
     gradients: int
@@ -87,7 +87,7 @@ class StepMemory:
 
 @contextmanager
 def _without_values() -> Iterator[None]:
-    """The host reads ones; start weights are not filled in."""
+    """Inside the block, values read on the host are ones, and start weights are not filled in."""
     ones = {"tolist": lambda self: np.ones(self.shape).tolist(), "item": lambda self: 1.0,
             "numpy": lambda self: np.ones(self.shape, np.float32)}  # fmt: skip
     with mock.patch.multiple(Tensor, **ones), mock.patch.object(pt_engine, "fill", lambda *arguments: None):
@@ -95,7 +95,7 @@ def _without_values() -> Iterator[None]:
 
 
 def measure(config: RunConfig, vision: VisionConfig, language: LanguageConfig, batch: Batch) -> StepMemory:
-    """A training step of PyTorch's engine on one micro-batch, whose values do not matter."""
+    """The memory of a training step of PyTorch's engine on one micro-batch; only the shapes of the batch matter."""
     with FakeTensorMode(allow_non_fake_inputs=True), Tracker() as tracker, _without_values():
         engine = pt_engine.Engine(config, vision, language, ())
         state = tracker.live
@@ -114,7 +114,8 @@ def measure(config: RunConfig, vision: VisionConfig, language: LanguageConfig, b
 
         with mock.patch.object(engine, "losses", forward), mock.patch.object(engine.trained, "gradient_norm", before_update):
             engine.step([batch], StepInputs(1, 1e-5, 0.9, max(batch.tokens, 1), max(batch.boxes, 1)))
-        held = lambda tensors: sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())  # noqa: E731
+        storages = lambda tensors: {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}  # noqa: E731
+        held = lambda tensors: sum(storages(tensors).values())  # noqa: E731
         return StepMemory(
             parameters=held(engine.model.parameters()),
             gradients=held([engine.trained.gradients]),
@@ -129,7 +130,7 @@ def measure(config: RunConfig, vision: VisionConfig, language: LanguageConfig, b
 
 
 def largest_batch(config: RunConfig, vision: VisionConfig, rows: int) -> Batch:
-    """A micro-batch in the shape of the largest bucket, all zeros."""
+    """A micro-batch of `rows` rows of zeros in the shape of the largest bucket."""
     bucket, K, crop = config.data.buckets[-1], config.boxes_per_row, config.crop_size(vision)
     S, A, R = bucket.length, bucket.answers, vision.image_size
     views = (vision.views,) if vision.tiles else ()
@@ -150,7 +151,7 @@ def with_recomputation(config: RunConfig, recompute: bool) -> RunConfig:
 
 
 def memory(console: Console, path: str | Path, micro_batches: tuple[int, ...] = (1, 2, 4, 8)) -> None:
-    """The table of one configuration: measured for PyTorch, by formula for both."""
+    """Prints the table of one configuration: measured for PyTorch, by formula for both frameworks."""
     config = load_config(path)
     vision, language = resolve_models(config)
     stage, bucket = config.stage_spec, config.data.buckets[-1]
@@ -163,7 +164,7 @@ def memory(console: Console, path: str | Path, micro_batches: tuple[int, ...] = 
     for recompute in (False, True):
         for rows in micro_batches:
             found = measure(with_recomputation(config, recompute), vision, language, largest_batch(config, vision, rows))
-            assert FUSED in found.operators and "aten._softmax" not in found.operators, "attention that keeps an S x S array"
+            assert FUSED in found.operators and "aten._softmax" not in found.operators, "attention is not fused"
             shape = (vision, language, stage.trains, rows, bucket.length, bucket.answers, recompute)
             state = state_bytes(vision, language, stage.trains, stage.distill, 2)
             ours, other = activation_bytes(*shape), state + sum(activation_bytes(*shape, "mindspore"))

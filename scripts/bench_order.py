@@ -1,11 +1,12 @@
-"""What `scripts/bench.py order` and `seeds` print: steps of stages 1 and 2 under several orders of the data, on simulated
-lengths; and a toy stage 1 trained in the order of this checkout and in that of another.
+"""The benchmarks `order` and `seeds` of scripts/bench.py: the steps of stages 1 and 2 under several orders of the data, with
+simulated lengths; and a toy stage 1 trained in this checkout's order of the data and in another's.
 
-`order` drives the real `Plan` with the shipped configurations over stores that hold numbers alone, a ninetieth of Gran-29M.
-Stated by the paper: images and regions of both sources (Table 6), captions of at most 10 words. From the analysis of the paper's
-Table 9: the mean lengths of rows of one question (`MEANS`). Assumed: 1 + Poisson regions per natural image and 1 + geometric per
-OCR image (with Table 6's means); 1 to 10 words per region caption, all as likely, of 1.4 tokens; global captions of log-normal
-length, sigma 0.3; 20 tokens of template around 1024 of the image; 26 tokens of a box.
+`order` runs the real `Plan` with the shipped configurations over simulated stores of lengths, with 1/90 of Gran-29M.
+- Stated by the paper: images and regions of both sources (Table 6), captions of at most 10 words.
+- From the analysis of the paper's Table 9: the mean lengths of rows of one question (`MEANS`).
+- Assumed: 1 + Poisson regions per natural image and 1 + geometric per OCR image (with Table 6's means); region captions of 1 to
+  10 words, equally likely, with 1.4 tokens a word; global captions of log-normal length, sigma 0.3; 20 template tokens and 1024
+  image tokens a row; 26 tokens a box.
 """
 import json
 import os
@@ -34,17 +35,17 @@ from granvit.engine import StepInputs
 from granvit.launch import load_engine_class
 from granvit.stages import TASKS
 
-SCALE = 90  # images of the paper to one here
+SCALE = 90  # images of the paper for each simulated image
 PREFIX, BOX = 1044, 26
 SOURCES = ((23_964_098, 81_997_719, True), (5_550_550, 101_560_803, False))  # images, regions, natural (with a global caption)
 MEANS = {"global": 1224, "bbox2caption": 1114, "caption2bbox": 1099}  # tokens of a row that asks one question
-STEPS = 2016  # whole windows
+STEPS = 2016  # a whole number of windows
 RANKS = (128, 8)
 RUNS = ("stage1", "stage2", "stage1_packed", "stage2_packed")
 
 
 class SimulatedStore:
-    """The text side of a store without the texts."""
+    """A store with the sizes of its texts, but without texts and images."""
 
     kind = REGIONS
 
@@ -54,14 +55,14 @@ class SimulatedStore:
         counts = 1 + (rng.poisson(more, images // SCALE) if natural else rng.geometric(1 / (1 + more), images // SCALE) - 1)
         self.records, self.regions = len(counts), int(counts.sum())
         self.region_starts = np.concatenate([[0], np.cumsum(counts)])
-        sizes = np.ones(self.records + self.regions, np.uint64)  # of texts: a global caption that is absent is empty
+        sizes = np.ones(self.records + self.regions, np.uint64)  # of texts; an absent global caption has size 0
         if not natural:
             sizes[self.region_starts[:-1] + np.arange(self.records)] = 0
         self.text_ends = np.concatenate([np.zeros(1, np.uint64), np.cumsum(sizes)])
 
 
 class SimulatedTurns:
-    """In the place of `TurnLengths`."""
+    """Stands for `TurnLengths`."""
 
     def __init__(self, store: SimulatedStore, rng: np.random.Generator):
         texts = store.records + store.regions
@@ -83,7 +84,7 @@ class SimulatedTurns:
 
 
 class SimulatedPrefixes:
-    """In the place of `PrefixLengths`."""
+    """Stands for `PrefixLengths`."""
 
     def tokens_of(self, images: np.ndarray) -> np.ndarray:
         return np.full(len(images), PREFIX)
@@ -94,7 +95,7 @@ class SimulatedPrefixes:
 
 @dataclass
 class Rows:
-    """The rows of some steps, `[steps, rows]`: bucket, tokens, image, and `[steps, rows, TASKS]` questions."""
+    """The rows of some steps: bucket, tokens and image `[steps, rows]`, and questions of each task `[steps, rows, TASKS]`."""
 
     buckets: np.ndarray
     tokens: np.ndarray
@@ -102,7 +103,7 @@ class Rows:
     asked: np.ndarray
 
     def reordered(self, order: np.ndarray) -> "Rows":
-        """`order` numbers the rows of all steps."""
+        """The rows in another order: `order` is a permutation of the rows of all steps."""
         shape = self.buckets.shape
         flat = (x.reshape(-1, *x.shape[2:])[order].reshape(x.shape) for x in (self.buckets, self.tokens, self.images, self.asked))
         assert order.size == shape[0] * shape[1]
@@ -121,7 +122,7 @@ def simulated(config: RunConfig) -> Plan:
 
 
 def rows_of(plan: Plan) -> Rows:
-    """The plan's first steps, whole windows of them."""
+    """The rows of the plan's first steps, a whole number of windows."""
     steps = min(STEPS, plan.epoch_steps(0) - 1) // WINDOW * WINDOW
     found = []
     for step in range(steps):
@@ -145,14 +146,14 @@ def rows_of(plan: Plan) -> Rows:
 
 
 def _plain(rows: Rows) -> np.ndarray:
-    """A window's rows in the order of the shuffle: of a random permutation, as good as the one that the plan sorted."""
+    """The rows of each window in a random order; it stands for the order of the shuffle, which the plan has sorted."""
     rng = np.random.default_rng(1)
     span = WINDOW * rows.buckets.shape[1]
     return np.concatenate([first + rng.permutation(span) for first in range(0, rows.buckets.size, span)])
 
 
 def _sorted_windows(rows: Rows) -> np.ndarray:
-    """Rows of a window sorted by bucket (the order of steps among themselves changes none of the figures)."""
+    """The rows of each window sorted by bucket. (The order of the steps does not affect the figures.)"""
     plain, span = _plain(rows).reshape(-1, WINDOW * rows.buckets.shape[1]), rows.buckets.reshape(-1)
     return np.concatenate([window[np.argsort(span[window], kind="stable")] for window in plain])
 
@@ -185,7 +186,7 @@ def shapes(buckets: np.ndarray, unit: str, world: int, each: int) -> np.ndarray:
 
 
 def waits(shapes_TMW: np.ndarray, buckets: int) -> tuple[int, int]:
-    """Most shapes that one rank compiles, and steps in which at least one rank compiles."""
+    """The largest number of shapes that one rank compiles, and the number of steps in which at least one rank compiles."""
     steps = len(shapes_TMW)
     met = np.stack([(shapes_TMW == bucket).any(1) for bucket in range(buckets)])  # [buckets, steps, ranks]
     first = np.where(met.any(1), met.argmax(1), steps)  # [buckets, ranks]
@@ -193,7 +194,8 @@ def waits(shapes_TMW: np.ndarray, buckets: int) -> tuple[int, int]:
 
 
 def _shares(rows: Rows) -> str:
-    """Per task: share of all questions, and how far a step's share strays from it, in binomial standard deviations."""
+    """For each task its share of a step's questions (mean, range), and the largest deviation from the overall share, in binomial
+    standard deviations."""
     asked = rows.asked.sum(1)
     questions, lines = asked.sum(1), []
     for task, name in enumerate(TASKS):
@@ -206,7 +208,7 @@ def _shares(rows: Rows) -> str:
 
 
 def order(console: Console) -> None:
-    """Two tables for every configuration: what steps hold, and what they cost."""
+    """Prints a table for every configuration: shares of the tasks in a step, images, padding and compilations."""
     for name in RUNS:
         config = load_config(CONFIGS / f"{name}.yaml")
         plan = simulated(config)
@@ -234,9 +236,9 @@ def order(console: Console) -> None:
             table.add_row(scheme, _shares(ours), f"{images:.1f}", *("\n".join(column) for column in zip(*cells, strict=True)))
         console.print(table)
     console.print(
-        "sd: binomial standard deviations of a step's share. images: distinct ones in a step. padding: tokens of the shapes over "
-        "tokens of the rows. critical: the longest rank's tokens in a step over the mean rank's own; a step lasts as long. "
-        "compiled: shapes that a rank compiles. waits: steps in which some rank does, and all wait."
+        "sd: binomial standard deviations of a step's share. images: distinct images in a step. padding: tokens with padding / "
+        "tokens of the rows. critical: tokens with padding of the slowest rank in a step / mean tokens of a rank's rows. "
+        "compiled: shapes that one rank compiles. waits: steps in which a rank compiles and the others wait."
     )
 
 
@@ -244,8 +246,8 @@ TOY_STEPS, SEEDS = 300, 5
 
 
 def _toy(folder: Path, stage: str, output: Path, seed: int, **model: str) -> dict:
-    """A run of the tiny models on the demo's scenes, a fifth of whose questions are global; regions and captions need unlike
-    buckets, so that an order by bucket separates them."""
+    """The configuration of a run of the tiny models on the demo's scenes. A fifth of the questions are global; these need another
+    bucket than region questions, so that an order by bucket separates the two."""
     return {
         "stage": stage,
         "output": str(output),
@@ -263,7 +265,7 @@ def _toy(folder: Path, stage: str, output: Path, seed: int, **model: str) -> dic
 
 
 def _train(checkout: Path, tree: dict) -> Path:
-    """Runs a stage's script of a checkout; returns the run's directory."""
+    """Runs a checkout's script for the stage; returns the run's directory."""
     run = Path(tree["output"])
     config = run.with_suffix(".yaml")
     config.write_text(yaml.safe_dump(tree))
@@ -275,7 +277,7 @@ def _train(checkout: Path, tree: dict) -> Path:
 
 
 def _held_out_loss(folder: Path, tree: dict, run: Path, task: str) -> tuple[float, int]:
-    """Caption loss a token of a run's last checkpoint on the held-out questions of one task, and their tokens."""
+    """Caption loss per token of a run's last checkpoint on the held-out questions of one task, and the number of tokens."""
     import torch
 
     tree = {**tree, "data": {**tree["data"], "sources": [{"path": str(folder / "heldout")}], "mix": {task: 1.0}}}
@@ -292,7 +294,7 @@ def _held_out_loss(folder: Path, tree: dict, run: Path, task: str) -> tuple[floa
 
 
 def seeds(console: Console, other: Path) -> None:
-    """Toy stage 1 from one decoder, in the other checkout's order and in this one's: held-out caption loss over the seeds."""
+    """Trains toy stage 1 from the same decoder in both checkouts' orders; prints the held-out caption loss over the seeds."""
     tasks, here = ("global", "bbox2caption"), Path(__file__).resolve().parents[1]
     title = f"toy stage 1, {TOY_STEPS} steps of 32 rows, {SEEDS} seeds: held-out caption loss a token, mean (sd over seeds)"
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))

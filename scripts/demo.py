@@ -1,4 +1,4 @@
-"""The demo, from nothing to a table and pictures. `python scripts/demo.py --help`; `make demo` runs it."""
+"""Runs the demo: data, training, a table of results and pictures. `python scripts/demo.py --help`; `make demo` runs it."""
 import sys
 
 from granvit.demo.command import main

@@ -1,4 +1,4 @@
-"""A run for transformers, as a vision model or as LLaVA. `python scripts/export_hf.py --help`."""
+"""Exports a run for transformers, as a vision model or as LLaVA. `python scripts/export_hf.py --help`."""
 import sys
 
 from granvit.checkpoint.export import command

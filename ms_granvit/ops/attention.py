@@ -7,9 +7,9 @@ from mindspore import Tensor, nn, ops
 
 
 def shared_prefix_mask(segments_BS: Tensor) -> Tensor:
-    """Boolean `[B, 1, S, S]`, true where query i may see key j: j <= i and the key's segment is 0 (the prefix) or i's own.
+    """Boolean `[B, 1, S, S]`, true where query i attends to key j: j <= i, and the key's segment is 0 (the prefix) or i's own.
 
-    What is compared is broadcast first: on CPU a comparison that broadcasts takes several times as long.
+    Both sides are broadcast before they are compared: on CPU a comparison that broadcasts takes several times as long.
     """
     B, S = segments_BS.shape
     keys = ops.broadcast_to(ops.expand_dims(segments_BS, 1), (B, S, S))
@@ -22,9 +22,9 @@ def shared_prefix_mask(segments_BS: Tensor) -> Tensor:
 class Composed(nn.Cell):
     """Matrix product, softmax in float32, matrix product; returns the output and the probabilities.
 
-    The backward pass is written out because MindSpore's CPU backend takes the gradient of softmax apart into reductions and
-    broadcasts over `[B, H, S, L]`. With O the output, P the probabilities and D = sum(dO * O) of each query, the gradient of the
-    scores is P * (dO V^T - D): D, whose sum is a product with ones, goes into that product as one more column, so P is read once.
+    The backward pass is written by hand because MindSpore's CPU backend splits the gradient of softmax into reductions and
+    broadcasts over `[B, H, S, L]`. With O the output, P the probabilities and D = sum(dO * O) for each query, the gradient of the
+    scores is P * (dO V^T - D). One matrix product computes the bracket: dO has -D as an additional column, V a column of ones.
     """
 
     def __init__(self):
@@ -47,8 +47,9 @@ class Composed(nn.Cell):
 
 
 def composed(q_BHSD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, mask: Tensor | None) -> Tensor:
-    """`Composed` for any number of key heads. The mask is added, -1e30 where a key is not seen (which swallows any score, as
-    the lowest float32 does): masked_fill is slow on CPU, and so is a broadcast, so the mask is broadcast once for all layers."""
+    """`Composed` for any number of key heads. The mask is added to the scores as -1e30 where attention is not allowed; any
+    score is lost to rounding beside that. masked_fill is slow on CPU, and so is a broadcast: the mask is broadcast once for all
+    layers."""
     B, H, S, D = q_BHSD.shape
     G, L = k_BGLD.shape[1], k_BGLD.shape[2]
     if G < H:
@@ -61,10 +62,11 @@ def composed(q_BHSD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, mask: Tensor | None
 
 
 def flash(q_BHSD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, mask: Tensor | None) -> Tensor:
-    """CANN's fused kernel: fp16 or bf16, its mask is true where a key is discarded, grouped queries by the head counts.
+    """CANN's fused kernel (float16 or bfloat16; its mask is true where a key is discarded). It takes fewer key heads than query
+    heads, so keys and values are not repeated.
 
-    It takes head widths that are multiples of 16: others (SigLIP's 72) are padded with zeros, which changes neither scores
-    nor outputs, and the scale stays that of the true width.
+    The kernel takes head widths that are multiples of 16. Others (SigLIP's 72) are padded with zeros, which changes neither
+    scores nor outputs; the scale is that of the unpadded width.
     """
     width = q_BHSD.shape[-1]
     padding = -width % 16
@@ -87,7 +89,7 @@ IMPLEMENTATIONS = ("composed", "flash")
 
 
 def choose(name: str, device: str, dtype: ms.Type) -> str:
-    """The implementation called `name`, or for `auto` the best that `device` (cpu, npu) has for this dtype."""
+    """The implementation called `name`, or for `auto` the default of `device` (cpu, npu) and dtype."""
     fused = device == "npu" and dtype in (ms.bfloat16, ms.float16)
     if name == "auto":
         return "flash" if fused else "composed"

@@ -20,8 +20,8 @@ def sampling_matrix(low_BK: Tensor, high_BK: Tensor, grid: int, cells: int) -> T
 
 
 def tile_matrix(low_BK: Tensor, high_BK: Tensor, grid: int, cells: int, tiles_BT: Tensor, tile_BT: Tensor) -> Tensor:
-    """The columns `[B, T, K, grid, cells]` that fall into tile number `tile_BT` of the `sampling_matrix` of an axis of `tiles_BT`
-    tiles of `cells` cells; a tile beyond the last has none."""
+    """The columns `[B, T, K, grid, cells]` of a `sampling_matrix` that belong to one tile. The axis has `tiles_BT` tiles of
+    `cells` cells; `tile_BT` is the number of the tile. For a number beyond the last tile the result is zero."""
     B, T = tile_BT.shape
     whole = ops.cast(tiles_BT * cells, ms.float32).reshape(B, T, 1, 1)
     points = sample_points(ops.expand_dims(low_BK, 1), ops.expand_dims(high_BK, 1), grid, whole)
@@ -30,7 +30,7 @@ def tile_matrix(low_BK: Tensor, high_BK: Tensor, grid: int, cells: int, tiles_BT
 
 
 def sample_points(low: Tensor, high: Tensor, grid: int, cells: int | Tensor) -> Tensor:
-    """Where the samples of `grid` bins lie, in cells, `[..., p]`."""
+    """Coordinates of the samples of `grid` bins, in cells, `[..., p]`."""
     ticks = (ops.arange(grid * SAMPLES, dtype=ms.float32) + 0.5) / (grid * SAMPLES)
     return (ops.expand_dims(low, -1) + ops.expand_dims(high - low, -1) * ticks) * cells - 0.5
 
@@ -52,10 +52,10 @@ def roi_align(features_BHWC: Tensor, boxes_BK4: Tensor, grid: int) -> Tensor:
 
 
 def roi_align_tiled(tiles_BTHWC: Tensor, grids_B2: Tensor, boxes_BK4: Tensor, grid: int) -> Tensor:
-    """`roi_align` of the maps that tiles make up, `[B, K, grid, grid, C]`, without putting one together.
+    """`roi_align` of feature maps that are given as tiles, `[B, K, grid, grid, C]`; the maps are not assembled.
 
-    Row b's map is `rows` x `columns` tiles, `grids_B2[b]`, given row by row; what `tiles_BTHWC` holds beyond them has no part.
-    `out = My . F . Mx^T` is a sum over the map's cells: each tile gives its own cells' share.
+    `grids_B2[b]` is the number of rows and of columns of tiles in the map of image b. Its tiles come row by row; further tiles in
+    `tiles_BTHWC` are padding and are ignored. `out = My . F . Mx^T` is a sum over the map's cells, so the tiles' shares add up.
     """
     B, T, H, W, C = tiles_BTHWC.shape
     K = boxes_BK4.shape[1]

@@ -10,7 +10,7 @@ from pt_granvit.layers import to_float32_or_wider
 
 
 def shared_prefix_mask(segments_BS: Tensor) -> Tensor:
-    """Boolean `[B, 1, S, S]`, true where query i may see key j: j <= i and the key's segment is 0 (the prefix) or i's own."""
+    """Boolean `[B, 1, S, S]`, true where query i attends to key j: j <= i, and the key's segment is 0 (the prefix) or i's own."""
     keys, queries = segments_BS[:, None, :], segments_BS[:, :, None]
     order = torch.arange(segments_BS.shape[1], device=segments_BS.device)
     causal = order[None, :] <= order[:, None]
@@ -31,7 +31,7 @@ def sdpa(q_BHSD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, mask: Tensor | None) ->
 
 
 def npu_fusion(q_BHSD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, mask: Tensor | None) -> Tensor:
-    """CANN's fused kernel (`torch_npu.npu_fusion_attention`: fp16 or bf16; its mask is true where a key is discarded)."""
+    """CANN's fused kernel (`torch_npu.npu_fusion_attention`: float16 or bfloat16; its mask is true where a key is discarded)."""
     import torch_npu
 
     return torch_npu.npu_fusion_attention(
@@ -44,7 +44,7 @@ IMPLEMENTATIONS = {"composed": composed, "sdpa": sdpa, "npu_fusion": npu_fusion}
 
 
 def choose(name: str, device: str, dtype: torch.dtype) -> str:
-    """The implementation called `name`, or for `auto` the best that `device` (cpu, cuda, npu) has for this dtype."""
+    """The implementation called `name`, or for `auto` the default of `device` (cpu, cuda, npu) and dtype."""
     fused = device == "npu" and dtype in (torch.bfloat16, torch.float16)
     if name == "auto":
         return "npu_fusion" if fused else "composed" if device == "npu" else "sdpa"

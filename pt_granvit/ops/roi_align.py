@@ -20,15 +20,15 @@ def sampling_matrix(low_BK: Tensor, high_BK: Tensor, grid: int, cells: int) -> T
 
 
 def tile_matrix(low_BK: Tensor, high_BK: Tensor, grid: int, cells: int, tiles_BT: Tensor, tile_BT: Tensor) -> Tensor:
-    """The columns `[B, T, K, grid, cells]` that fall into tile number `tile_BT` of the `sampling_matrix` of an axis of `tiles_BT`
-    tiles of `cells` cells; a tile beyond the last has none."""
+    """The columns `[B, T, K, grid, cells]` of a `sampling_matrix` that belong to one tile. The axis has `tiles_BT` tiles of
+    `cells` cells; `tile_BT` is the number of the tile. For a number beyond the last tile the result is zero."""
     whole = (tiles_BT * cells)[..., None, None]
     points = sample_points(low_BK[:, None], high_BK[:, None], grid, whole).clamp(min=0).minimum(whole - 1)
     return average_weights(points - (tile_BT * cells)[..., None, None], cells)
 
 
 def sample_points(low: Tensor, high: Tensor, grid: int, cells: int | Tensor) -> Tensor:
-    """Where the samples of `grid` bins lie, in cells, `[..., p]`."""
+    """Coordinates of the samples of `grid` bins, in cells, `[..., p]`."""
     ticks = (torch.arange(grid * SAMPLES, device=low.device, dtype=low.dtype) + 0.5) / (grid * SAMPLES)
     return (low[..., None] + (high - low)[..., None] * ticks) * cells - 0.5
 
@@ -51,10 +51,10 @@ def roi_align(features_BHWC: Tensor, boxes_BK4: Tensor, grid: int) -> Tensor:
 
 
 def roi_align_tiled(tiles_BTHWC: Tensor, grids_B2: Tensor, boxes_BK4: Tensor, grid: int) -> Tensor:
-    """`roi_align` of the maps that tiles make up, `[B, K, grid, grid, C]`, without putting one together.
+    """`roi_align` of feature maps that are given as tiles, `[B, K, grid, grid, C]`; the maps are not assembled.
 
-    Row b's map is `rows` x `columns` tiles, `grids_B2[b]`, given row by row; what `tiles_BTHWC` holds beyond them has no part.
-    `out = My . F . Mx^T` is a sum over the map's cells: each tile gives its own cells' share.
+    `grids_B2[b]` is the number of rows and of columns of tiles in the map of image b. Its tiles come row by row; further tiles in
+    `tiles_BTHWC` are padding and are ignored. `out = My . F . Mx^T` is a sum over the map's cells, so the tiles' shares add up.
     """
     B, T, H, W, _ = tiles_BTHWC.shape
     x1, y1, x2, y2 = boxes_BK4.unbind(-1)

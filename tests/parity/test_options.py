@@ -86,4 +86,4 @@ def test_the_table_says_which_configuration_has_a_value(capsys):
     pytest.importorskip("torch")
     check._print_coverage(check.Console(width=160))
     said = capsys.readouterr().out
-    assert "quick_gelu" in said and "pairs of values of two options stand together" in said
+    assert "quick_gelu" in said and "pairs of values of two options" in said
