@@ -1,6 +1,7 @@
-"""What a MindSpore graph would cost a device: found in its intermediate representation, without the device.
+"""Finds operators that are slow or impossible on a device in the intermediate representation of a MindSpore graph.
 
-A compiler that stops before it chooses kernels takes any precision and any operator, so graphs of an NPU are compiled on a CPU.
+Compilation stops before kernels are chosen. Up to there it accepts every precision and operator, so graphs for an NPU can be
+compiled on a CPU.
 """
 from collections.abc import Iterator
 
@@ -8,7 +9,7 @@ from mindspore import Tensor, nn
 from mindspore.graph.api import _cell_graph_executor as executor
 from mindspore.train import anf_ir_pb2 as ir
 
-HOST = ("Py", "Print", "Callback", "Summary", "Dump", "Assert")  # in names of operators that call the host
+HOST = ("Py", "Print", "Callback", "Summary", "Dump", "Assert")  # parts of the names of operators that call the host
 SLOW = (ir.DT_FLOAT64, ir.DT_INT64, ir.DT_UINT64)
 
 
@@ -19,8 +20,8 @@ def compiled(cell: nn.Cell, *inputs: Tensor | int) -> str:
 
 
 def faults(phase: str) -> list[str]:
-    """One line for each operator of a compiled graph, and each constant tensor in it, that calls the host, is 64 bits wide, or
-    has a shape that is not known. Numbers and tuples of numbers are not tensors: they are known when the graph is compiled."""
+    """A line for each operator of a compiled graph that calls the host, has a 64-bit output or an unknown shape, and for each
+    constant tensor of 64 bits. Numbers and tuples of numbers do not count: they are known when the graph is compiled."""
     graph = ir.ModelProto()
     graph.ParseFromString(executor._graph_executor.get_func_graph_proto(phase, "anf_ir", False))
     found = []
@@ -41,7 +42,7 @@ def faults(phase: str) -> list[str]:
 
 
 def operators(phase: str) -> int:
-    """How many operators a compiled graph has."""
+    """The number of operators of a compiled graph."""
     graph = ir.ModelProto()
     graph.ParseFromString(executor._graph_executor.get_func_graph_proto(phase, "anf_ir", False))
     return len(graph.graph.node)
