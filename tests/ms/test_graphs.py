@@ -93,7 +93,7 @@ def test_cosine_on_final_features_with_small_crops_equals_the_torch_twin():
 def test_precisions_that_a_cpu_does_not_have_are_refused():
     with pytest.raises(ValueError, match=r"runtime\.compute bfloat16"):
         make_engine(runtime={"compute": "bfloat16", "device": "cpu"})
-    with pytest.raises(ValueError, match=r"runtime\.device npu: MindSpore sees no Ascend device"):
+    with pytest.raises(ValueError, match=r"runtime\.device npu"):
         make_engine(runtime={"device": "npu"})
 
 

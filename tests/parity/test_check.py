@@ -60,7 +60,7 @@ def test_every_named_activation_and_parameter_is_compared(sides):
 
 
 def test_an_isolated_module_answers_for_itself_alone(sides):
-    """A wrong GELU in the encoder's MLPs makes most activations of the suite `model` fail, but only these MLPs in `isolated`."""
+    """A wrong GELU in the encoder's MLPs makes many activations of the suite `model` fail, but only these MLPs in `isolated`."""
     golden, peer, _ = sides
     request = Request(("model", "isolated"), 1, golden=golden.suites["model"], fault="GELU exact for tanh")
     wrong = compute(make_fixture(0), "torch", request)

@@ -11,7 +11,7 @@ from parity.options import NOT_IN_THE_GRAPH, OPTIONS, configurations, coverage, 
 
 
 def missing(found) -> list[str]:
-    """Values that no configuration has, and pairs of trained part, distillation and zero image tokens of a stage that none has."""
+    """Values that no configuration has, and pairs of values of a stage (trained parts, distillation, ...) that none has."""
     has = {(factor, value) for values in found.values() for factor, value in values.items()}
     lacking = [f"{factor}: {value}" for factor, values in domain().items() for value in values if (factor, value) not in has]
     for stage in words()["run.stage"]:

@@ -95,8 +95,8 @@ class Device(TorchDispatchMode):
         return tree_map(lambda leaf: DeviceTensor(leaf) if here and isinstance(leaf, Tensor) else leaf, out)
 
     def raise_deferred(self) -> None:
-        """Raises the error that was found. Inside a backward pass it waits for the end of the pass: there, an exception on a device
-        that was registered from Python would end the process."""
+        """Raises the error that was found. Inside a backward pass it waits for the end of the pass: there, an exception on a
+        device that was registered from Python would end the process."""
         if self.deferred and torch._C._current_graph_task_id() < 0:
             message, self.deferred = self.deferred, None
             raise RuntimeError(message)
