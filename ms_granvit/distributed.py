@@ -26,7 +26,7 @@ def choose_device(name: str) -> str:
         return "cpu"
     found = ms.get_context("device_target") == "Ascend"  # the default is what the installation supports
     if name == "npu" and not found:
-        raise ValueError("runtime.device npu: MindSpore sees no Ascend device; install CANN or use runtime.device=cpu")
+        raise ValueError("runtime.device npu: MindSpore finds no Ascend device; install CANN or use runtime.device=cpu")
     return "npu" if found else "cpu"
 
 

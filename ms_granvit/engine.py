@@ -92,8 +92,8 @@ class Engine:
         self.ranks = ranks or distributed.join(runtime.device)
         self.rank, self.world, self.device = self.ranks.rank, self.ranks.world, self.ranks.device
         if runtime.compute not in DTYPES or (self.device == "cpu" and runtime.compute != "float32"):
-            takes = "float32 on cpu; on npu bfloat16 and float16 too"
-            raise ValueError(f"runtime.compute {runtime.compute}: MindSpore takes {takes}")
+            possible = "float32 on cpu, float32, bfloat16 or float16 on npu"
+            raise ValueError(f"runtime.compute {runtime.compute}: MindSpore computes in {possible}; choose one of these")
         ms.set_context(mode=ms.GRAPH_MODE, jit_config={"jit_level": runtime.jit_level})
         dtype = DTYPES[runtime.compute]
         attention = attention_ops.choose(runtime.attention, self.device, dtype)

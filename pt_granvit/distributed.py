@@ -31,7 +31,7 @@ def choose_device(name: str) -> str:
             raise ValueError(f"runtime.device {name}: torch_npu cannot be imported ({error}); install it with CANN") from None
         return "npu"
     if name == "cuda":
-        raise ValueError("runtime.device cuda: PyTorch sees no CUDA device; use runtime.device=cpu or a CUDA build of torch")
+        raise ValueError("runtime.device cuda: PyTorch finds no CUDA device; use runtime.device=cpu or a CUDA build of torch")
     return "cpu"
 
 

@@ -1,6 +1,7 @@
-"""What the installed transformers makes of exports: `python tests/ask_transformers.py FOLDER`. Needs nothing of granvit.
+"""Runs exported models with the installed transformers: `python tests/ask_transformers.py FOLDER`. Does not import granvit.
 
-FOLDER holds directories encoder-* and llava-* with an input.npz each; answers go to FOLDER/answers-<major version>.npz.
+FOLDER holds exports in directories encoder-* and llava-*, each with an input.npz; the outputs are written to
+FOLDER/answers-<major version>.npz.
 """
 import json
 import sys
@@ -12,7 +13,8 @@ import transformers
 
 
 def ask(folder: Path) -> Path:
-    """Features of every encoder where its config.json says they are, logits of every LLaVA; the file they are in."""
+    """Computes the features of every encoder (its config.json says which output they are) and the logits of every LLaVA; returns
+    the path of the file with them."""
     answers = {}
     for directory in sorted(path for path in folder.iterdir() if path.is_dir()):
         inputs = {name: torch.from_numpy(array) for name, array in np.load(directory / "input.npz").items()}

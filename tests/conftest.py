@@ -16,7 +16,7 @@ from granvit.data.store_writer import write_store
 
 
 def encoded_image(width: int, height: int, seed: int = 0, file_format: str = "PNG") -> bytes:
-    """An image file of smooth random colours."""
+    """An image file of random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, file_format)
@@ -110,6 +110,6 @@ FIRST = ("tests/pt/", "tests/test_runs.py", "tests/parity/test_check.py")
 
 
 def pytest_collection_modifyitems(items):
-    """The stand-in device comes first: autograd knows the devices that are registered at its first backward pass. The longest
-    files follow, so that no worker of `make test` starts one at the end."""
+    """Sorts the tests. Those of the stand-in device come first, because autograd only knows devices that are registered before
+    its first backward pass. The longest files follow, so that a parallel run does not start one of them last."""
     items.sort(key=lambda item: next((i for i, path in enumerate(FIRST) if item.nodeid.startswith(path)), len(FIRST)))

@@ -1,4 +1,4 @@
-"""Configurations for the engines' tests, checkpoints of an earlier format, and batches taken apart."""
+"""Helpers: tiny configurations, checkpoints rewritten in the first format, and packed batches split into single questions."""
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ def run_config(**sections) -> RunConfig:
 
 
 def rewrite_as_format_1(checkpoint: Path) -> None:
-    """state.json as the first version of granvit wrote it: `global_batch` counts questions, `built_level` is called `top`."""
+    """Rewrites state.json in format 1, where `global_batch` counts questions and `built_level` is called `top`."""
     path = checkpoint / "state.json"
     state = json.loads(path.read_text())
     del state["sha256"]
@@ -38,7 +38,7 @@ def rewrite_as_format_1(checkpoint: Path) -> None:
 
 
 def separate_rows(batch: Batch) -> Batch:
-    """Every question of a packed batch in a row of its own (same shapes, one box a row at most): what packing must equal."""
+    """Each question of a packed batch in a row of its own (same shapes, at most one box a row); results must not change."""
     rows, pick = [], lambda row: {k: v[row : row + 1].copy() for k, v in vars(batch).items() if isinstance(v, np.ndarray)}
     for row in range(len(batch.record_ids)):
         segments = batch.segments_BS[row]

@@ -1,10 +1,10 @@
-"""How many wrong programs does parity notice? Changes ms_granvit in one place at a time and runs the checks that could see it.
-`python tests/mutate.py --help`. A command, not a test: a sample of 100 takes half an hour and more.
+"""Mutation testing of parity: changes ms_granvit in one place at a time and runs the checks that could notice the change.
+`python tests/mutate.py --help`. A command, not a test: a sample of 100 takes half an hour or more.
 
-PyTorch's records are computed once; each mutant is a process of its own over a copy of the tree, forked from one that has
-MindSpore imported and no more. It stops at the first tensor that diverges, and begins with the check that is nearest to the
-changed file. The results file is written after every mutant. Run again over the same file, what is known is kept, and mutants
-that were not noticed go through the checks that they have not seen yet.
+PyTorch's records are computed once. Each check of a mutant runs over a copy of the tree in a process that is forked from one that
+has only imported MindSpore. The checks start with the likeliest one and stop at the first tensor that diverges. The results file
+is written after every mutant. A later run with the same file keeps its results; mutants that were not noticed are run through the
+checks that they have not had yet.
 """
 import argparse
 import ast
@@ -35,8 +35,8 @@ EQUIVALENT = ROOT / "tests" / "equivalent_mutants.yaml"
 STEPS = 3  # of a trajectory
 TIMEOUT = 600  # seconds that one check of one mutant may take
 
-# What a check of the default fixture runs. `forward` is the model op by op, without gradients: what is noticed there, the suites
-# `model` and `model, PyNative` notice too.
+# The checks with the default fixture, and the suites that each runs. `forward` is the forward pass of the model in PyNative mode;
+# the suites `model` and `model, PyNative` of parity/check.py notice everything that it notices.
 DEFAULT = {
     "forward": (),
     "model": ("vision", "language", "model"),
@@ -46,7 +46,7 @@ DEFAULT = {
     "ops": ("ops",),
     "ranks": ("trajectory2",),
 }
-# The mathematical files, and the checks that could see a change there: the likeliest first.
+# The mathematical files, and the checks that could notice a change in each, the likeliest first.
 FILES = {
     "vision.py": ("forward", "ops", "step", "model"),
     "language.py": ("forward", "generate", "ops", "stage2", "step"),
@@ -62,8 +62,8 @@ FILES = {
     "ops/attention.py": ("forward", "ops", "generate", "stage2"),
     "ops/roi_align.py": ("ops", "forward", "step"),
 }
-UNIT_TESTS = {"distributed.py": ("tests/ms/test_distributed.py",)}  # what parity's small tensors cannot reach
-# Not mathematics, or not to be run without an Ascend device: what loads, saves, chooses, reports and ends.
+UNIT_TESTS = {"distributed.py": ("tests/ms/test_distributed.py",)}  # for code that parity's small tensors do not reach
+# Functions that are not mutated: they load, save, choose, report or close, or need an Ascend device.
 LEFT_OUT = {
     "from_pretrained", "save_pretrained", "memory", "choose", "choose_device", "use_device", "join", "leave",
     "_more_than_one_core", "close", "compilations", "flash", "tensors", "load", "_group",
@@ -88,21 +88,21 @@ SWAPPED: dict[str, str] = {}
 for _pair in PAIRS:
     for _a, _b in (_pair.split(), reversed(_pair.split())):
         SWAPPED.setdefault(_a, _b)
-# Calls that may fall away, leaving their first argument.
+# Calls that a mutation may replace by their first argument.
 IDENTITY = ("square", "sqrt", "rsqrt", "relu", "abs", "stop_gradient", "transpose", "log_softmax", "softmax", "sigmoid",
             "floor_divide", "floor_mod", "emit", "minimum", "maximum", "clamp")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change: `key` names it by file, function and text, so that it outlives a change of line numbers."""
+    """One change. Its `key` is made of file, function and text, so that it stays the same if line numbers change."""
 
     file: str
     line: int
     function: str
     change: str
-    number: int  # of those that read the same
-    position: int  # among the changes of the file
+    number: int  # among the changes of this function with the same text
+    position: int  # among all changes of the file
 
     @property
     def key(self) -> str:
@@ -110,7 +110,7 @@ class Mutant:
 
 
 def mutants(file: str, source: str) -> list[Mutant]:
-    """Every change of one file, in order of its lines."""
+    """Every change of one file, in the order of the code."""
     found: list[Mutant] = []
     seen: dict[str, int] = {}
     for position, (_, function, node, description) in enumerate(_walk(source)):
@@ -121,13 +121,13 @@ def mutants(file: str, source: str) -> list[Mutant]:
 
 
 def changed(source: str, mutant: Mutant) -> str:
-    """The file with that one change."""
+    """The source of the file with this one change."""
     tree = next(itertools.islice(_walk(source), mutant.position, None))[0]
     return ast.unparse(ast.fix_missing_locations(tree))
 
 
 def _walk(source: str) -> Iterator[tuple[ast.Module, str, ast.AST, str]]:
-    """The tree with one change after another, each undone before the next: with function, changed node and description."""
+    """Makes one change after another in the tree, each undone before the next; yields tree, function, node and description."""
     tree = ast.parse(source)
     words = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} | set(FUNCTIONS)
     for function, statement, names, owner, place in _statements(tree, ""):
@@ -137,7 +137,8 @@ def _walk(source: str) -> Iterator[tuple[ast.Module, str, ast.AST, str]]:
 
 
 def _statements(node: ast.AST, path: str) -> Iterator[tuple[str, ast.stmt, set[str], list, int]]:
-    """The statements inside functions, each with the names known there, the list that holds it and its place in that."""
+    """The statements inside functions: path of the function, statement, names used in the function, the list that holds the
+    statement, and its index there."""
     for child in getattr(node, "body", []):
         if isinstance(child, (ast.ClassDef, ast.FunctionDef)) and child.name not in LEFT_OUT:
             yield from _statements(child, f"{path}.{child.name}".lstrip("."))
@@ -154,7 +155,7 @@ def _simple(body: list) -> Iterator[tuple[ast.stmt, list, int]]:
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
             continue  # a docstring
         if isinstance(statement, ast.If) and all(isinstance(s, ast.Raise) for s in statement.body):
-            continue  # a refusal
+            continue  # a check of arguments
         yield statement, body, place
         for inner in ("body", "orelse", "finalbody"):
             yield from _simple(getattr(statement, inner, []))
@@ -162,7 +163,7 @@ def _simple(body: list) -> Iterator[tuple[ast.stmt, list, int]]:
 
 def _changes(statement: ast.stmt, names: set[str], attributes: set[str], owner: list,
              place: int) -> Iterator[tuple[ast.AST, str, Any]]:  # fmt: skip
-    """Makes one change after another in the statement; the caller undoes each before it asks for the next."""
+    """Makes one change after another in the statement; the caller must undo each (third item) before it asks for the next."""
     text = ast.unparse(statement)
     if _droppable(statement):
         owner[place] = ast.copy_location(ast.Pass(), statement)
@@ -178,7 +179,7 @@ def _changes(statement: ast.stmt, names: set[str], attributes: set[str], owner: 
 
 
 def _droppable(statement: ast.stmt) -> bool:
-    """A call for its effect, or a name bound anew from itself."""
+    """Whether a statement can be dropped: a call without a result, or an assignment that computes a name from its old value."""
     if isinstance(statement, ast.Expr):
         called = statement.value.func if isinstance(statement.value, ast.Call) else None
         return not (isinstance(called, ast.Attribute) and called.attr == "__init__")
@@ -191,7 +192,7 @@ def _droppable(statement: ast.stmt) -> bool:
 
 
 def _expressions(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.expr]]:
-    """The expressions of one statement, without what is nested in it as a statement; annotations and targets are left out."""
+    """The expressions of one statement, without those of nested statements, annotations and assignment targets."""
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "targets", "target", "body", "orelse", "returns", "ctx") and isinstance(node, ast.stmt):
             continue
@@ -212,8 +213,8 @@ def _put(parent: ast.AST, field: str, index: int | None, node: ast.AST) -> None:
 
 
 def _replacements(node: ast.expr, names: set[str], attributes: set[str]) -> Iterator[ast.expr]:
-    """What could stand in place of one expression. A name is exchanged only for one that is known there: others end in an error,
-    which anything would notice."""
+    """Replacements of one expression. A name is replaced only by another name of the same function, because an unknown name
+    raises an error that every check would notice."""
     if isinstance(node, ast.BinOp):
         if type(node.op) in BINARY:
             yield ast.BinOp(node.left, BINARY[type(node.op)](), node.right)
@@ -268,12 +269,12 @@ def _short(text: str) -> str:
 
 
 def all_mutants(package: Path) -> list[Mutant]:
-    """Those of every mathematical file."""
+    """The mutants of all mathematical files."""
     return [mutant for file in FILES for mutant in mutants(file, (package / file).read_text())]
 
 
 def checks(file: str, options: bool) -> list[str]:
-    """What could notice a change of this file, in order."""
+    """The checks that could notice a change of this file, in the order in which they run."""
     found = [*FILES[file], *UNIT_TESTS.get(file, ())]
     if options:
         from parity.options import OPTIONS, option_suite
@@ -285,7 +286,7 @@ def checks(file: str, options: bool) -> list[str]:
 
 # --- one check ---------------------------------------------------------------------------------------------------------
 def reference(directory: Path) -> None:
-    """Writes PyTorch's records of every check: golden, and in float32."""
+    """Writes PyTorch's records for all checks: the golden one in float64, and the peer in float32."""
     from granvit.launch import load_engine_class
     from parity.capture import Request, compute
     from parity.fixture import make_fixture
@@ -299,7 +300,7 @@ def reference(directory: Path) -> None:
 
 
 def computed(check: str) -> dict[str, dict[str, np.ndarray]]:
-    """What MindSpore computes for one check, by suite."""
+    """MindSpore's tensors for one check, by suite."""
     from parity.capture import Request, compute, forward_pass, option_steps
     from parity.fixture import make_fixture
     from parity.options import OPTIONS, option_fixture
@@ -317,7 +318,7 @@ def computed(check: str) -> dict[str, dict[str, np.ndarray]]:
 
 
 def run_check(tree: Path, records: dict[str, Any], check: str) -> dict[str, str]:
-    """One check of the package in `tree`: how it was noticed (empty: it was not), and where."""
+    """Runs one check of the package in `tree`. Returns how a difference was noticed (empty: it was not), and where."""
     from parity.compare import compare_suite
 
     if check.endswith(".py"):
@@ -325,7 +326,7 @@ def run_check(tree: Path, records: dict[str, Any], check: str) -> dict[str, str]
         done = subprocess.run(command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True)
         return {"how": "failed" if done.returncode else "", "where": ""}
     for suite, tensors in computed(check).items():
-        candidate = {name: np.ascontiguousarray(array) for name, array in tensors.items()}  # as on disk: no scalars
+        candidate = {name: np.ascontiguousarray(array) for name, array in tensors.items()}  # no scalars, as in a record on disk
         sides = (records[side].suites[suite] for side in ("golden", "peer"))
         first = next((row for row in compare_suite(suite, *sides, candidate, "float32") if not row.passed), None)
         if first is not None:
@@ -334,7 +335,7 @@ def run_check(tree: Path, records: dict[str, Any], check: str) -> dict[str, str]
 
 
 def in_fork(work: Callable[[], dict[str, str]]) -> dict[str, str]:
-    """What `work` returns in a process of its own; an error there, its end or its time-out is an answer too."""
+    """Runs `work` in a forked process and returns its result, or that it raised an error, ended or timed out."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -362,7 +363,7 @@ def in_fork(work: Callable[[], dict[str, str]]) -> dict[str, str]:
 
 # --- the whole ---------------------------------------------------------------------------------------------------------
 def copy_tree(folder: Path) -> Path:
-    """A copy of what the checks need."""
+    """Copies the files that the checks need."""
     tree = folder / "tree"
     for name in ("granvit", "ms_granvit", "pt_granvit", "parity", "configs", "tests", "scripts"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -371,7 +372,7 @@ def copy_tree(folder: Path) -> Path:
 
 
 def try_mutant(mutant: Mutant, known: dict[str, Any], tree: Path, records: dict[str, Any], wanted: list[str]) -> dict[str, Any]:
-    """Runs the checks that this mutant has not seen, until one notices it."""
+    """Runs the checks that this mutant has not had yet, until one notices it."""
     began, target = time.monotonic(), tree / PACKAGE / mutant.file
     original = target.read_text()
     known = {"line": mutant.line, "by": "", "how": "", "where": "", "ran": [], "seconds": 0.0} | known
@@ -388,12 +389,12 @@ def try_mutant(mutant: Mutant, known: dict[str, Any], tree: Path, records: dict[
 
 
 def equivalents() -> dict[str, str]:
-    """Mutants that compute the same, and why: found by hand."""
+    """The mutants that were found by hand to compute the same, with the reason."""
     return yaml.safe_load(EQUIVALENT.read_text())
 
 
 def summary(results: dict[str, Any]) -> str:
-    """The shares noticed, and every mutant that was not."""
+    """A text with the shares of mutants that were noticed, and a line for each that was not."""
     same = equivalents()
     judged = {key: found for key, found in results.items() if key not in same}
     lines = [f"{len(results)} mutants, {len(results) - len(judged)} of them equivalent programs; of {len(judged)}:"]
@@ -411,13 +412,13 @@ def summary(results: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=100, help="mutants in the sample (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/mutants.json"), help="results (default: %(default)s)")
-    parser.add_argument("--file", choices=tuple(FILES), help="only mutants of this file")
-    parser.add_argument("--no-options", action="store_true", help="only the default fixture's checks")
-    parser.add_argument("--minutes", type=float, help="start no mutant after so long")
-    parser.add_argument("--list", action="store_true", help="say what the sample is, and run nothing")
-    parser.add_argument("--summary", action="store_true", help="say what the results file holds, and run nothing")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/mutants.json"), help="file of the results (default: %(default)s)")
+    parser.add_argument("--file", choices=tuple(FILES), help="only the sample's mutants of this file")
+    parser.add_argument("--no-options", action="store_true", help="only the checks with the default fixture")
+    parser.add_argument("--minutes", type=float, help="start no further mutant after this time")
+    parser.add_argument("--list", action="store_true", help="print the sample and run nothing")
+    parser.add_argument("--summary", action="store_true", help="print the results in the file and run nothing")
     parser.add_argument("--reference", type=Path, help=argparse.SUPPRESS)
     o = parser.parse_args()
     results: dict[str, Any] = json.loads(o.out.read_text()) if o.out.exists() else {}
@@ -436,14 +437,14 @@ def main() -> int:
 
 
 def run(o: argparse.Namespace, sample: list[Mutant], results: dict[str, Any], folder: Path) -> int:
-    """Tries every mutant of the sample and prints what was noticed; 2 where the package does not pass as it is."""
+    """Tries every mutant of the sample and prints the results. Returns 2 if the unchanged package fails a check."""
     out, tree = o.out.resolve(), copy_tree(folder)
-    binaries = Path(sys.executable).parent  # msrun is there
+    binaries = Path(sys.executable).parent  # with msrun
     os.environ |= {"PYTHONPATH": str(tree), "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
-    os.chdir(tree)  # MindSpore leaves files of what it could not compile
+    os.chdir(tree)  # MindSpore writes files about graphs that it cannot compile
     subprocess.run([sys.executable, "tests/mutate.py", "--reference", str(folder / "records")], check=True)
     sys.path.insert(0, str(tree))
-    import mindspore  # noqa: F401  # before the forks, which need not
+    import mindspore  # noqa: F401  # once, before the forks
 
     from parity.capture import load_record
 
@@ -472,5 +473,5 @@ def run(o: argparse.Namespace, sample: list[Mutant], results: dict[str, Any], fo
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # in place of tests/, which has a package `parity` of its own
+    sys.path[0] = str(ROOT)  # instead of tests/, which also has a package `parity`
     sys.exit(main())

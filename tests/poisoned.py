@@ -1,4 +1,4 @@
-"""scripts/stage1.py with a real engine whose loss is NaN on one rank in some steps: `POISON=RANK:STEP,STEP,...`."""
+"""scripts/stage1.py with a framework's engine whose loss is NaN on one rank in some steps: `POISON=RANK:STEP,STEP,...`."""
 import os
 import sys
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from granvit.data.loader import Loader
 
 
 class PoisonedLoader(Loader):
-    """Knows which step its newest batches are of."""
+    """A loader that keeps in `step` the step of its newest batches."""
 
     def batches(self, start_step: int = 0) -> Iterator[list[Batch]]:
         with closing(super().batches(start_step)) as inner:
@@ -22,7 +22,8 @@ class PoisonedLoader(Loader):
 
 
 def poisoned_engine_class(framework: str):
-    """The framework's engine, which weighs answers by NaN in the steps named; what the trainer counts stays as it is."""
+    """The framework's engine, which multiplies the answers' weights by NaN in the given steps. The counts of tokens, which the
+    trainer passes, are not changed."""
     of_rank, _, steps = os.environ["POISON"].partition(":")
 
     class Engine(launch.load_engine_class(framework)):

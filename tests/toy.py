@@ -1,7 +1,7 @@
-"""The trainer's unit-test double: a linear model in numpy that implements `TrainEngine`, and batches to feed it.
+"""A test double for the trainer's tests: `ToyEngine` implements `TrainEngine` in numpy; `ToyLoader` gives it batches.
 
-As a script it is a whole training command with that engine in place of a framework's, for tests that kill processes:
-`python tests/toy.py [arguments of scripts/stage1.py]`. Environment variables plant faults.
+Run as a script, this file is the training command with `ToyEngine` in place of a framework's engine, for tests that kill
+processes: `python tests/toy.py [arguments of scripts/stage1.py]`. Environment variables plant faults.
 """
 import os
 import sys
@@ -18,7 +18,7 @@ from granvit.models import LanguageConfig, VisionConfig, part_of
 
 
 class ToyRanks:
-    """Processes that sum through files in a directory, and, as in a framework, wait for ever for a dead rank."""
+    """Ranks that exchange sums through files in a directory. As in a framework, they wait forever for a rank that has died."""
 
     device = "toy"
 
@@ -44,7 +44,7 @@ class ToyRanks:
 
 
 class ToyEngine:
-    """Adam on a quadratic: every trained weight is pulled towards a number that the batch's token ids decide."""
+    """Adam on a quadratic loss: every trained weight moves towards a number that depends on the batch's token ids."""
 
     @staticmethod
     def memory(device: str) -> int:
@@ -111,7 +111,7 @@ class ToyEngine:
 
 
 def toy_batch(step: int, rows: int = 2, skipped: tuple[tuple[str, str], ...] = ()) -> Batch:
-    """A batch whose numbers are a function of the step; the images are as small as they can be."""
+    """A batch whose values depend only on the step, with images of one pixel."""
     rng = np.random.default_rng(step)
     ids = rng.integers(0, 99, (rows, 8)).astype(np.int32)
     ones = np.ones((rows, 4), np.float32)
@@ -125,7 +125,7 @@ def toy_batch(step: int, rows: int = 2, skipped: tuple[tuple[str, str], ...] = (
 
 
 class ToyLoader:
-    """Batches that are a function of the step, as the loader's are."""
+    """Stands for `Loader`: its batches depend only on the step. `change` may replace a batch."""
 
     def __init__(self, steps: int, change=lambda step, batch: batch):
         self.steps, self.change = steps, change
@@ -136,11 +136,16 @@ class ToyLoader:
 
 
 def main() -> int:
-    """scripts/stage1.py with the toy engine, and faults that environment variables plant.
+    """scripts/stage1.py with the toy engine. Environment variables plant faults:
 
-    TOY_FAIL=RANK:STEP raises there, with the words of TOY_RAISES. TOY_PAUSE=SECONDS slows each step. TOY_DISK=RANK:DIRECTORY is
-    the rank's working directory, as if it stood on another node's disk. TOY_STALE=RANK: that rank's listings lack a run's
-    newest checkpoint. TOY_VERSION=RANK:NAME:VERSION: that is the version it has of a package. TOY_ENGINE=real: the framework's.
+    TOY_FAIL=RANK:STEP: the rank raises an error in that step; TOY_RAISES is its message.
+    TOY_PAUSE=SECONDS: every step takes so much longer.
+    TOY_DISK=RANK:DIRECTORY: the rank's working directory, as if the rank were on another node with its own disk.
+    TOY_STALE=RANK: the rank does not see the newest checkpoint of a run.
+    TOY_VERSION=RANK:NAME:VERSION: the rank has this version of the package NAME.
+    TOY_SCHEDULER=SECONDS: how long MindSpore's scheduler process lives.
+    TOY_EXCHANGE=DIRECTORY: where the ranks exchange sums.
+    TOY_ENGINE=real: the framework's own engine.
     """
     from granvit import launch, train
     from granvit.checkpoint import run, run_writer

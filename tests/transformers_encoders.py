@@ -1,7 +1,7 @@
-"""Encoders in code that nobody here wrote: transformers' vision models with random weights, as their publishers would ship them.
+"""Independent encoders to compare with: transformers' vision models with random weights, written as their publishers do.
 
-`peer` builds one for a row of `configs/models`, `publish` writes it as transformers does or in the names of a remote-code
-repository, `levels` says what it computes at the levels that our encoders hand out.
+`peer` builds the model for an encoder row of `configs/models`; `publish` writes it as transformers does, or with the names of a
+remote-code repository; `levels` computes its features at the levels of our encoders.
 """
 import json
 from pathlib import Path
@@ -23,8 +23,8 @@ ROWS = (
     "clip-vit-large-patch14-336", "siglip-so400m-patch14-384", "siglip2-so400m-patch16-512", "aimv2-huge-patch14-448",
     "sailvit-huge-448", "internvit-300m-448",
 )  # fmt: skip
-HUB = {"sailvit-huge-448": "apple", "internvit-300m-448": "opengvlab"}  # the others as transformers names them
-# Where a family keeps its blocks and its closing norm.
+HUB = {"sailvit-huge-448": "apple", "internvit-300m-448": "opengvlab"}  # rows with the names of a remote-code repository
+# The paths of a family's blocks and of its closing norm.
 BLOCKS = {
     "siglip": "vision_model.encoder.layers", "clip": "vision_model.encoder.layers", "aimv2": "encoder.layers",
     "internvit": "encoder.layer",
@@ -33,7 +33,7 @@ CLOSING = {"siglip": "vision_model.post_layernorm", "clip": "vision_model.post_l
 
 
 def family(vision: VisionConfig) -> Layout:
-    """The layout of transformers in which an encoder of this structure is written."""
+    """The layout in which transformers writes an encoder of this structure."""
     if vision.layer_scale:
         return INTERNVIT
     if vision.gated_mlp:
@@ -42,7 +42,7 @@ def family(vision: VisionConfig) -> Layout:
 
 
 def peer(vision: VisionConfig, seed: int = 0) -> PreTrainedModel:
-    """transformers' model of this structure; random weights, no norm at 1, no bias and no position at 0."""
+    """transformers' model of this structure with random weights. No norm weight is 1; no bias and no position embedding is 0."""
     tree = family(vision).write_config(vision, None)
     torch.manual_seed(seed)
     model_class = getattr(transformers, tree["architectures"][0])
@@ -55,8 +55,8 @@ def peer(vision: VisionConfig, seed: int = 0) -> PreTrainedModel:
 
 
 def publish(model: PreTrainedModel, directory: Path, hub: str | None = None) -> None:
-    """Writes config.json and model.safetensors as transformers does, or as the remote-code repository `hub` (apple, opengvlab)
-    names things. Those names stand here once more, apart from the tables that read them."""
+    """Writes config.json and model.safetensors as transformers does, or with the names of the remote-code repository `hub`
+    (apple, opengvlab). The names are written out here again, independently of the layouts that read them."""
     model.save_pretrained(directory)
     if hub is None:
         return
@@ -131,7 +131,7 @@ HUBS = {"apple": (_apple_names, _apple_config), "opengvlab": (_opengvlab_names, 
 
 @torch.no_grad()
 def levels(model: PreTrainedModel, vision: VisionConfig, pixels_B3RR: Tensor, **options) -> dict[str, Tensor]:
-    """Patch features `[B, N, C]` of normalised pixels: of the last block but one, the last, and behind the closing norm."""
+    """Patch features `[B, N, C]` of normalised pixels: after the last block but one, the last block, and the closing norm."""
     name, kept = family(vision).name, []
     blocks = model.get_submodule(BLOCKS[name])
     hooks = [block.register_forward_hook(lambda _, args, out: kept.append(out)) for block in (blocks[-2], blocks[-1])]

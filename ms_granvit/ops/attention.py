@@ -48,7 +48,7 @@ class Composed(nn.Cell):
 
 def composed(q_BHSD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, mask: Tensor | None) -> Tensor:
     """`Composed` for any number of key heads. The mask is added to the scores as -1e30 where attention is not allowed; any
-    score is lost to rounding beside that. masked_fill is slow on CPU, and so is a broadcast: the mask is broadcast once for all
+    score added to that is lost to rounding. masked_fill is slow on CPU, and so is a broadcast: the mask is broadcast once for all
     layers."""
     B, H, S, D = q_BHSD.shape
     G, L = k_BGLD.shape[1], k_BGLD.shape[2]

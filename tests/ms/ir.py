@@ -1,6 +1,7 @@
-"""What a MindSpore graph would cost a device: found in its intermediate representation, without the device.
+"""Finds operators that are slow or impossible on a device in the intermediate representation of a MindSpore graph.
 
-A compiler that stops before it chooses kernels takes any precision and any operator, so graphs of an NPU are compiled on a CPU.
+Compilation stops before kernels are chosen. Up to there it accepts every precision and operator, so graphs for an NPU can be
+compiled on a CPU.
 """
 from collections.abc import Iterator
 
@@ -8,7 +9,7 @@ from mindspore import Tensor, nn
 from mindspore.graph.api import _cell_graph_executor as executor
 from mindspore.train import anf_ir_pb2 as ir
 
-HOST = ("Py", "Print", "Callback", "Summary", "Dump", "Assert")  # in names of operators that call the host
+HOST = ("Py", "Print", "Callback", "Summary", "Dump", "Assert")  # parts of the names of operators that call the host
 SLOW = (ir.DT_FLOAT64, ir.DT_INT64, ir.DT_UINT64)
 
 

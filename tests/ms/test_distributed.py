@@ -1,4 +1,4 @@
-"""What joining a process group does to the process that joins."""
+"""ms_granvit.distributed: the cores of a process that joins, groups of gradients, and the order of the norm's sum."""
 import os
 import subprocess
 import sys
@@ -25,7 +25,7 @@ done.set()
 """
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core is all there is")
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs at least two cores")
 def test_a_rank_on_one_core_is_lent_more_and_it_and_its_new_threads_are_bound_again():
     subprocess.run([sys.executable, "-c", SCRIPT], check=True)
 

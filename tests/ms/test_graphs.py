@@ -1,4 +1,4 @@
-"""Static graphs: how often they are compiled, what recomputation and the other encoder rows do to their values."""
+"""Static graphs: how often they are compiled, that recomputation changes no value, cosine loss, refused precisions."""
 from dataclasses import replace
 
 import numpy as np
@@ -27,7 +27,7 @@ def make_engine(kind=Engine, **sections):
 
 
 def restarted(engine: Engine) -> Engine:
-    """An engine that has made steps, as it was built."""
+    """Resets an engine to its start weights and to moments of zero."""
     start = initial_values(parameter_shapes(*resolve_models(engine.config)), 0)
     engine.load("model", start.items())
     engine.load("teacher", [(n.replace("vision", "teacher", 1), v) for n, v in start.items() if n.startswith("vision.")])
@@ -41,7 +41,7 @@ def batches(engine, length: int, answers: int, seed: int, crop: int | None = Non
 
 
 def gradients(engine) -> dict[str, np.ndarray]:
-    """Of the one step that the engine has made: its first moment, undivided by 1 - beta1."""
+    """The gradients of the engine's only step times 1 - beta1, which are its first moment."""
     return dict(engine.tensors("first_moment"))
 
 
@@ -54,7 +54,7 @@ def test_one_compilation_per_bucket_whatever_else_changes(engine):
     for step in range(1, 7):
         length, answers = BUCKETS[step % 2]
         batch = batches(engine, length, answers, seed=step)
-        if step > 3:  # no box in the whole batch, no supervised token: masks, not branches
+        if step > 3:  # no valid box and no supervised token: the same graph, by weights of 0
             batch = replace(batch, box_weights_BK=0 * batch.box_weights_BK, answer_weights_BA=0 * batch.answer_weights_BA)
         micro_batches = [batch] * (1 + step % 3)
         n = len(micro_batches)
@@ -92,7 +92,7 @@ def test_cosine_on_final_features_with_small_crops_equals_the_torch_twin():
     assert results[0].loss_distill == pytest.approx(results[1].loss_distill, rel=1e-5)
     assert results[0].feature_std == pytest.approx(results[1].feature_std, rel=1e-5)
     for name, gradient in found[1].items():
-        scale = np.linalg.norm(found[1][name.replace("k_proj.bias", "q_proj.bias")])  # a key bias has no true gradient
+        scale = np.linalg.norm(found[1][name.replace("k_proj.bias", "q_proj.bias")])  # the true gradient of a key bias is 0
         assert np.linalg.norm(found[0][name] - gradient) <= 2e-5 * scale, name
 
 

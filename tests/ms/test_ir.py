@@ -1,4 +1,4 @@
-"""The graphs of a step and of generation as an NPU would get them, in bfloat16 with the fused attention: compiled, not run."""
+"""The graphs of a step and of generation for an NPU, in bfloat16 with the fused attention. They are compiled, not run."""
 import numpy as np
 import pytest
 
@@ -21,17 +21,17 @@ CROP = 16  # the teacher's positions are resampled
 
 
 def shallow_models(config: RunConfig) -> tuple[VisionConfig, LanguageConfig]:
-    """The tiny models with as few layers as they can have: every layer has the same operators."""
+    """The tiny models with the smallest number of layers: every layer has the same operators."""
     vision, language = resolve_models(config)
     return vision.model_copy(update={"layers": 2}), language.model_copy(update={"layers": 1})
 
 
 @pytest.fixture(scope="module")
 def engine():
-    """An engine that takes itself to be on an NPU; nothing of it can be run."""
+    """An engine that is built for an NPU; its graphs cannot be run here."""
     config = run_config(runtime={"compute": "bfloat16"}, distill={"crop_size": CROP}, optimizer={"weight_decay": 0.1})
     models = shallow_models(config)
-    assert models[0].width // models[0].heads % 16, "heads as SigLIP's, which the fused attention wants padded"
+    assert models[0].width // models[0].heads % 16, "the head width must need padding for the fused attention, as SigLIP's does"
     made = Engine(config, *models, initial_values(parameter_shapes(*models), 0).items(), distributed.Ranks(0, 1, "npu"))
     assert made.implementations["attention"] == "flash"
     return made
@@ -93,6 +93,6 @@ class Planted(nn.Cell):
      ("constant", "DT_FLOAT64"), ("shape", "dynamic shape"), ("nothing", None)],
 )  # fmt: skip
 def test_what_the_walk_looks_for_is_found_where_it_is_planted(what, said):
-    cell = Planted(what)  # its graph goes when it goes
+    cell = Planted(what)  # the graph lives as long as this variable
     found = faults(compiled(cell, Tensor(np.ones((3, 4), np.float32))))
     assert any(said in line for line in found) if said else found == []

@@ -1,5 +1,5 @@
-"""What MindSpore's twin writes by hand, against definitions in float64: activations, RMS normalisation and attention with
-their own backward passes, the padding that CANN's kernel needs, the grouping of all-reduces."""
+"""Hand-written operators of the MindSpore package against their definitions in float64: activations, RMS normalisation and
+attention with backward passes, the padding for CANN's kernel, the grouping of all-reduces."""
 import math
 
 import numpy as np
@@ -121,8 +121,8 @@ def test_composed_attention_and_its_own_backward_pass(qkv):
 
 
 def test_flash_attention_is_called_as_cann_documents_it(qkv, monkeypatch):
-    """The kernel itself needs an NPU; here it is replaced by its documented behaviour (head width a multiple of 16, mask true
-    where a key is discarded, the scale as given), so padding, mask and scale are checked and the kernel is not."""
+    """The kernel needs an NPU. Here a function with its documented behaviour replaces it (head width a multiple of 16, mask true
+    where a key is discarded, the scale as given): padding, mask and scale are checked, the kernel is not."""
     q, k, v, _, mask = qkv
     given = {}
 
@@ -143,7 +143,7 @@ def test_flash_attention_is_called_as_cann_documents_it(qkv, monkeypatch):
 def test_implementations_are_refused_by_name():
     assert attention_ops.choose("auto", "cpu", ms.float32) == "composed"
     assert attention_ops.choose("auto", "npu", ms.bfloat16) == "flash"
-    assert attention_ops.choose("auto", "npu", ms.float32) == "composed"  # the fused kernel takes half precisions alone
+    assert attention_ops.choose("auto", "npu", ms.float32) == "composed"  # the fused kernel takes only 16-bit dtypes
     for device in ("cpu", "npu"):
         with pytest.raises(ValueError, match=rf"'flash'.*{device}.*Float32"):
             attention_ops.choose("flash", device, ms.float32)

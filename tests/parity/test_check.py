@@ -1,4 +1,4 @@
-"""The check itself, on the tiny models: equal is equal, faults are found and placed, what is not comparable is refused."""
+"""The check itself, on the tiny models: equal models pass, faults are detected and located, incomparable records are refused."""
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,8 +18,8 @@ pytest.importorskip("mindspore")
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 SUITES = ("vision", "language", "model", "stage1", "generate")
-CONFIGURATIONS = ("pooled", "tiled")  # of the options' six
-PLANTED = (  # seven of the command's; the first five cost no compilation of their own
+CONFIGURATIONS = ("pooled", "tiled")  # two of the six options
+PLANTED = (  # seven of the command's faults; the first five need no compilation of their own
     "a cell for the mean of its neighbours",
     "tiles in columns for tiles in rows",
     "RoPE in interleaved layout",
@@ -32,7 +32,7 @@ PLANTED = (  # seven of the command's; the first five cost no compilation of the
 
 @pytest.fixture(scope="module")
 def sides():
-    """Golden, PyTorch's and MindSpore's records, the isolated suite included."""
+    """The records of the golden reference, of PyTorch and of MindSpore, with the isolated suite."""
     fixture = make_fixture(0)
     golden = compute(fixture, "torch", Request((*SUITES, "options"), 3, "float64", options=CONFIGURATIONS))
     request = Request((*SUITES, "options", "isolated"), 3, golden=golden.suites["model"], options=CONFIGURATIONS)
@@ -60,7 +60,7 @@ def test_every_named_activation_and_parameter_is_compared(sides):
 
 
 def test_an_isolated_module_answers_for_itself_alone(sides):
-    """A wrong first block spoils everything behind it in the free-running suite, and one module in the isolated one."""
+    """A wrong GELU in the encoder's MLPs makes many activations of the suite `model` fail, but only these MLPs in `isolated`."""
     golden, peer, _ = sides
     request = Request(("model", "isolated"), 1, golden=golden.suites["model"], fault="GELU exact for tanh")
     wrong = compute(make_fixture(0), "torch", request)
@@ -83,7 +83,7 @@ def test_a_planted_fault_is_found_and_placed(name, trial):
 
 @pytest.fixture(scope="module")
 def trial(sides):
-    """Trials whose clean records are those that were computed above."""
+    """Trials that reuse the records of `sides` as their records without a fault."""
     trial = Trial(SimpleNamespace(seed=0, language="tiny-language", precision="float32"))
     clean = trial.clean
 
@@ -146,7 +146,7 @@ def test_what_cannot_be_compared_is_refused_with_exit_status_2(sides, tmp_path, 
 
 
 def test_the_peers_agree():
-    """transformers' SigLIP and Qwen2 beside both packages, MindFormers' Llama beside ours, in its own process."""
+    """transformers' SigLIP and Qwen2 against both packages; MindFormers' Llama, in a separate process, against MindSpore's."""
     rows = list(peers.rows(make_fixture(0), "float32"))
     asked = {"peers"} if peers.without_mindformers("float32") else {"peers", "mindformers"}
     assert {row.suite for row in rows} == asked and len(rows) >= 5

@@ -1,4 +1,4 @@
-"""How errors are judged: what must fail fails, rounding does not."""
+"""How errors are judged: real differences fail, rounding errors pass."""
 import numpy as np
 import pytest
 
@@ -14,7 +14,7 @@ GOLDEN = {
 
 
 def off(by: float, *names: str) -> dict[str, np.ndarray]:
-    """The golden tensors, those of `names` off by a relative error."""
+    """The golden tensors; those of `names` have the relative error `by`."""
     return {n: (g * (1 + by) if n in names else g) for n, g in GOLDEN.items()}
 
 

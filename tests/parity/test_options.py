@@ -1,4 +1,4 @@
-"""The option configurations: every value of every option is in one, a new value is missed by name, and the twins agree there."""
+"""The option configurations: every value of every option is in one of them, and a value that is in none is named."""
 from dataclasses import replace
 from typing import Literal
 
@@ -11,7 +11,7 @@ from parity.options import NOT_IN_THE_GRAPH, OPTIONS, configurations, coverage, 
 
 
 def missing(found) -> list[str]:
-    """Values that no configuration has, and stages that train, distil or hide what none does."""
+    """Values that no configuration has, and pairs of values of a stage (trained parts, distillation, ...) that none has."""
     has = {(factor, value) for values in found.values() for factor, value in values.items()}
     lacking = [f"{factor}: {value}" for factor, values in domain().items() for value in values if (factor, value) not in has]
     for stage in words()["run.stage"]:
@@ -24,7 +24,7 @@ def missing(found) -> list[str]:
 
 def test_every_value_of_every_option_is_in_a_configuration():
     assert missing(configurations()) == []
-    assert set(NOT_IN_THE_GRAPH) <= set(words()), "a reason for a field that is no more"
+    assert set(NOT_IN_THE_GRAPH) <= set(words()), "NOT_IN_THE_GRAPH lists a field that does not exist"
 
 
 def test_a_new_value_that_no_configuration_has_is_named(monkeypatch):

@@ -1,4 +1,4 @@
-"""The report as its reader meets it: exit status, JSON, and the page in a real browser."""
+"""The report: exit status, JSON, and the page in a real browser."""
 import json
 import shutil
 
@@ -12,7 +12,7 @@ ACTIVATIONS = [f"vision.encoder.layers.{i}.{part}" for i in range(3) for part in
 
 
 def report(wrong: str | None = None, **more) -> Report:
-    """Nine activations with errors like float32's; `wrong` is off by a hundredth."""
+    """Nine activations with errors as of float32 rounding; the one called `wrong` has an error of 1%."""
     rng = np.random.default_rng(0)
     golden = {f"forward/{name}": rng.standard_normal((4, 8)) for name in ACTIVATIONS}
     rounded = lambda scale: {k: v * (1 + scale * rng.standard_normal(v.shape)) for k, v in golden.items()}  # noqa: E731

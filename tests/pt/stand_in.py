@@ -1,9 +1,9 @@
-"""A device that is not there: PyTorch's backend for devices of other makers, `npu`, over CPU memory.
+"""A simulated device: PyTorch's backend for third-party devices, registered as `npu`, over CPU memory.
 
-Its tensors are computed with by the CPU's kernels, and are as strict as an accelerator's: an operator that is given a tensor of
-the host beside one of the device raises, float64 does not exist, and every time the host has to wait for a value is recorded.
-`npu` because `torch_npu` registers its device in the same way and under that name: the engine runs as it does on one, with the
-attention that `torch_npu` has. What it cannot show: kernels, their rounding, and what they lack.
+Its tensors are computed by CPU kernels, but follow the rules of an accelerator: an operator on a host tensor and a device tensor
+raises, float64 is not supported, and every wait of the host for a value is recorded. It is called `npu` because `torch_npu`
+registers its device in the same way under that name. So the engine runs the same code as on an NPU, with `torch_npu`'s attention.
+It cannot show the kernels of a real device: their rounding, and operators that they do not support.
 """
 import sys
 import types
@@ -25,7 +25,7 @@ _IN_PLACE_METADATA = {"t_", "transpose_", "unsqueeze_", "squeeze_", "resize_", "
 
 
 class DeviceTensor(Tensor):
-    """A tensor of the device; `host` is the CPU tensor, of the same shape and strides, that has its values."""
+    """A tensor of the device. `host` is the CPU tensor of the same shape and strides that holds its values."""
 
     @staticmethod
     def __new__(cls, host: Tensor) -> "DeviceTensor":
@@ -61,8 +61,8 @@ class DeviceTensor(Tensor):
 
 
 class Device(TorchDispatchMode):
-    """Runs every operator, on the host's tensors or on the device's. `reads` has a line for each time the host waited for a
-    value of the device: the operator, and the line of this repository that asked."""
+    """Runs every operator on host tensors and on device tensors. `reads` has a line for every time the host waited for a value of
+    the device: the operator, and the source line that called it."""
 
     def __init__(self):
         super().__init__()
@@ -90,20 +90,20 @@ class Device(TorchDispatchMode):
         if into is not None:
             kwargs = {**kwargs, "device": "cpu"}
         out = func(*tree_map(_host, args), **tree_map(_host, kwargs))
-        if func._schema.is_mutable and isinstance(out, Tensor):  # in place: the very tensor that was given
+        if func._schema.is_mutable and isinstance(out, Tensor):  # in place: return the argument itself
             return next(tensor for tensor in tensors if _host(tensor) is out)
         return tree_map(lambda leaf: DeviceTensor(leaf) if here and isinstance(leaf, Tensor) else leaf, out)
 
     def raise_deferred(self) -> None:
-        """Raises what was found. What is found in a backward pass waits for its end: PyTorch ends the process where an exception
-        passes through the backward pass of a device that Python registered."""
+        """Raises the error that was found. Inside a backward pass it waits for the end of the pass: there, an exception on a
+        device that was registered from Python would end the process."""
         if self.deferred and torch._C._current_graph_task_id() < 0:
             message, self.deferred = self.deferred, None
             raise RuntimeError(message)
 
     @staticmethod
     def _mixes(func, tensors: list[Tensor]) -> bool:
-        """As PyTorch: numbers without axes may come from the host where an operator works element by element."""
+        """Whether tensors of host and device are mixed. As in PyTorch, pointwise operators may get host tensors without axes."""
         pointwise = torch.Tag.pointwise in func.tags
         return any(not isinstance(tensor, DeviceTensor) and not (pointwise and tensor.ndim == 0) for tensor in tensors)
 
@@ -111,7 +111,7 @@ class Device(TorchDispatchMode):
     def _waits(func, args, here: bool) -> bool:
         if func in _COPIES:
             return not here
-        if func is torch.ops.aten.index.Tensor:  # by a mask, it has to be known how many are true
+        if func is torch.ops.aten.index.Tensor:  # with a mask, the host must know the number of true elements
             return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
         return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))
 
@@ -128,7 +128,7 @@ def _caller() -> str:
 
 
 class _Backend(backend_registration._DummyBackendModule):
-    """`torch.npu`, as far as it is asked for."""
+    """`torch.npu`, as far as it is used."""
 
     _initialized = True
 
@@ -152,7 +152,7 @@ class _Backend(backend_registration._DummyBackendModule):
 
 
 class _Hook(backend_registration._DummyPrivateUse1Hook):
-    """Outside `attached` there is no such device, so that no other test of this process finds one."""
+    """The device is available only inside `attached`, so that other tests in this process do not find it."""
 
     attached = False
 
@@ -161,7 +161,7 @@ class _Hook(backend_registration._DummyPrivateUse1Hook):
 
 
 def npu_fusion_attention(query, key, value, head_num, input_layout, *, atten_mask=None, scale=1.0):
-    """CANN's fused attention, as far as `pt_granvit.ops.attention` asks for it; its mask is true where a key is discarded."""
+    """CANN's fused attention, as far as `pt_granvit.ops.attention` uses it; its mask is true where a key is discarded."""
     assert input_layout == "BNSD" and head_num == query.shape[1] and query.dtype in (torch.bfloat16, torch.float16)
     allowed = None if atten_mask is None else ~atten_mask
     return (F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale),)
@@ -169,16 +169,16 @@ def npu_fusion_attention(query, key, value, head_num, input_layout, *, atten_mas
 
 @contextmanager
 def attached() -> Iterator[Device]:
-    """The device is there: `runtime.device: npu` runs on it."""
+    """Inside the block the device is available, and `runtime.device: npu` runs on it."""
     global _registered
-    if not _registered:  # for the life of the process
+    if not _registered:  # cannot be undone in this process
         backend_registration._setup_privateuseone_for_python_backend("npu", _Backend(), _Hook())
         _registered = True
     package = types.ModuleType("torch_npu")
     package.npu_fusion_attention = npu_fusion_attention
     with mock.patch.object(_Hook, "attached", True), Device() as device:
         sys.modules["torch_npu"] = package
-        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) moves its numbers by an operator that is seen
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) then copies by an operator that `Device` records
         try:
             yield device
             device.raise_deferred()

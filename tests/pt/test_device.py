@@ -1,4 +1,4 @@
-"""The PyTorch package on the stand-in device: what every stage runs, that no tensor stays on the host, and how often it waits."""
+"""The PyTorch package on the stand-in device: every stage runs, no tensor is left on the host, and few reads make it wait."""
 import json
 
 import numpy as np
@@ -63,7 +63,7 @@ def step(engine: Engine, batch: Batch, number: int = 1):
 
 
 def close_to(result, expected) -> None:
-    """Equal to what the host makes of it, to the roundoff of bfloat16 (the fused attention adds in another order)."""
+    """Equal to the result on the host up to bfloat16 rounding (the fused attention adds in another order)."""
     for name, value in vars(expected).items():
         assert getattr(result, name) == pytest.approx(value, rel=0.02, abs=1e-3), name
 
@@ -155,7 +155,7 @@ def test_a_tensor_that_meets_the_host_in_the_backward_pass_is_found(device):
 
 
 def held_by(engine: Engine) -> dict[str, torch.Tensor]:
-    """Every tensor of the engine by its place: parameters, buffers and attributes of modules, flat buffers, moments."""
+    """Every tensor of the engine by its path: parameters, buffers and attributes of modules, flat buffers, moments."""
     found = {}
     for root, module in (("model", engine.model), ("teacher", engine.teacher)):
         for path, part in () if module is None else module.named_modules():
@@ -167,7 +167,7 @@ def held_by(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 def put(engine: Engine, place: str, tensor: torch.Tensor) -> None:
-    """Replaces the tensor at a place of `held_by`."""
+    """Replaces the tensor at a path of `held_by`."""
     root, *path, name = place.split(".")
     owner = getattr(engine, root)
     owner = owner.get_submodule(".".join(filter(None, path))) if isinstance(owner, nn.Module) else owner
@@ -193,7 +193,7 @@ def test_any_one_tensor_left_on_the_host_fails_the_step(device):
         put(engine, place, tensor)
         engine.trained.gradients.zero_()
     assert not unnoticed
-    step(engine, batch)  # all back in place
+    step(engine, batch)  # all tensors restored
 
 
 def test_the_two_faults_that_were_there_are_found_when_put_back(device, monkeypatch):
@@ -237,7 +237,7 @@ def test_generation_and_evaluation_equal_the_hosts(device, chat, store, tmp_path
         kept = json.loads(evaluation_file(tmp_path / name, 1).read_text())
         found.append((tokens.tolist(), evaluation.table, [p["answer"] for p in kept["predictions"]]))
         losses.append(evaluation.held_out)
-        assert reads == (5 if name == "device" else 0)  # one a token: the host looks for the end
+        assert reads == (5 if name == "device" else 0)  # one for each token: the host checks for the stop token
     assert found[0] == found[1]
     assert losses[0].keys() >= {"loss"} and losses[0]["loss"] == pytest.approx(losses[1]["loss"], rel=1e-5)
 
@@ -252,7 +252,7 @@ def test_paritys_records_are_made_on_the_device(device):
     assert record.suites.keys() == set(suites) and isolated.suites["isolated"].keys() == expected.suites["model"].keys()
     for suite, tensors in expected.suites.items():
         for name, value in tensors.items():
-            scale = np.abs(tensors[name.replace("k_proj.bias", "q_proj.bias")]).max()  # a key bias has no true gradient
+            scale = np.abs(tensors[name.replace("k_proj.bias", "q_proj.bias")]).max()  # the true gradient of a key bias is 0
             np.testing.assert_allclose(record.suites[suite][name], value, atol=0.1 * max(scale, 1e-3), err_msg=f"{suite} {name}")
 
 
