@@ -173,7 +173,7 @@ def main() -> int:
         run_writer.metadata.version = lambda name: version[1] if name == version[0] else installed(name)
     if "TOY_ENGINE" not in os.environ:
         train.load_engine_class = lambda framework: Engine
-        train._be_scheduler = lambda: time.sleep(float(os.environ.get("TOY_SCHEDULER", "0")))
+        train._run_scheduler = lambda: time.sleep(float(os.environ.get("TOY_SCHEDULER", "0")))
     return train.train_command("stage1", sys.argv[1:])
 
 
