@@ -93,7 +93,7 @@ def test_processes_share_the_counting_and_finish_what_a_killed_one_began(tmp_pat
     assert second.returncode == 0, said
     assert list(map(int, output.split())) == [begun[-1]]  # the others' shares stay
     assert sorted([*begun, *others]) == list(range(0, 300, 12))
-    assert re.search(r"counting the tokens of .*store \(answer\), once: [\d,]+ of 1,197 \(\d+%\), [\d,]+ a second", said), said
+    assert re.search(r"counting the tokens of .*store \(answer\), once: [\d,]+ of 1,197 \(\d+%\), [\d,]+ per second", said), said
     folder = tmp_path / "store" / "lengths"
     assert [path.suffix for path in folder.iterdir()] == [".u2"]
     shared = next(folder.iterdir()).read_bytes()
