@@ -10,7 +10,8 @@ Task = Literal[RegionTask, "conversation"]  # a conversation is asked whole, out
 REGION_TASKS: tuple[RegionTask, ...] = get_args(RegionTask)
 TASKS: tuple[Task, ...] = get_args(Task)
 StageName = Literal["projector", "stage1", "stage2", "continued", "sft", "pretrain_text", "pretrain_image", "guesser"]
-WITH_SCRIPTS: tuple[StageName, ...] = ("projector", "stage1", "stage2", "continued", "sft")  # scripts/NAME.py, granvit-train NAME
+# scripts/NAME.py, granvit-train NAME
+WITH_SCRIPTS: tuple[StageName, ...] = ("projector", "stage1", "stage2", "continued", "sft")
 
 
 @dataclass(frozen=True)
