@@ -51,7 +51,7 @@ def test_each_stages_script_takes_its_own_configurations_and_refuses_the_others(
     """Weights and data are not there: the right script gets as far as saying so."""
     monkeypatch.chdir(tmp_path)
     stage = load_config(path).stage
-    for script in SCRIPTS:
+    for script in WITH_SCRIPTS:
         status = train_command(script, ["--config", str(path), "--framework", "torch", f"output={tmp_path}/run"])
         said = capsys.readouterr().err
         assert status == 2
