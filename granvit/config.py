@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from granvit.models import PARTS, LanguageConfig, Strict, VisionConfig
-from granvit.stages import STAGES, RegionTask, Stage, Task
+from granvit.stages import STAGES, RegionTask, Stage, StageName, Task
 
 Valid = TypeVar("Valid", bound=BaseModel)
 _HERE = Path(__file__).resolve().parent
@@ -188,7 +188,7 @@ class RuntimeSection(Strict):
 class RunConfig(Strict):
     """One run."""
 
-    stage: Literal["projector", "stage1", "stage2", "continued", "sft", "pretrain_text", "pretrain_image", "guesser"]
+    stage: StageName
     output: str
     seed: int = 0
     model: ModelSection = ModelSection()

@@ -9,6 +9,9 @@ RegionTask = Literal["global", "bbox2caption", "caption2bbox"]  # questions abou
 Task = Literal[RegionTask, "conversation"]  # a conversation, from a store of conversations, is one question
 REGION_TASKS: tuple[RegionTask, ...] = get_args(RegionTask)
 TASKS: tuple[Task, ...] = get_args(Task)
+StageName = Literal["projector", "stage1", "stage2", "continued", "sft", "pretrain_text", "pretrain_image", "guesser"]
+# scripts/NAME.py, granvit-train NAME
+WITH_SCRIPTS: tuple[StageName, ...] = ("projector", "stage1", "stage2", "continued", "sft")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Stage:
     distill: bool = False
     zero_image_tokens: bool = False
     plain: bool = False
+    after: StageName | None = None  # the stage whose run it starts from in the paper
 
 
 _ALL = frozenset({"vision", "projector", "language"})
@@ -35,10 +39,12 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("projector", frozenset({"projector"}), {"conversation": 1.0}, plain=True),
-        Stage("stage1", frozenset({"vision", "projector"}), {"global": 1.0, "bbox2caption": 1.0}, distill=True),
-        Stage("stage2", frozenset({"projector", "language"}), {"global": 1.0, "caption2bbox": 1.0}),
-        Stage("continued", _ALL, {"conversation": 1.0}),
-        Stage("sft", _ALL, {"conversation": 1.0}),
+        Stage(
+            "stage1", frozenset({"vision", "projector"}), {"global": 1.0, "bbox2caption": 1.0}, distill=True, after="projector"
+        ),
+        Stage("stage2", frozenset({"projector", "language"}), {"global": 1.0, "caption2bbox": 1.0}, after="stage1"),
+        Stage("continued", _ALL, {"conversation": 1.0}, after="stage2"),
+        Stage("sft", _ALL, {"conversation": 1.0}, after="stage2"),
         Stage("pretrain_text", frozenset({"language"}), {"global": 1.0, "bbox2caption": 1.0}, zero_image_tokens=True),
         Stage("pretrain_image", frozenset({"vision", "projector"}), {"global": 1.0}),
         Stage("guesser", frozenset({"language"}), {"bbox2caption": 1.0, "caption2bbox": 1.0}, zero_image_tokens=True),

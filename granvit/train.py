@@ -36,9 +36,9 @@ from granvit.preflight import (
     version_facts,
     weights_facts,
 )
+from granvit.stages import WITH_SCRIPTS
 from granvit.trainer import Trainer
 
-PAPER_STAGES = ("projector", "stage1", "stage2", "continued", "sft")
 ANY_TRAIN = "$(command -v granvit-train)"
 REPLACED = ("checkpoints", "parts", "eval", "tensorboard", "metrics.jsonl", "config.yaml")  # what --fresh moves away
 
@@ -77,7 +77,7 @@ def any_train_command(arguments: Sequence[str] | None = None) -> int:
         description="Trains one of GranViT's stages, as scripts/STAGE.py does in a checkout.",
         epilog=f"`granvit-train STAGE --help` has all options. msrun and torchrun need a file: msrun ... {ANY_TRAIN} stage1 ...",
     )
-    parser.add_argument("stage", choices=PAPER_STAGES, help="the stage, listed in the paper's order")
+    parser.add_argument("stage", choices=WITH_SCRIPTS, help="the stage, listed in the paper's order")
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="--config, --framework, --fresh, key=value")
     options = parser.parse_args(arguments)
     return train_command(options.stage, options.rest, script=f"{ANY_TRAIN} {options.stage}")

@@ -51,9 +51,11 @@ def distill_sums(student_BNC: Tensor, teacher_BKggC: Tensor, boxes_BK4: Tensor, 
     teacher = ops.cast(teacher_BKggC, ms.float32)
     if loss == "mse":
         per_box = ops.mean(ops.square(teacher - student), (2, 3, 4))
-    else:
+    elif loss == "cosine":
         lengths = ops.sqrt(ops.sum(ops.square(teacher), -1) * ops.sum(ops.square(student), -1) + 1e-12)
         per_box = ops.mean(1 - ops.sum(teacher * student, -1) / lengths, (2, 3))
+    else:
+        raise ValueError(f"distill.loss '{loss}' has no formula in distill_sums")
     centred = teacher - ops.mean(teacher, (2, 3), True)
     variance = ops.mean(ops.square(centred), (2, 3, 4))
     return ops.sum(per_box * weights_BK), ops.sum(variance * weights_BK)

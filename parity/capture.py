@@ -135,13 +135,13 @@ def settings(fixture: Fixture, request: Request) -> dict[str, Any]:
         "weights": fixture.weights_hash,
         "batches": fixture.batches_hash,
         "steps": request.steps,
-        "options": _options_hash(fixture.seed) if "options" in request.suites else "",
+        "options": _options_hash(fixture.seed, request.options) if "options" in request.suites else "",
     }
 
 
-def _options_hash(seed: int) -> str:
-    """SHA-256 over every configuration's models, start weights and batches."""
-    made = [option_fixture(seed, name) for name in OPTIONS]
+def _options_hash(seed: int, names: Iterable[str]) -> str:
+    """SHA-256 over these configurations' models, start weights and batches."""
+    made = [option_fixture(seed, name) for name in names]
     texts = [f"{f.vision} {f.language} {f.weights_hash} {f.batches_hash} {OPTIONS[f.vision_name]}" for f in made]
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 

@@ -67,6 +67,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         epilog="""examples:
   python parity/check.py                                          # everything, on this machine
   python parity/check.py --suite model stage1 --isolate           # some suites, and every module isolated
+  python parity/check.py --suite options --option pooled          # one configuration of the options
   python parity/check.py --faults                                 # test the check with planted faults (long)
   python parity/check.py --record npu --framework mindspore --device Ascend     # on one machine ...
   python parity/check.py --record gpu --framework torch --device cuda           # ... on another ...
@@ -74,6 +75,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--suite", nargs="+", choices=FREE, default=list(FREE), metavar="NAME",
                         help=f"some of: {', '.join(FREE)} (default: all)")  # fmt: skip
+    parser.add_argument("--option", nargs="+", choices=tuple(OPTIONS), default=list(OPTIONS), metavar="NAME",
+                        help=f"configurations of the suite options: some of {', '.join(OPTIONS)} (default: all)")  # fmt: skip
     parser.add_argument("--isolate", action="store_true", help="also feed every module the golden model's input, so that an "
                         "error is attributed to the module that makes it")  # fmt: skip
     parser.add_argument("--steps", type=int, default=20, help="steps of a trajectory (default: %(default)s)")
@@ -113,7 +116,7 @@ def _check(options: argparse.Namespace, console: Console) -> Report:
         preconditions.check_precision(framework)
     fixture = _fixture(options)
     of_records = tuple(s for s in options.suite if s not in ("checkpoint", "peers"))
-    request = Request(of_records, options.steps, options.precision)
+    request = Request(of_records, options.steps, options.precision, options=tuple(options.option))
     announce = lambda text: console.print(f"[dim]{text}[/]", highlight=False)  # noqa: E731
     announce("golden reference: PyTorch in float64")
     golden = compute(fixture, "torch", replace(request, compute="float64"))
@@ -178,7 +181,7 @@ def _record(options: argparse.Namespace, console: Console) -> int:
     device = {"ascend": "npu"}.get(options.device.lower(), options.device.lower())
     fixture = _fixture(options)
     suites = tuple(s for s in options.suite if s not in ("checkpoint", "peers"))
-    request = Request(suites, options.steps, options.precision, device)
+    request = Request(suites, options.steps, options.precision, device, options=tuple(options.option))
     load_engine_class(options.framework)
     preconditions.check_precision(options.framework)
     if (options.record / "record.json").exists():

@@ -52,9 +52,11 @@ def distill_sums(student_BNC: Tensor, teacher_BKggC: Tensor, boxes_BK4: Tensor, 
     teacher = to_float32_or_wider(teacher_BKggC)
     if loss == "mse":
         per_box = (teacher - student).square().mean((2, 3, 4))
-    else:
+    elif loss == "cosine":
         lengths = (teacher.square().sum(-1) * student.square().sum(-1) + 1e-12).sqrt()
         per_box = (1 - (teacher * student).sum(-1) / lengths).mean((2, 3))
+    else:
+        raise ValueError(f"distill.loss '{loss}' has no formula in distill_sums")
     weights = weights_BK.to(per_box.dtype)
     return (per_box * weights).sum(), (teacher.var((2, 3), correction=0).mean(-1) * weights).sum()
 

@@ -3,12 +3,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from granvit.config import CONFIGS, differences, dump_config, load_config, parse_config, resolve_models
 from granvit.data.chat import Chat, byte_tokenizer
+from granvit.stages import STAGES, WITH_SCRIPTS, StageName
 from granvit.train import train_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +51,7 @@ def test_each_stages_script_takes_its_own_configurations_and_refuses_the_others(
     """Weights and data are missing: the right script stops only at that point."""
     monkeypatch.chdir(tmp_path)
     stage = load_config(path).stage
-    for script in SCRIPTS:
+    for script in WITH_SCRIPTS:
         status = train_command(script, ["--config", str(path), "--framework", "torch", f"output={tmp_path}/run"])
         said = capsys.readouterr().err
         assert status == 2
@@ -57,6 +59,12 @@ def test_each_stages_script_takes_its_own_configurations_and_refuses_the_others(
             assert "model.init_from" in said or "model.weights_" in said, said
         else:
             assert repr(stage) in said and repr(script) in said, said
+
+
+def test_every_stage_is_in_all_lists_of_stages():
+    assert tuple(STAGES) == get_args(StageName)
+    for stage in WITH_SCRIPTS:
+        assert (ROOT / "scripts" / f"{stage}.py").is_file() and load_config(CONFIGS / f"{stage}.yaml").stage == stage
 
 
 def test_each_stage_trains_what_the_paper_trains():

@@ -196,7 +196,7 @@ def test_a_file_that_does_not_fit_is_refused_by_its_own_names(row, change, messa
      ("internvit-300m-448", "norm_type", "rms_norm", "norm_type 'rms_norm'"),
      ("sailvit-huge-448", "use_bias", True, "use_bias True"),
      ("siglip2-so400m-patch16-512", "hidden_act", "relu", "hidden_act 'relu'"),
-     ("clip-vit-large-patch14-336", "model_type", "dinov2", "model_type 'dinov2'")],
+     ("clip-vit-large-patch14-336", "model_type", "unheard-of", "model_type 'unheard-of'")],
 )  # fmt: skip
 def test_a_structure_that_no_encoder_here_has_is_refused_by_its_key(row, key, value, message, tmp_path):
     encoders.publish(encoders.peer(tiny(row)), tmp_path, encoders.HUB.get(row))

@@ -30,10 +30,10 @@ from granvit.models import (
     projector_shapes,
     vision_shapes,
 )
+from granvit.stages import STAGES
 
 log = logging.getLogger("granvit")
 INSTEAD = "model.init=random runs without published weights"
-STAGE_BEFORE = {"stage1": "projector", "stage2": "stage1", "continued": "stage2", "sft": "stage2"}  # the paper's order
 OUR_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|model\.sha256\.json")
 Tensors = Iterator[tuple[str, np.ndarray]]
 
@@ -90,7 +90,7 @@ def _from_run(config: RunConfig, vision: VisionConfig, language: LanguageConfig,
     checkpoint = origin or newest_checkpoint(run)
     without = f"model.init_from=null starts without it, {_without(config)}"
     if checkpoint is None:
-        before = STAGE_BEFORE.get(config.stage)
+        before = STAGES[config.stage].after
         make = f"scripts/{before}.py makes it, with the --config that has this output" if before else "run that stage first"
         raise ValueError(
             f"model.init_from {run}: no checkpoint in {run / 'checkpoints'} (current directory: {Path.cwd()}); {make}. {without}"

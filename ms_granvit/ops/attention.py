@@ -107,4 +107,6 @@ def attention(q_BHSD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, mask: Tensor | Non
     """
     if implementation == "flash":
         return flash(q_BHSD, k_BGLD, v_BGLD, mask)
-    return composed(q_BHSD, k_BGLD, v_BGLD, mask)
+    if implementation == "composed":
+        return composed(q_BHSD, k_BGLD, v_BGLD, mask)
+    raise ValueError(f"runtime.attention '{implementation}' has no branch in attention")
