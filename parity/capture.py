@@ -26,10 +26,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from granvit.config import RunConfig
 from granvit.engine import LOSSES, Group, TrainEngine
 from granvit.introspection import INPUTS, Capture, Feed, Introspection
 from granvit.launch import load_engine_class
-from granvit.models import PARTS, part_of
+from granvit.models import PARTS, Shapes, part_of
 from parity import faults
 from parity.fixture import MICRO_BATCHES, NEW_TOKENS, STOP, Fixture, make_fixture
 from parity.operators import cases
@@ -39,7 +40,9 @@ from parity.preconditions import check_deterministic
 SCHEMA = 1
 Tensors = dict[str, np.ndarray]  # "<kind>/<name>" -> values, in order of execution
 OPENED = ("vision", "language", "model", "isolated")  # suites that share one model with taps
-LEFT_BEHIND: tuple[tuple[Group, str], ...] = (("model", "weight"), ("teacher", "teacher"))
+# The tensors of an engine after a training step, and what their kinds are called.
+KINDS: dict[Group, str] = {"first_moment": "first moment", "second_moment": "second moment", "model": "weight",
+                           "teacher": "teacher"}  # fmt: skip
 # Suites of one part: the activation that seeded values replace, and the prefix of the part's tensors. `projector.linear_1` is the
 # first activation after the encoder.
 ALONE = {"vision": ("projector.linear_1", "vision."), "language": (INPUTS, "language")}
@@ -112,18 +115,24 @@ class Request:
 
 def compute(fixture: Fixture, framework: str, request: Request) -> Record:
     """Runs the suites of `request` in one framework."""
-    Introspector = open_framework(framework)
+    load_engine_class(framework)  # ValueError if the framework is not installed
     record = Record(framework, request.device, request.compute, settings(fixture, request), environment(framework))
     with faults.planted(request.fault, framework):
-        for suite, tensors in _suites(fixture, framework, request, Introspector):
+        for suite, tensors in _suites(fixture, framework, request):
             record.suites[suite] = {name: _storable(array) for name, array in tensors.items()}
     return record
 
 
-def open_framework(framework: str) -> type[Introspection]:
-    """The framework's `Introspector` class; `ValueError` if the framework is not installed."""
+def open_model(framework: str, fixture: Fixture, config: RunConfig, shapes: Shapes, graph: bool = True) -> Introspection:
+    """The fixture's start model with taps at the activations in `shapes`; `ValueError` if the framework is not installed."""
     package = load_engine_class(framework).__module__.partition(".")[0]
-    return importlib.import_module(f"{package}.introspect").Introspector
+    introspect = importlib.import_module(f"{package}.introspect")
+    return introspect.Introspector(config, fixture.vision, fixture.language, fixture.weights.items(), shapes, graph)
+
+
+def make_engine(framework: str, fixture: Fixture, config: RunConfig) -> TrainEngine:
+    """An engine with the fixture's start weights; `ValueError` if the framework is not installed."""
+    return load_engine_class(framework)(config, fixture.vision, fixture.language, fixture.weights.items())
 
 
 def settings(fixture: Fixture, request: Request) -> dict[str, Any]:
@@ -161,18 +170,17 @@ def _storable(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32) if array.dtype.name in ("bfloat16", "float16") else array
 
 
-def _suites(fixture: Fixture, framework: str, request: Request, Introspector: type) -> Iterable[tuple[str, Tensors]]:
+def _suites(fixture: Fixture, framework: str, request: Request) -> Iterable[tuple[str, Tensors]]:
     suites = request.suites
     config = fixture.config("stage1", request.compute, request.device)
     if {"ops", "generate"} & set(suites):
-        closed = Introspector(config, fixture.vision, fixture.language, fixture.weights.items(), {}, request.graph)
+        closed = open_model(framework, fixture, config, {}, request.graph)
         if "ops" in suites:
             yield "ops", _operators(closed, fixture)
         if "generate" in suites:
             yield "generate", _generation(closed, fixture)
     if set(OPENED) & set(suites):
-        shapes = fixture.shapes(config)
-        opened = Introspector(config, fixture.vision, fixture.language, fixture.weights.items(), shapes, request.graph)
+        opened = open_model(framework, fixture, config, fixture.shapes(config), request.graph)
         for suite in (s for s in OPENED if s in suites):
             found = opened_suite(opened, fixture, suite, request.golden)
             check_deterministic(framework, found, opened_suite(opened, fixture, suite, request.golden))
@@ -180,7 +188,7 @@ def _suites(fixture: Fixture, framework: str, request: Request, Introspector: ty
     for stage in ("stage1", "stage2"):
         if stage not in suites and not (stage == "stage1" and "trajectory" in suites):
             continue
-        engine = make_engine(framework, fixture, stage, request)
+        engine = make_engine(framework, fixture, fixture.config(stage, request.compute, request.device))
         if stage in suites:
             yield stage, training_step(engine, fixture)
         if stage == "stage1" and "trajectory" in suites:
@@ -203,21 +211,21 @@ def _option(seed: int, framework: str, request: Request, name: str) -> Iterable[
 
 def option_steps(framework: str, fixture: Fixture, stage: str, request: Request) -> Iterable[tuple[str, Tensors]]:
     """A training step of one configuration, and one more over batches in which nothing is supervised and no box is valid."""
-    suite, engine = option_suite(fixture.vision_name), make_engine(framework, fixture, stage, request)
+    suite = option_suite(fixture.vision_name)
+    engine = make_engine(framework, fixture, fixture.config(stage, request.compute, request.device))
     yield f"{suite}, step", training_step(engine, fixture)
     batches = [replace(batch, answer_weights_BA=0 * batch.answer_weights_BA, box_weights_BK=0 * batch.box_weights_BK)
                for batch in fixture.step_batches(2)]  # fmt: skip
     result = engine.step(batches, fixture.step_inputs(2, batches))
     found: Tensors = {f"loss/{name}": np.array(value) for name, value in vars(result).items()}
-    yield f"{suite}, empty step", found | {f"weight/{name}": array for name, array in _ordered(engine, "model", fixture)}
+    yield f"{suite}, empty step", found | _state(engine, fixture, "model")
 
 
 def forward_pass(framework: str, fixture: Fixture, stage: str, request: Request) -> Tensors:
     """Every activation and the losses of the first micro-batch. MindSpore runs in PyNative mode, so nothing is compiled."""
     config = fixture.config(stage, request.compute, request.device)
     shapes = fixture.shapes(config)
-    start = (config, fixture.vision, fixture.language, fixture.weights.items())
-    opened = open_framework(framework)(*start, shapes, graph=False)
+    opened = open_model(framework, fixture, config, shapes, graph=False)
     return _flat(opened.capture(fixture.batches[0], backward=False), list(shapes))
 
 
@@ -263,11 +271,6 @@ def _generation(closed: Introspection, fixture: Fixture) -> Tensors:
     return found | {f"forward/logits, token {t}": logits_BTV[:, t] for t in range(logits_BTV.shape[1])}
 
 
-def make_engine(framework: str, fixture: Fixture, stage: str, request: Request) -> TrainEngine:
-    config = fixture.config(stage, request.compute, request.device)
-    return load_engine_class(framework)(config, fixture.vision, fixture.language, fixture.weights.items())
-
-
 def reset(engine: TrainEngine, fixture: Fixture) -> None:
     """Resets an engine to the fixture's start weights and to moments of zero."""
     engine.load("model", fixture.weights.items())
@@ -287,9 +290,12 @@ def training_step(engine: TrainEngine, fixture: Fixture) -> Tensors:
     found: Tensors = {f"loss/{name}": np.array(values[name]) for name in order}
     beta = engine.config.optimizer.betas[0]
     found |= {f"clipped gradient/{name}": moment / (1 - beta) for name, moment in _ordered(engine, "first_moment", fixture)}
-    for group, kind in (("first_moment", "first moment"), ("second_moment", "second moment"), *LEFT_BEHIND):
-        found |= {f"{kind}/{name}": array for name, array in _ordered(engine, group, fixture)}
-    return found
+    return found | _state(engine, fixture, *KINDS)
+
+
+def _state(engine: TrainEngine, fixture: Fixture, *groups: Group) -> Tensors:
+    """The tensors of some groups of an engine, in the order of the fixture's weights."""
+    return {f"{KINDS[group]}/{name}": array for group in groups for name, array in _ordered(engine, group, fixture)}
 
 
 def _ordered(engine: TrainEngine, group: Group, fixture: Fixture) -> list[tuple[str, np.ndarray]]:
@@ -309,10 +315,8 @@ def _trajectory(engine: TrainEngine, fixture: Fixture, steps: int) -> Tensors:
         values = {"grad_norm": result.grad_norm, **vars(result), **_distances(engine, fixture)}  # norm first
         for name, value in values.items():
             rows.setdefault(name, []).append(value)
-    found: Tensors = {f"curve/{name}": np.array(values) for name, values in rows.items()}
-    for group, kind in LEFT_BEHIND:
-        found |= {f"{kind}/{name}": array for name, array in _ordered(engine, group, fixture)}
-    return found
+    curves = {f"curve/{name}": np.array(values) for name, values in rows.items()}
+    return curves | _state(engine, fixture, "model", "teacher")
 
 
 def _distances(engine: TrainEngine, fixture: Fixture) -> dict[str, float]:
@@ -368,7 +372,7 @@ def _rank(arguments: list[str] | None = None) -> None:
         return
     fixture = make_fixture(o.seed, o.vision, o.language)
     with faults.planted(o.fault, o.framework):
-        engine = make_engine(o.framework, fixture, "stage1", Request((), o.steps, o.compute, o.device))
+        engine = make_engine(o.framework, fixture, fixture.config("stage1", o.compute, o.device))
         found = _trajectory(engine, fixture, o.steps)
     if engine.rank == 0:
         found = {name: np.ascontiguousarray(_storable(array)) for name, array in found.items()}

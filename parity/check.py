@@ -22,7 +22,7 @@ from rich.table import Table  # noqa: E402
 from granvit.introspection import INPUTS  # noqa: E402
 from granvit.launch import load_engine_class  # noqa: E402
 from parity import peers, preconditions, round_trips  # noqa: E402
-from parity.capture import Record, Request, compute, load_record, open_framework  # noqa: E402
+from parity.capture import Record, Request, compute, load_record, open_model  # noqa: E402
 from parity.capture import environment as _versions  # noqa: E402
 from parity.compare import ROUNDOFF, Row, compare_records, compare_suite  # noqa: E402
 from parity.fault_trials import Trial, false_alarms  # noqa: E402
@@ -236,7 +236,7 @@ def made_by(options: argparse.Namespace) -> dict[str, str]:
     if "options" in options.suite:
         made += [(option_fixture(options.seed, name), option.stage) for name, option in OPTIONS.items()]
     for fixture, stage in made:
-        closed = open_framework("torch")(fixture.config(stage), fixture.vision, fixture.language, fixture.weights.items(), {})
+        closed = open_model("torch", fixture, fixture.config(stage), {})
         for prefix, root in (("", closed.engine.model), ("teacher.", closed.engine.teacher)):
             for path, module in () if root is None else root.named_modules():
                 text = f"{type(module).__name__} in {Path(inspect.getfile(type(module))).name}"

@@ -6,8 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from granvit.launch import load_engine_class
-from parity.capture import Record, Request, compute, open_framework, opened_suite, reset, training_step
+from parity.capture import Record, Request, compute, make_engine, open_model, opened_suite, reset, training_step
 from parity.compare import Row, compare_suite
 from parity.faults import Fault
 from parity.fixture import make_fixture
@@ -79,8 +78,7 @@ def false_alarms(options: argparse.Namespace, console: Console) -> dict[str, Any
     wanted = (("golden", "torch", "float64"), ("peer", "torch", options.precision), ("candidate", "mindspore", options.precision))
     for side, framework, precision in wanted:
         config = first.config("stage1", precision)
-        parts = (config, first.vision, first.language, first.weights.items())
-        sides[side] = open_framework(framework)(*parts, first.shapes(config)), load_engine_class(framework)(*parts)
+        sides[side] = open_model(framework, first, config, first.shapes(config)), make_engine(framework, first, config)
     alarms, worst = [], 0.0
     for number in range(options.seeds):
         fixture = make_fixture(options.seed + 1 + number, options.vision, options.language)

@@ -3,14 +3,13 @@ package; the check must answer "diverged" and name the place.
 
 A fault states the suite that must detect it, and the kinds and names that the first diverging tensor may have.
 """
-import importlib
+import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
 from unittest.mock import patch
 
-Plant = Callable[[], AbstractContextManager]
+FRAMEWORKS = {"pt_granvit": "torch", "ms_granvit": "mindspore"}
 
 
 @dataclass(frozen=True)
@@ -21,21 +20,23 @@ class Fault:
     framework: str
     suite: str
     where: tuple[str, ...]
-    plant: Plant
-    vision: str = "tiny-vision"
+    plant: Callable[[], AbstractContextManager]
+    vision: str
 
 
 FAULTS: dict[str, Fault] = {}
 
 
-def fault(name: str, framework: str, suite: str, *where: str, at: str | None = None, vision: str = "tiny-vision") -> Callable:
-    """Registers a fault. With `at`, the dotted path of a function or method, the decorated function gets the original and returns
-    the wrong version. Without `at`, it is a generator function that plants the fault, yields, and removes it."""
+def fault(name: str, target: str, suite: str, *where: str, vision: str = "tiny-vision") -> Callable:
+    """Registers a fault. `target` is the dotted path of a function or method. The decorated function replaces it, and gets the
+    original before the arguments. If `target` is only a package, the decorated function is a generator function that plants the
+    fault, yields, and removes it."""
+    package, _, inside = target.partition(".")
 
-    def register(make: Callable) -> Callable:
-        plant = contextmanager(make) if at is None else lambda: replaced(at, make)
-        FAULTS[name] = Fault(name, framework, suite, where, plant, vision)
-        return make
+    def register(wrong: Callable) -> Callable:
+        plant = (lambda: replaced(target, wrong)) if inside else contextmanager(wrong)
+        FAULTS[name] = Fault(name, FRAMEWORKS[package], suite, where, plant, vision)
+        return wrong
 
     return register
 
@@ -51,15 +52,14 @@ def planted(name: str | None, framework: str) -> Iterator[None]:
 
 
 @contextmanager
-def replaced(target: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """Inside the block, `target` (a dotted path) is replaced by `make(original)`."""
-    path, _, attribute = target.rpartition(".")
-    try:
-        owner = importlib.import_module(path)
-    except ModuleNotFoundError:
-        module, _, kind = path.rpartition(".")
-        owner = getattr(importlib.import_module(module), kind)
-    with patch.object(owner, attribute, make(getattr(owner, attribute))):
+def replaced(target: str, wrong: Callable) -> Iterator[None]:
+    """Inside the block, a call of `target` (a dotted path) is a call of `wrong` with the original before the arguments."""
+    original = pkgutil.resolve_name(target)
+
+    def replacement(*arguments, **options):
+        return wrong(original, *arguments, **options)
+
+    with patch(target, replacement):
         yield
 
 
@@ -67,537 +67,380 @@ BLOCK0, DECODER0 = "forward/vision.encoder.layers.0", "forward/language.model.la
 
 
 # --- PyTorch: the forward pass ----------------------------------------------------------------------------------------
-@fault("GELU exact for tanh", "torch", "vision", f"{BLOCK0}.mlp", at="pt_granvit.vision.activate")
-def _(f):
-    return lambda kind, x: f("gelu" if kind == "gelu_tanh" else kind, x)
+@fault("GELU exact for tanh", "pt_granvit.vision.activate", "vision", f"{BLOCK0}.mlp")
+def _(f, kind, x):
+    return f("gelu" if kind == "gelu_tanh" else kind, x)
 
 
-@fault("layer norm epsilon 1e-5", "torch", "vision", f"{BLOCK0}.layer_norm1", at="pt_granvit.layers.LayerNorm.__init__")
-def _(init):
-    def wrong(self, width, eps):
-        init(self, width, 1e-5)
-
-    return wrong
+@fault("layer norm epsilon 1e-5", "pt_granvit.layers.LayerNorm.__init__", "vision", f"{BLOCK0}.layer_norm1")
+def _(init, self, width, eps):
+    init(self, width, 1e-5)
 
 
-@fault("RMS norm epsilon 1e-5", "torch", "language", f"{DECODER0}.input_layernorm", at="pt_granvit.layers.RMSNorm.__init__")
-def _(init):
-    def wrong(self, width, eps):
-        init(self, width, 1e-5)
-
-    return wrong
+@fault("RMS norm epsilon 1e-5", "pt_granvit.layers.RMSNorm.__init__", "language", f"{DECODER0}.input_layernorm")
+def _(init, self, width, eps):
+    init(self, width, 1e-5)
 
 
-@fault("RMS norm without its weight", "torch", "language", f"{DECODER0}.input_layernorm", at="pt_granvit.layers.RMSNorm.forward")
-def _(forward):
+@fault("RMS norm without its weight", "pt_granvit.layers.RMSNorm.forward", "language", f"{DECODER0}.input_layernorm")
+def _(forward, self, x):
+    return self.emit(x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt())
+
+
+@fault("queries and keys swapped", "pt_granvit.ops.attention.attention", "vision", f"{BLOCK0}.self_attn")
+def _(f, q, k, v, mask, implementation):
+    return f(k, q, v, mask, implementation) if mask is None else f(q, k, v, mask, implementation)
+
+
+@fault("attention without its scale", "pt_granvit.ops.attention.attention", "vision", f"{BLOCK0}.self_attn")
+def _(f, q, k, v, mask, implementation):
+    return f(q * q.shape[-1] ** 0.5, k, v, mask, implementation)
+
+
+@fault("a bias missing in the MLP", "pt_granvit.layers.Linear.forward", "vision", f"{BLOCK0}.mlp.fc1")
+def _(forward, self, x):
+    n_out, n_in = self.weight.shape
+    return self.emit(x @ self.weight.T.to(x)) if self.bias is not None and n_out == 2 * n_in else forward(self, x)
+
+
+@fault("mask off by one", "pt_granvit.ops.attention.shared_prefix_mask", "language", f"{DECODER0}.self_attn")
+def _(f, segments):
     import torch
 
-    def wrong(self, x):
-        return self.emit(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
-
-    return wrong
+    mask = f(segments)
+    return mask & ~torch.eye(mask.shape[-1], dtype=torch.bool).roll(-3, 1) | torch.eye(mask.shape[-1], dtype=torch.bool)
 
 
-@fault("queries and keys swapped", "torch", "vision", f"{BLOCK0}.self_attn", at="pt_granvit.ops.attention.attention")
-def _(f):
-    def wrong(q, k, v, mask, implementation):
-        return f(k, q, v, mask, implementation) if mask is None else f(q, k, v, mask, implementation)
-
-    return wrong
+@fault("a question sees the others", "pt_granvit.ops.attention.shared_prefix_mask", "language", f"{DECODER0}.self_attn")
+def _(f, segments):
+    return f(segments * 0)
 
 
-@fault("attention without its scale", "torch", "vision", f"{BLOCK0}.self_attn", at="pt_granvit.ops.attention.attention")
-def _(f):
-    return lambda q, k, v, mask, implementation: f(q * q.shape[-1] ** 0.5, k, v, mask, implementation)
-
-
-@fault("a bias missing in the MLP", "torch", "vision", f"{BLOCK0}.mlp.fc1", at="pt_granvit.layers.Linear.forward")
-def _(forward):
-    def wrong(self, x):
-        n_out, n_in = self.weight.shape
-        return self.emit(x @ self.weight.T.to(x)) if self.bias is not None and n_out == 2 * n_in else forward(self, x)
-
-    return wrong
-
-
-@fault("mask off by one", "torch", "language", f"{DECODER0}.self_attn", at="pt_granvit.ops.attention.shared_prefix_mask")
-def _(f):
+@fault("positions not restarted", "pt_granvit.language.CausalDecoder.forward", "language", f"{DECODER0}.self_attn")
+def _(forward, self, x, positions, segments):
     import torch
 
-    def wrong(segments):
-        mask = f(segments)
-        return mask & ~torch.eye(mask.shape[-1], dtype=torch.bool).roll(-3, 1) | torch.eye(mask.shape[-1], dtype=torch.bool)
-
-    return wrong
+    return forward(self, x, torch.arange(x.shape[1]).expand_as(positions), segments)
 
 
-@fault("a question sees the others", "torch", "language", f"{DECODER0}.self_attn",
-       at="pt_granvit.ops.attention.shared_prefix_mask")  # fmt: skip
-def _(f):
-    return lambda segments: f(segments * 0)
+@fault("RoPE with another theta", "pt_granvit.language.rotary", "language", f"{DECODER0}.self_attn")
+def _(f, positions, head_dim, theta, dtype):
+    return f(positions, head_dim, 5e5, dtype)
 
 
-@fault("positions not restarted", "torch", "language", f"{DECODER0}.self_attn", at="pt_granvit.language.CausalDecoder.forward")
-def _(forward):
+@fault("RoPE in interleaved layout", "pt_granvit.language.rotate", "language", f"{DECODER0}.self_attn")
+def _(f, x, cos, sin):
     import torch
 
-    return lambda self, x, positions, segments: forward(self, x, torch.arange(x.shape[1]).expand_as(positions), segments)
+    half = x.shape[-1] // 2
+    cos, sin = (t[..., :half].repeat_interleave(2, -1) for t in (cos, sin))
+    turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    return x * cos + turned * sin
 
 
-@fault("RoPE with another theta", "torch", "language", f"{DECODER0}.self_attn", at="pt_granvit.language.rotary")
-def _(f):
-    return lambda p, d, theta, dtype: f(p, d, 5e5, dtype)
+@fault("key heads repeated in the wrong order", "pt_granvit.ops.attention.attention", "language", f"{DECODER0}.self_attn")
+def _(f, q, k, v, mask, implementation):
+    groups = q.shape[1] // k.shape[1]
+    return f(q, k.repeat(1, groups, 1, 1), v.repeat(1, groups, 1, 1), mask, implementation)
 
 
-@fault("RoPE in interleaved layout", "torch", "language", f"{DECODER0}.self_attn", at="pt_granvit.language.rotate")
-def _(f):
+@fault("tied head of another table", "pt_granvit.language.CausalDecoder.head", "language", "forward/language")
+def _(head, self, h):
     import torch
 
-    def wrong(x, cos, sin):
-        half = x.shape[-1] // 2
-        cos, sin = (t[..., :half].repeat_interleave(2, -1) for t in (cos, sin))
-        turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
-        return x * cos + turned * sin
-
-    return wrong
+    return self.emit(torch.nn.functional.linear(h, self.model.embed_tokens.weight.roll(1, 0).to(h.dtype)))
 
 
-@fault("key heads repeated in the wrong order", "torch", "language", f"{DECODER0}.self_attn",
-       at="pt_granvit.ops.attention.attention")  # fmt: skip
-def _(f):
-    def wrong(q, k, v, mask, implementation):
-        groups = q.shape[1] // k.shape[1]
-        return f(q, k.repeat(1, groups, 1, 1), v.repeat(1, groups, 1, 1), mask, implementation)
-
-    return wrong
-
-
-@fault("tied head of another table", "torch", "language", "forward/language", at="pt_granvit.language.CausalDecoder.head")
-def _(head):
-    import torch
-
-    return lambda self, h: self.emit(torch.nn.functional.linear(h, self.model.embed_tokens.weight.roll(1, 0).to(h.dtype)))
+@fault("features of the layer below", "pt_granvit.vision.VisionEncoder.encode", "model", "forward/projector.linear_1")
+def _(encode, self, pixels):
+    inputs_of_last = []
+    handle = self.encoder.layers[-1].register_forward_pre_hook(lambda _, args: inputs_of_last.append(args[0]))
+    built_features = encode(self, pixels)[1]
+    handle.remove()
+    return inputs_of_last[0], built_features
 
 
-@fault("features of the layer below", "torch", "model", "forward/projector.linear_1",
-       at="pt_granvit.vision.VisionEncoder.encode")  # fmt: skip
-def _(forward):
-    import torch
-
-    def wrong(self, pixels):
-        inputs_of_last = []
-        handle = self.encoder.layers[-1].register_forward_pre_hook(lambda _, args: inputs_of_last.append(args[0]))
-        features, built_features = forward(self, pixels)
-        handle.remove()
-        assert isinstance(features, torch.Tensor)
-        return inputs_of_last[0], built_features
-
-    return wrong
+@fault("class token kept, a patch dropped", "pt_granvit.vision.VisionEncoder.encode", "model", "forward/projector.linear_1",
+       vision="tiny-clip")  # fmt: skip
+def _(encode, self, pixels):
+    outputs_of_last = []
+    handle = self.encoder.layers[-1].register_forward_hook(lambda _, args, out: outputs_of_last.append(out))
+    built_features = encode(self, pixels)[1]
+    handle.remove()
+    return outputs_of_last[0][:, :-1], built_features
 
 
-@fault("class token kept, a patch dropped", "torch", "model", "forward/projector.linear_1", vision="tiny-clip",
-       at="pt_granvit.vision.VisionEncoder.encode")  # fmt: skip
-def _(forward):
-    import torch
-
-    def wrong(self, pixels):
-        outputs_of_last = []
-        handle = self.encoder.layers[-1].register_forward_hook(lambda _, args, out: outputs_of_last.append(out))
-        built_features = forward(self, pixels)[1]
-        handle.remove()
-        assert isinstance(outputs_of_last[0], torch.Tensor)
-        return outputs_of_last[0][:, :-1], built_features
-
-    return wrong
-
-
-@fault("positions resampled with antialiasing", "torch", "ops", "forward/positions", at="pt_granvit.vision.position_matrix")
-def _(f):
+@fault("positions resampled with antialiasing", "pt_granvit.vision.position_matrix", "ops", "forward/positions")
+def _(f, grid_from, grid_to):
     import numpy as np
     import torch
     import torch.nn.functional as F
 
-    def wrong(grid_from, grid_to):
-        unit = torch.eye(grid_from**2).reshape(-1, 1, grid_from, grid_from)
-        out = F.interpolate(unit, (grid_to, grid_to), mode="bicubic", antialias=True)
-        return np.ascontiguousarray(out.reshape(grid_from**2, -1).T.numpy())
-
-    return wrong
+    unit = torch.eye(grid_from**2).reshape(-1, 1, grid_from, grid_from)
+    out = F.interpolate(unit, (grid_to, grid_to), mode="bicubic", antialias=True)
+    return np.ascontiguousarray(out.reshape(grid_from**2, -1).T.numpy())
 
 
-@fault("another pixel mean", "torch", "vision", "forward/vision.embeddings.patch_embedding",
-       at="pt_granvit.vision.VisionEncoder.normalise")  # fmt: skip
-def _(f):
-    return lambda self, pixels: f(self, pixels) + 0.02
+@fault("another pixel mean", "pt_granvit.vision.VisionEncoder.normalise", "vision",
+       "forward/vision.embeddings.patch_embedding")  # fmt: skip
+def _(f, self, pixels):
+    return f(self, pixels) + 0.02
 
 
-@fault("ROIAlign without the half pixel", "torch", "ops", "forward/roi_align", at="pt_granvit.ops.roi_align.sampling_matrix")
-def _(f):
-    return lambda low, high, grid, cells: f(low + 0.5 / cells, high + 0.5 / cells, grid, cells)
+@fault("ROIAlign without the half pixel", "pt_granvit.ops.roi_align.sampling_matrix", "ops", "forward/roi_align")
+def _(f, low, high, grid, cells):
+    return f(low + 0.5 / cells, high + 0.5 / cells, grid, cells)
 
 
-@fault("ROIAlign with x and y swapped", "torch", "ops", "forward/roi_align", at="pt_granvit.ops.roi_align.roi_align")
-def _(f):
-    return lambda x, boxes, grid: f(x, boxes[..., [1, 0, 3, 2]], grid)
+@fault("ROIAlign with x and y swapped", "pt_granvit.ops.roi_align.roi_align", "ops", "forward/roi_align")
+def _(f, x, boxes, grid):
+    return f(x, boxes[..., [1, 0, 3, 2]], grid)
 
 
-@fault("boxes in another frame", "torch", "model", "loss/loss_distill", at="pt_granvit.engine.distill_sums")
-def _(f):
-    return lambda student, teacher, boxes, weights, loss: f(student, teacher, boxes * 0.9, weights, loss)
+@fault("boxes in another frame", "pt_granvit.engine.distill_sums", "model", "loss/loss_distill")
+def _(f, student, teacher, boxes, weights, loss):
+    return f(student, teacher, boxes * 0.9, weights, loss)
 
 
-@fault("crops off by a pixel", "torch", "model", "forward/teacher.embeddings.patch_embedding",
-       at="pt_granvit.engine.teacher_features")  # fmt: skip
-def _(f):
-    return lambda teacher, crops, grid: f(teacher, crops.roll(1, -1), grid)
+@fault("crops off by a pixel", "pt_granvit.engine.teacher_features", "model", "forward/teacher.embeddings.patch_embedding")
+def _(f, teacher, crops, grid):
+    return f(teacher, crops.roll(1, -1), grid)
 
 
 # --- PyTorch: the loss and the gradients ------------------------------------------------------------------------------
-@fault("mean over a micro-batch for a sum over the batch", "torch", "stage1", "loss/loss_caption",
-       at="pt_granvit.engine.caption_sum")  # fmt: skip
-def _(f):
-    return lambda logits, targets, weights: f(logits, targets, weights) / weights.sum() * 3
+@fault("mean over a micro-batch for a sum over the batch", "pt_granvit.engine.caption_sum", "stage1", "loss/loss_caption")
+def _(f, logits, targets, weights):
+    return f(logits, targets, weights) / weights.sum() * 3
 
 
-@fault("lambda left out", "torch", "model", "loss/loss", at="pt_granvit.engine.Engine.losses")
-def _(f):
-    def wrong(self, batch, step_inputs):
-        _, caption, distill, variance = f(self, batch, step_inputs)
-        return caption + distill, caption, distill, variance
-
-    return wrong
+@fault("lambda left out", "pt_granvit.engine.Engine.losses", "model", "loss/loss")
+def _(f, self, batch, step_inputs):
+    _, caption, distill, variance = f(self, batch, step_inputs)
+    return caption + distill, caption, distill, variance
 
 
-@fault("gradient through the teacher's features", "torch", "model", "backward/vision", "gradient/vision",
-       at="pt_granvit.engine.distill_sums")  # fmt: skip
-def _(f):
-    def wrong(student, teacher, boxes, weights, loss):
-        leak = student.mean(1)[:, None, None, None, :]
-        return f(student, teacher + leak - leak.detach(), boxes, weights, loss)
-
-    return wrong
+@fault("gradient through the teacher's features", "pt_granvit.engine.distill_sums", "model", "backward/vision", "gradient/vision")
+def _(f, student, teacher, boxes, weights, loss):
+    leak = student.mean(1)[:, None, None, None, :]
+    return f(student, teacher + leak - leak.detach(), boxes, weights, loss)
 
 
-@fault("the last micro-batch's gradient alone", "torch", "stage1", "loss/grad_norm", "clipped gradient/",
-       at="pt_granvit.engine.Engine.losses")  # fmt: skip
-def _(f):
-    def wrong(self, batch, step_inputs):
-        self.trained.gradients.zero_()
-        return f(self, batch, step_inputs)
-
-    return wrong
+@fault("the last micro-batch's gradient alone", "pt_granvit.engine.Engine.losses", "stage1", "loss/grad_norm",
+       "clipped gradient/")  # fmt: skip
+def _(f, self, batch, step_inputs):
+    self.trained.gradients.zero_()
+    return f(self, batch, step_inputs)
 
 
 # --- PyTorch: the optimizer and the teacher ---------------------------------------------------------------------------
-@fault("EMA with another alpha", "torch", "stage1", "teacher/", at="pt_granvit.engine.ema_")
-def _(f):
-    return lambda teacher, student, alpha: f(teacher, student, 0.99)
+@fault("EMA with another alpha", "pt_granvit.engine.ema_", "stage1", "teacher/")
+def _(f, teacher, student, alpha):
+    f(teacher, student, 0.99)
 
 
-@fault("EMA once for each micro-batch", "torch", "stage1", "teacher/", at="pt_granvit.engine.ema_")
-def _(f):
-    def wrong(teacher, student, alpha):
-        f(teacher, student, alpha)
-        f(teacher, student, alpha)
-
-    return wrong
+@fault("EMA once for each micro-batch", "pt_granvit.engine.ema_", "stage1", "teacher/")
+def _(f, teacher, student, alpha):
+    f(teacher, student, alpha)
+    f(teacher, student, alpha)
 
 
-@fault("EMA before the step", "torch", "stage1", "teacher/")
+@fault("EMA before the step", "pt_granvit", "stage1", "teacher/")
 def _():
-    before = {}
+    before = {}  # id of a parameter -> its values before the step
 
-    def keep(step):
-        def wrong(self, *arguments):
-            before["weights"] = [p.detach().clone() for n, p in self.parameters.named]
-            before["live"] = [p for n, p in self.parameters.named]
-            step(self, *arguments)
+    def keep(step, self, *arguments):
+        before.update((id(p), p.detach().clone()) for _, p in self.parameters.named)
+        step(self, *arguments)
 
-        return wrong
-
-    def late(ema):
-        def wrong(teacher, student, alpha):
-            of = {id(p): old for p, old in zip(before["live"], before["weights"], strict=True)}
-            ema(teacher, [of[id(p)] for p in student], alpha)
-
-        return wrong
+    def late(ema, teacher, student, alpha):
+        ema(teacher, [before[id(p)] for p in student], alpha)
 
     with replaced("pt_granvit.optimizer.AdamW.step", keep), replaced("pt_granvit.engine.ema_", late):
         yield
 
 
-@fault("AdamW without bias correction", "torch", "stage1", "weight/", at="pt_granvit.optimizer.AdamW.step")
-def _(f):
-    return lambda self, step, rate, norm: f(self, 10**6, rate, norm)
+@fault("AdamW without bias correction", "pt_granvit.optimizer.AdamW.step", "stage1", "weight/")
+def _(f, self, step, rate, norm):
+    f(self, 10**6, rate, norm)
 
 
-@fault("weight decay on norms and biases", "torch", "stage1", "weight/vision.embeddings.patch_embedding.bias", "weight/vision",
-       at="pt_granvit.optimizer.FlatParameters.__init__")  # fmt: skip
-def _(init):
-    def wrong(self, named):
-        init(self, named)
-        self.decayed = len(self.values)
-
-    return wrong
+@fault("weight decay on norms and biases", "pt_granvit.optimizer.FlatParameters.__init__", "stage1",
+       "weight/vision.embeddings.patch_embedding.bias", "weight/vision")  # fmt: skip
+def _(init, self, named):
+    init(self, named)
+    self.decayed = len(self.values)
 
 
-@fault("AdamW's epsilon inside the root", "torch", "stage1", "weight/", at="pt_granvit.optimizer.AdamW.step")
-def _(step):
-    def wrong(self, t, rate, norm):
-        before, c = self.parameters.values.clone(), self.config
-        step(self, t, rate, norm)
-        correction1, correction2 = 1 - c.betas[0] ** t, 1 - c.betas[1] ** t
-        p = self.parameters
-        p.values.copy_(before)
-        p.values[: p.decayed].mul_(1 - rate * c.weight_decay)
-        p.values.sub_(rate / correction1 * self.first_moment / (self.second_moment / correction2 + c.eps).sqrt())
-
-    return wrong
+@fault("AdamW's epsilon inside the root", "pt_granvit.optimizer.AdamW.step", "stage1", "weight/")
+def _(step, self, t, rate, norm):
+    before, c = self.parameters.values.clone(), self.config
+    step(self, t, rate, norm)
+    correction1, correction2 = 1 - c.betas[0] ** t, 1 - c.betas[1] ** t
+    p = self.parameters
+    p.values.copy_(before)
+    p.values[: p.decayed].mul_(1 - rate * c.weight_decay)
+    p.values.sub_(rate / correction1 * self.first_moment / (self.second_moment / correction2 + c.eps).sqrt())
 
 
-@fault("learning rate one step late", "torch", "stage1", "weight/", at="pt_granvit.optimizer.AdamW.step")
-def _(step):
+@fault("learning rate one step late", "pt_granvit", "stage1", "weight/")
+def _():
     rates = [0.0]
 
-    def wrong(self, t, rate, norm):
+    def wrong(step, self, t, rate, norm):
         rates.append(rate)
         step(self, t, rates[-2], norm)
 
-    return wrong
-
-
-@fault("clipped before the all-reduce", "torch", "trajectory2", "curve/grad_norm", at="pt_granvit.distributed.all_sum_")
-def _(f):
-    def wrong(tensor):
-        norm = tensor.norm()
-        if tensor.numel() > 100:  # the gradients, not the counts
-            tensor.mul_((0.5 / norm).clamp(max=1.0))
-        f(tensor)
-
-    return wrong
-
-
-@fault("a frozen encoder that trains", "torch", "stage2", "clipped gradient/vision", "first moment/vision", "loss/grad_norm")
-def _():
-    from dataclasses import replace
-
-    import granvit.config
-
-    stages = granvit.config.STAGES
-    wrong = {**stages, "stage2": replace(stages["stage2"], trains=stages["stage2"].trains | {"vision"})}
-    with patch.object(granvit.config, "STAGES", wrong):
+    with replaced("pt_granvit.optimizer.AdamW.step", wrong):
         yield
 
 
-@fault("a square weight transposed in conversion", "torch", "vision", f"{BLOCK0}.self_attn.k_proj",
-       at="pt_granvit.engine.fill")  # fmt: skip
-def _(f):
-    def wrong(module, tensors):
-        f(module, ((n, v.T.copy() if n.endswith("layers.0.self_attn.k_proj.weight") and "vision" in n else v)
-                   for n, v in tensors))  # fmt: skip
+@fault("clipped before the all-reduce", "pt_granvit.distributed.all_sum_", "trajectory2", "curve/grad_norm")
+def _(f, tensor):
+    norm = tensor.norm()
+    if tensor.numel() > 100:  # the gradients, not the counts
+        tensor.mul_((0.5 / norm).clamp(max=1.0))
+    f(tensor)
 
-    return wrong
+
+@fault("a frozen encoder that trains", "pt_granvit", "stage2", "clipped gradient/vision", "first moment/vision", "loss/grad_norm")
+def _():
+    from dataclasses import replace
+
+    from granvit.config import STAGES
+
+    stage = STAGES["stage2"]
+    with patch("granvit.config.STAGES", {**STAGES, "stage2": replace(stage, trains=stage.trains | {"vision"})}):
+        yield
+
+
+@fault("a square weight transposed in conversion", "pt_granvit.engine.fill", "vision", f"{BLOCK0}.self_attn.k_proj")
+def _(f, module, tensors):
+    wrong = lambda name: name.endswith("layers.0.self_attn.k_proj.weight") and "vision" in name  # noqa: E731
+    f(module, ((n, v.T.copy() if wrong(n) else v) for n, v in tensors))
 
 
 # --- PyTorch: faults in code that only an option runs -----------------------------------------------------------------
-@fault("a cell for the mean of its neighbours", "torch", "option pooled", "loss/loss_distill",
-       at="pt_granvit.engine.teacher_features")  # fmt: skip
-def _(f):
-    def wrong(teacher, crops, grid):
-        own = f(teacher, crops, 2 * grid)
-        return own[:, :, ::2, ::2]
-
-    return wrong
+@fault("a cell for the mean of its neighbours", "pt_granvit.engine.teacher_features", "option pooled", "loss/loss_distill")
+def _(f, teacher, crops, grid):
+    own = f(teacher, crops, 2 * grid)
+    return own[:, :, ::2, ::2]
 
 
-@fault("cosine of features without their mean", "torch", "option pooled", "loss/loss_distill",
-       at="pt_granvit.engine.distill_sums")  # fmt: skip
-def _(f):
-    def wrong(student, teacher, *rest):
-        return f(student, teacher - teacher.mean(-1, keepdim=True), *rest)
-
-    return wrong
+@fault("cosine of features without their mean", "pt_granvit.engine.distill_sums", "option pooled", "loss/loss_distill")
+def _(f, student, teacher, *rest):
+    return f(student, teacher - teacher.mean(-1, keepdim=True), *rest)
 
 
-@fault("the teacher's positions not resampled but cut", "torch", "option resampled", "forward/teacher.embeddings",
-       at="pt_granvit.vision.position_matrix")  # fmt: skip
-def _(f):
+@fault("the teacher's positions not resampled but cut", "pt_granvit.vision.position_matrix", "option resampled",
+       "forward/teacher.embeddings")  # fmt: skip
+def _(f, grid_from, grid_to):
     import numpy as np
 
-    def wrong(grid_from, grid_to):
-        selected = [row * grid_from + column for row in range(grid_to) for column in range(grid_to)]
-        return np.eye(grid_from**2, dtype=np.float32)[selected]
-
-    return wrong
+    selected = [row * grid_from + column for row in range(grid_to) for column in range(grid_to)]
+    return np.eye(grid_from**2, dtype=np.float32)[selected]
 
 
-@fault("tiles in columns for tiles in rows", "torch", "option tiled", "loss/loss_distill",
-       at="pt_granvit.ops.roi_align.roi_align_tiled")  # fmt: skip
-def _(f):
-    return lambda tiles, grids, boxes, grid: f(tiles, grids.flip(-1), boxes, grid)
+@fault("tiles in columns for tiles in rows", "pt_granvit.ops.roi_align.roi_align_tiled", "option tiled", "loss/loss_distill")
+def _(f, tiles, grids, boxes, grid):
+    return f(tiles, grids.flip(-1), boxes, grid)
 
 
-@fault("a layer scale of ones", "torch", "option tuned", BLOCK0, at="pt_granvit.engine.fill")
-def _(f):
-    def wrong(module, tensors):
-        f(module, ((n, v * 0 + 1 if "layer_scale2" in n else v) for n, v in tensors))
-
-    return wrong
+@fault("a layer scale of ones", "pt_granvit.engine.fill", "option tuned", BLOCK0)
+def _(f, module, tensors):
+    f(module, ((n, v * 0 + 1 if "layer_scale2" in n else v) for n, v in tensors))
 
 
-@fault("an untied head of the embeddings' table", "torch", "option pooled", "forward/language.lm_head",
-       at="pt_granvit.engine.fill")  # fmt: skip
-def _(f):
-    def wrong(module, tensors):
-        table = dict(tensors)
-        if "language.lm_head.weight" in table:
-            table["language.lm_head.weight"] = table["language.model.embed_tokens.weight"]
-        f(module, table.items())
-
-    return wrong
+@fault("an untied head of the embeddings' table", "pt_granvit.engine.fill", "option pooled", "forward/language.lm_head")
+def _(f, module, tensors):
+    table = dict(tensors)
+    if "language.lm_head.weight" in table:
+        table["language.lm_head.weight"] = table["language.model.embed_tokens.weight"]
+    f(module, table.items())
 
 
 # --- MindSpore: replaced before compilation, so the fault is in the static graph --------------------------------------
-@fault("four neighbours in columns, in MindSpore", "mindspore", "option tiled", "forward/projector.linear_1",
-       at="ms_granvit.projector.pixel_shuffle")  # fmt: skip
-def _(f):
-    from mindspore import ops
-
-    def wrong(features):
-        B, N, C = features.shape
-        half = int(N**0.5 + 0.5) // 2
-        cells = ops.transpose(features.reshape(B, half, 2, half, 2, C), (0, 1, 3, 4, 2, 5))
-        return cells.reshape(B, half * half, 4 * C)
-
-    return wrong
+@fault("four neighbours in columns, in MindSpore", "ms_granvit.projector.pixel_shuffle", "option tiled",
+       "forward/projector.linear_1")  # fmt: skip
+def _(f, features):
+    B, N, C = features.shape
+    half = int(N**0.5 + 0.5) // 2
+    cells = features.reshape(B, half, 2, half, 2, C).transpose(0, 1, 3, 4, 2, 5)
+    return cells.reshape(B, half * half, 4 * C)
 
 
-@fault("squares for the cosine, in MindSpore", "mindspore", "option pooled", "loss/loss_distill",
-       at="ms_granvit.engine.distill_sums")  # fmt: skip
-def _(f):
-    def wrong(student, teacher, boxes, weights, loss, grids):
-        return f(student, teacher, boxes, weights, "mse", grids)
-
-    return wrong
+@fault("squares for the cosine, in MindSpore", "ms_granvit.engine.distill_sums", "option pooled", "loss/loss_distill")
+def _(f, student, teacher, boxes, weights, loss, grids):
+    return f(student, teacher, boxes, weights, "mse", grids)
 
 
-@fault("GELU exact for tanh, in MindSpore", "mindspore", "vision", f"{BLOCK0}.mlp", at="ms_granvit.vision.activate")
-def _(f):
-    from mindspore import ops
-
-    def wrong(kind, x):
-        return ops.gelu(x)
-
-    return wrong
+@fault("GELU exact for tanh, in MindSpore", "ms_granvit.vision.activate", "vision", f"{BLOCK0}.mlp")
+def _(f, kind, x):
+    return f("gelu", x)
 
 
-@fault("layer norm epsilon 1e-5, in MindSpore", "mindspore", "vision", f"{BLOCK0}.layer_norm1",
-       at="ms_granvit.layers.LayerNorm.__init__")  # fmt: skip
-def _(init):
-    def wrong(self, width, eps):
-        init(self, width, 1e-5)
-
-    return wrong
+@fault("layer norm epsilon 1e-5, in MindSpore", "ms_granvit.layers.LayerNorm.__init__", "vision", f"{BLOCK0}.layer_norm1")
+def _(init, self, width, eps):
+    init(self, width, 1e-5)
 
 
-@fault("a question sees the others, in MindSpore", "mindspore", "language", f"{DECODER0}.self_attn",
-       at="ms_granvit.ops.attention.shared_prefix_mask")  # fmt: skip
-def _(f):
-    from mindspore import ops
-
-    def wrong(segments):
-        order = ops.arange(segments.shape[1])
-        causal = ops.expand_dims(order, 0) <= ops.expand_dims(order, 1)
-        return ops.broadcast_to(ops.expand_dims(ops.expand_dims(causal, 0), 0), (segments.shape[0], 1, *causal.shape))
-
-    return wrong
+@fault("a question sees the others, in MindSpore", "ms_granvit.ops.attention.shared_prefix_mask", "language",
+       f"{DECODER0}.self_attn")  # fmt: skip
+def _(f, segments):
+    return f(segments * 0)
 
 
-@fault("RoPE with another theta, in MindSpore", "mindspore", "language", f"{DECODER0}.self_attn",
-       at="ms_granvit.language.Rotary.__init__")  # fmt: skip
-def _(init):
-    def wrong(self, head_dim, theta, dtype):
-        init(self, head_dim, 5e5, dtype)
-
-    return wrong
+@fault("RoPE with another theta, in MindSpore", "ms_granvit.language.Rotary.__init__", "language", f"{DECODER0}.self_attn")
+def _(init, self, head_dim, theta, dtype):
+    init(self, head_dim, 5e5, dtype)
 
 
-@fault("RoPE with the sign of its sine turned, in MindSpore", "mindspore", "language", f"{DECODER0}.self_attn",
-       at="ms_granvit.language.rotate")  # fmt: skip
-def _(f):
-    from mindspore import ops
-
-    def wrong(x, cos, sin):
-        half = x.shape[-1] // 2
-        turned = ops.cat((x[..., half:], -x[..., :half]), -1)
-        return x * cos + turned * sin
-
-    return wrong
+@fault("RoPE with the sign of its sine turned, in MindSpore", "ms_granvit.language.rotate", "language", f"{DECODER0}.self_attn")
+def _(f, x, cos, sin):
+    return f(x, cos, -sin)
 
 
-@fault("attention without its scale, in MindSpore", "mindspore", "vision", f"{BLOCK0}.self_attn",
-       at="ms_granvit.ops.attention.composed")  # fmt: skip
-def _(f):
-    def wrong(q, k, v, mask):
-        return f(q * q.shape[-1] ** 0.5, k, v, mask)
-
-    return wrong
+@fault("attention without its scale, in MindSpore", "ms_granvit.ops.attention.composed", "vision", f"{BLOCK0}.self_attn")
+def _(f, q, k, v, mask):
+    return f(q * q.shape[-1] ** 0.5, k, v, mask)
 
 
-@fault("ROIAlign without the half pixel, in MindSpore", "mindspore", "ops", "forward/roi_align",
-       at="ms_granvit.ops.roi_align.sampling_matrix")  # fmt: skip
-def _(f):
-    def wrong(low, high, grid, cells):
-        return f(low + 0.5 / cells, high + 0.5 / cells, grid, cells)
-
-    return wrong
+@fault("ROIAlign without the half pixel, in MindSpore", "ms_granvit.ops.roi_align.sampling_matrix", "ops", "forward/roi_align")
+def _(f, low, high, grid, cells):
+    return f(low + 0.5 / cells, high + 0.5 / cells, grid, cells)
 
 
-@fault("tied head of another table, in MindSpore", "mindspore", "language", "forward/language",
-       at="ms_granvit.language.CausalDecoder.head")  # fmt: skip
-def _(head):
+@fault("tied head of another table, in MindSpore", "ms_granvit", "language", "forward/language")
+def _():
     from mindspore import ops
 
     from ms_granvit.layers import linear
 
-    def wrong(self, hidden):
+    def wrong(head, self, hidden):
         table = self.model.embed_tokens.weight
         return self.emit(linear(hidden, ops.cat((table[1:], table[:1])), None))
 
-    return wrong
+    with replaced("ms_granvit.language.CausalDecoder.head", wrong):
+        yield
 
 
-@fault("another pixel mean, in MindSpore", "mindspore", "vision", "forward/vision.embeddings.patch_embedding",
-       at="ms_granvit.vision.VisionEncoder.__init__")  # fmt: skip
-def _(init):
-    def wrong(self, *arguments, **options):
-        init(self, *arguments, **options)
-        self.mean = self.mean - 0.01
-
-    return wrong
+@fault("another pixel mean, in MindSpore", "ms_granvit.vision.VisionEncoder.__init__", "vision",
+       "forward/vision.embeddings.patch_embedding")  # fmt: skip
+def _(init, self, *arguments, **options):
+    init(self, *arguments, **options)
+    self.mean = self.mean - 0.01
 
 
-@fault("the caption loss doubled, in MindSpore", "mindspore", "model", "loss/loss_caption", at="ms_granvit.engine.caption_sum")
-def _(f):
-    def wrong(logits, targets, weights):
-        return f(logits, targets, weights) * 2
-
-    return wrong
+@fault("the caption loss doubled, in MindSpore", "ms_granvit.engine.caption_sum", "model", "loss/loss_caption")
+def _(f, logits, targets, weights):
+    return f(logits, targets, weights) * 2
 
 
-@fault("weight decay on norms and biases, in MindSpore", "mindspore", "stage1", "weight/vision",
-       at="ms_granvit.optimizer.AdamW.__init__")  # fmt: skip
-def _(init):
-    def wrong(self, parameters, gradients, config):
-        init(self, parameters, gradients, config)
-        self.decayed = tuple(True for _ in parameters)
-
-    return wrong
+@fault("weight decay on norms and biases, in MindSpore", "ms_granvit.optimizer.AdamW.__init__", "stage1", "weight/vision")
+def _(init, self, parameters, gradients, config):
+    init(self, parameters, gradients, config)
+    self.decayed = tuple(True for _ in parameters)
 
 
-@fault("EMA of the moments' rate, in MindSpore", "mindspore", "stage1", "teacher/", at="ms_granvit.distill.EMA.construct")
-def _(construct):
-    def wrong(self, alpha, one_minus_alpha):
-        return construct(self, alpha + one_minus_alpha * 0.5, one_minus_alpha * 0.5)
-
-    return wrong
+@fault("EMA of the moments' rate, in MindSpore", "ms_granvit.distill.EMA.construct", "stage1", "teacher/")
+def _(construct, self, alpha, one_minus_alpha):
+    return construct(self, alpha + one_minus_alpha * 0.5, one_minus_alpha * 0.5)

@@ -18,7 +18,7 @@ from granvit.checkpoint.layouts.siglip import SIGLIP
 from granvit.data.batch import Batch
 from granvit.introspection import INPUTS
 from parity import mindformers_llama
-from parity.capture import Tensors, open_framework
+from parity.capture import Tensors, open_model
 from parity.compare import Row, compare_suite
 from parity.fixture import Fixture, start_values
 
@@ -136,8 +136,7 @@ def _ours(fixture: Fixture, batch: Batch, framework: str, precision: str, names:
     """The activations with these names, computed by one of the packages."""
     config = fixture.config("stage1", precision)
     shapes = fixture.shapes(config)
-    opened = open_framework(framework)(config, fixture.vision, fixture.language, fixture.weights.items(), shapes)
-    capture = opened.capture(batch, fixture.boundary(INPUTS, shapes[INPUTS]))
+    capture = open_model(framework, fixture, config, shapes).capture(batch, fixture.boundary(INPUTS, shapes[INPUTS]))
     return {name: capture.activations[name.partition("/")[2]] for name in names}
 
 

@@ -123,7 +123,6 @@ PLOTTED = {
     "forward": "Forward: error of each activation, in order of execution",
     "backward": "Backward: error of the gradient at each activation, in order of execution",
 }
-COLOURS = {"candidate": "#b8431f", "peer": "#2b5f8a"}
 
 
 def _html(report: Report, sources: dict[str, str]) -> str:
@@ -170,26 +169,23 @@ def _plot(rows: Sequence[Row], heading: str, report: Report) -> str:
     low, high = math.floor(math.log10(min(finite))), math.ceil(math.log10(max(finite)))
     x = lambda i: left + (width - left - 12) * (i + 0.5) / len(rows)  # noqa: E731
     y = lambda e: top + (height - top - bottom) * (high - math.log10(max(e, 10.0**low))) / (high - low)  # noqa: E731
+    sides = ((report.candidate, "#b8431f", [row.error[0] for row in rows]),
+             (report.peer, "#2b5f8a", [row.peer_error[0] for row in rows]))  # fmt: skip
     out = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(heading)}">']
     for power in range(low, high + 1):
         out.append(f'<line x1="{left}" x2="{width - 12}" y1="{y(10.0**power):.1f}" y2="{y(10.0**power):.1f}" class="grid"/>'
                    f'<text x="{left - 8}" y="{y(10.0**power) + 4:.1f}" text-anchor="end">1e{power}</text>')  # fmt: skip
     limits = " ".join(f"{x(i):.1f},{y(row.limit[0]):.1f}" for i, row in enumerate(rows))
     out.append(f'<polyline points="{limits}" class="limit"/>')
-    for side, colour in COLOURS.items():
-        values = [(i, (row.error if side == "candidate" else row.peer_error)[0], row) for i, row in enumerate(rows)]
-        values = [(i, e, row) for i, e, row in values if math.isfinite(e)]
+    for who, colour, errors in sides:
+        values = [(i, e, row) for i, (e, row) in enumerate(zip(errors, rows, strict=True)) if math.isfinite(e)]
         points = " ".join(f"{x(i):.1f},{y(e):.1f}" for i, e, _ in values)
         out.append(f'<polyline points="{points}" fill="none" stroke="{colour}"/>')
         for i, e, row in values:
-            who = report.candidate if side == "candidate" else report.peer
             title = html.escape(f"{row.name}: {who} {e:.2e}, limit {row.limit[0]:.1e}")
             radius = 2.6 if row.passed else 5
             out.append(f'<circle cx="{x(i):.1f}" cy="{y(e):.1f}" r="{radius}" fill="{colour}"><title>{title}</title></circle>')
-    legend = "".join(
-        f'<tspan fill="{colour}" dx="14">● {html.escape(report.candidate if side == "candidate" else report.peer)}</tspan>'
-        for side, colour in COLOURS.items()
-    )
+    legend = "".join(f'<tspan fill="{colour}" dx="14">● {html.escape(who)}</tspan>' for who, colour, _ in sides)
     legend += '<tspan dx="14" class="limit-label">- - limit</tspan>'
     out.append(f'<text x="{left}" y="{height - 8}">{html.escape(heading)}{legend}</text></svg>')
     return "".join(out)

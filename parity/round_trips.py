@@ -9,7 +9,7 @@ from granvit.checkpoint.convert import convert
 from granvit.checkpoint.run import Checkpoint, newest_checkpoint
 from granvit.checkpoint.run_writer import CheckpointWriter
 from granvit.checkpoint.tensors import TensorSet
-from granvit.engine import Group, TrainEngine
+from granvit.engine import Group
 from granvit.launch import load_engine_class
 from parity.compare import Row
 from parity.fixture import Fixture
@@ -53,7 +53,7 @@ def _convert(checkpoint: Checkpoint, layout: str, folder: Path) -> Iterator[Row]
     tensors = TensorSet(returned, "model")
     for name, array in checkpoint.tensors("model"):
         if name in tensors.shapes:
-            yield bytes_row("checkpoint", f"{layout} and back", name, array, tensors.read(name))
+            yield bytes_row(f"{layout} and back", name, array, tensors.read(name))
 
 
 def _resume(fixture: Fixture, source: str, target: str, run: Path) -> Iterator[Row]:
@@ -70,20 +70,16 @@ def _resume(fixture: Fixture, source: str, target: str, run: Path) -> Iterator[R
     for group in GROUPS[1:]:
         other.load(group, checkpoint.tensors(group))
     for group in GROUPS:
-        yield from _identical(f"{group}, {source} to {target}", engine, other, group)
+        found = dict(other.tensors(group))
+        for name, array in engine.tensors(group):
+            yield bytes_row(f"{group}, {source} to {target}", name, array, found.get(name))
 
 
-def _identical(kind: str, engine: TrainEngine, other: TrainEngine, group: Group) -> Iterator[Row]:
-    found = dict(other.tensors(group))
-    for name, array in engine.tensors(group):
-        yield bytes_row("checkpoint", kind, name, array, found.get(name))
-
-
-def bytes_row(suite: str, kind: str, name: str, expected: np.ndarray, found: np.ndarray | None) -> Row:
+def bytes_row(kind: str, name: str, expected: np.ndarray, found: np.ndarray | None) -> Row:
     """The verdict on one tensor's raw bytes. Its error is the share of bytes that differ."""
     nothing, exact = (0.0, 0.0), (np.finfo(float).tiny,) * 2
     if found is None:
-        return Row(suite, kind, name, expected.shape, nothing, (np.nan, np.nan), exact, "missing")
+        return Row("checkpoint", kind, name, expected.shape, nothing, (np.nan, np.nan), exact, "missing")
     a, b = (np.frombuffer(np.ascontiguousarray(x).tobytes(), np.uint8) for x in (expected, found))
     share = float((a != b).mean()) if a.shape == b.shape and a.size else float(a.shape != b.shape)
-    return Row(suite, kind, name, expected.shape, nothing, (share, share), exact, "" if share == 0 else "other bytes")
+    return Row("checkpoint", kind, name, expected.shape, nothing, (share, share), exact, "" if share == 0 else "other bytes")
