@@ -60,7 +60,7 @@ def test_each_stages_script_takes_its_own_configurations_and_refuses_the_others(
 
 
 def test_each_stage_trains_what_the_paper_trains():
-    """SPEC, section 1; Table 10 freezes the encoder in sft; A.8 puts continued pretraining between stage 2 and sft."""
+    """The paper's section 4.1; Table 10 freezes the encoder in sft; A.8 puts continued pretraining between stage 2 and sft."""
     trains = {name: set(load_config(CONFIGS / f"{name}.yaml").stage_spec.trains) for name in SCRIPTS}
     everything = {"vision", "projector", "language"}
     assert trains == {
