@@ -116,9 +116,9 @@ class PartsSection(Strict):
 
 
 class OptimizerSection(Strict):
-    """AdamW. The paper gives only the learning rate; the other defaults are SPEC's choice. Weight decay applies to matrices, not
-    to biases, norms and layer scales. `parts` overrides the learning rate and decay of single parts; warm-up and schedule are
-    common to all."""
+    """AdamW. The paper gives only the learning rate; the other defaults are this project's choice. Weight decay applies to
+    matrices, not to biases, norms and layer scales. `parts` overrides the learning rate and decay of single parts; warm-up and
+    schedule are common to all."""
 
     lr: float = Field(1e-5, gt=0)
     warmup: float = Field(0.03, ge=0, le=1)  # share of the steps

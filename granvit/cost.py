@@ -1,5 +1,5 @@
-"""Compute and memory by formula: multiply-accumulates (MACs) of a forward pass (SPEC section 6; one MAC is two FLOPs), and
-bytes of states and activations.
+"""Compute and memory by formula: multiply-accumulates (MACs) of a forward pass (one MAC is two FLOPs), and bytes of
+states and activations.
 
 A training step costs, in forward passes: 3 for a trained part (forward, gradients of inputs, gradients of weights), 2 for a
 frozen part that gradients pass through, 1 for the teacher and for a frozen encoder.

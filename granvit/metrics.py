@@ -1,4 +1,4 @@
-"""Scores of generated answers (SPEC section 5).
+"""Scores of generated answers; ROUGE-L and ACC@IoU0.5 are those of the paper's Fig. 4.
 
 Bbox2Caption and global captions: ROUGE-L and exact match. Caption2Bbox: ACC@IoU0.5; an answer that is not a box counts as 0.
 

@@ -1,4 +1,4 @@
-"""The training stages: the parts that each trains, the tasks that it mixes, its loss terms (paper section 4.1, SPEC section 1).
+"""The training stages: the parts that each trains, the tasks that it mixes, its loss terms (paper section 4.1).
 
 The paper's order: projector, stage1, stage2, (continued,) sft.
 """

@@ -68,7 +68,7 @@ def test_every_stage_is_in_all_lists_of_stages():
 
 
 def test_each_stage_trains_what_the_paper_trains():
-    """SPEC, section 1; Table 10 freezes the encoder in sft; A.8 puts continued pretraining between stage 2 and sft."""
+    """The paper's section 4.1; Table 10 freezes the encoder in sft; A.8 puts continued pretraining between stage 2 and sft."""
     trains = {name: set(load_config(CONFIGS / f"{name}.yaml").stage_spec.trains) for name in SCRIPTS}
     everything = {"vision", "projector", "language"}
     assert trains == {

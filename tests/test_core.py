@@ -52,7 +52,8 @@ def test_the_twins_have_the_same_files():
 
 
 def test_full_size_rows_have_the_published_parameter_counts():
-    """SPEC sections 2 and 3: 428.8M with the 27th block, the closing norm and the MAP head, which are not built; 1.544B."""
+    """SigLIP2-So400m has 428.8M with the 27th block, the closing norm and the MAP head, which are not built; Qwen2.5-1.5B has
+    1.544B."""
     vision, language = vision_config("siglip2-so400m-patch16-512"), language_config("qwen2.5-1.5b")
     count = {"vision": 0, "language": 0, "projector": 0}
     for name, shape in parameter_shapes(vision, language).items():
