@@ -240,6 +240,7 @@ def _checkpoint_writer(run: Path, config: RunConfig, vision: VisionConfig, langu
 
 def _log_start(config: RunConfig, engine, framework: str, chat: Chat, loader: Loader, writer: CheckpointWriter | None) -> None:
     log.info(f"{config.stage} in {framework} on {engine.device}, {engine.world} rank(s), {loader.steps} steps, {chat.origin}")
+    log.info(f"a step: {config.train.global_batch} rows of up to {config.data.regions_per_row} region question(s)")
     log.info(f"implementations: {', '.join(f'{op}: {name}' for op, name in engine.implementations.items())}")
     if writer is None:
         return

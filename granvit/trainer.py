@@ -248,7 +248,7 @@ class Trainer:
         if self.writer is not None:
             try:
                 counters = {"questions": self.questions, "skipped": self.skipped, "non_finite": self.non_finite}
-                saved = self.writer.save(self.engine, self.step, counters)
+                saved = self.writer.save(self.engine, self.step, counters, last=self.step == self.loader.steps)
                 parts = "; ".join(
                     f"{name} {part.hash[:12]} ({f'moved {part.distance:.6g}' if part.trained else 'frozen'})"
                     for name, part in saved.parts.items()

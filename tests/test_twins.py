@@ -265,13 +265,39 @@ def test_generation_with_a_cache_equals_generation_without(engine, batch):
 def test_a_weight_of_zero_takes_out_the_distillation_and_nothing_else(engine, batch):
     """With `distill.weight` 0 a batch with boxes gives what the default weight gives without boxes."""
     framework = "torch" if type(engine).__module__.startswith("pt") else "mindspore"
-    without = make_engine(framework, optimizer={"clip_norm": BIG}, distill={"weight": 0.0})
-    reset(engine)
-    students = []
-    for one in (engine, without):
-        one.step([batch], step_inputs(1, batch))
-        students.append(dict(one.tensors("model"))["vision.encoder.layers.0.mlp.fc1.weight"])
-    assert not np.array_equal(*students)
+    unweighted = make_engine(framework, optimizer={"clip_norm": BIG}, distill={"weight": 0.0})
+    without_boxes = replace(batch, box_weights_BK=0 * batch.box_weights_BK)
+    weighted, with_distillation = gradients(engine, [batch])
+    caption, expected = gradients(engine, [without_boxes])
+    result = unweighted.step([batch], step_inputs(1, batch))  # it has no teacher, which `reset` would load
+    found = {n: m / np.float32(0.1) for n, m in unweighted.tensors("first_moment")}
+    assert result.loss == result.loss_caption == pytest.approx(caption.loss, rel=1e-6)
+    assert result.loss_distill == 0 < weighted.loss_distill
+    assert_same_gradients(found, expected, 1e-5)
+    changed = {n for n, g in with_distillation.items() if np.linalg.norm(g - found[n]) > 1e-3 * np.linalg.norm(found[n])}
+    assert {part_of(name) for name in changed} == {"vision"}
+
+
+def step_counting_blocks(recompute: bool, batch: Batch) -> tuple[object, dict[str, np.ndarray], list[int]]:
+    """Result and gradients of one step of the torch twin, and how often each block of encoder and decoder ran forward."""
+    one = make_engine("torch", optimizer={"clip_norm": BIG}, runtime={"recompute": recompute})
+    runs = dict.fromkeys([*one.model.vision.encoder.layers, *one.model.language.model.layers], 0)
+
+    def count(block, _inputs) -> None:
+        runs[block] += 1
+
+    for block in runs:
+        block.register_forward_pre_hook(count)
+    return *gradients(one, [batch]), list(runs.values())
+
+
+def test_recomputation_in_torch_runs_every_block_again_and_changes_no_value(batch):
+    plain, plain_gradients, once = step_counting_blocks(False, batch)
+    recomputed, recomputed_gradients, twice = step_counting_blocks(True, batch)
+    assert set(once) == {1} and twice == [2] * len(once)
+    assert plain == recomputed
+    for name, gradient in plain_gradients.items():
+        np.testing.assert_array_equal(gradient, recomputed_gradients[name], err_msg=name)
 
 
 @pytest.mark.parametrize("stage, trained", [("stage2", {"projector", "language"}), ("guesser", {"language"})])

@@ -30,8 +30,11 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig, vision: VisionConf
     wrong = [line for line in changed if line.startswith(fixed) or not line.startswith(MAY_CHANGE + WHERE_STATED)]
     run = checkpoint.path.parents[1]
     if wrong:
+        rows, questions = checkpoint.config.train.global_batch, config.train.global_batch
+        counted = rows < questions == rows * config.data.regions_per_row  # as in checkpoints of format 1
+        hint = f"train.global_batch counts rows: state train.global_batch={rows}. " if counted else ""
         raise ValueError(
-            f"{run} holds a run of another configuration: {'; '.join(wrong + unstated)}. "
+            f"{run} holds a run of another configuration: {'; '.join(wrong + unstated)}. {hint}"
             f"Use the same configuration to resume it ({run / 'config.yaml'} has it), --fresh to start over, or another output="
         )
     if unstated:

@@ -98,8 +98,11 @@ class CheckpointWriter:
                         os.rename(folders[part], into)
                 sync_directory(self.run / "parts")
 
-    def save(self, engine: TrainEngine, step: int, counters: dict[str, int]) -> Checkpoint:
+    def save(self, engine: TrainEngine, step: int, counters: dict[str, int], last: bool = False) -> Checkpoint:
         """Writes the state after `step`, then deletes the oldest checkpoints beyond `train.keep_checkpoints`.
+
+        The first call, and that of the run's `last` step, compare the frozen parts with their start weights, which takes a copy
+        to the host and a hash of each: `RuntimeError` if one has changed.
 
         `CheckpointNotSaved` if the checkpoint cannot be written; what was written of it is removed, earlier ones are kept.
         """
@@ -108,7 +111,7 @@ class CheckpointWriter:
             return open_checkpoint(into)  # the same step of the same run has the same bytes
         temporary = into.with_name(f".tmp-{into.name}-{os.getpid()}")
         with _disk_errors(f"checkpoint {into} could not be written"), _temporary(temporary) as folder:
-            parts = self._write_model(engine, folder)
+            parts = self._write_model(engine, folder, compare_frozen=last or not self.frozen_compared)
             self._write_rest(engine, folder)
             self._write_state(folder, step, parts, counters, engine.world)
             sync_directory(folder)
@@ -117,12 +120,8 @@ class CheckpointWriter:
         self._thin()
         return open_checkpoint(into)
 
-    def _write_model(self, engine: TrainEngine, folder: Path) -> dict[str, Part]:
-        """Writes the trained parts and computes their hashes and their distances from the start weights.
-
-        The first call compares the frozen parts with their start weights; `RuntimeError` if one has changed. Later calls do not:
-        a fault that changes frozen weights would do so in every step.
-        """
+    def _write_model(self, engine: TrainEngine, folder: Path, compare_frozen: bool) -> dict[str, Part]:
+        """Writes the trained parts and computes their hashes and their distances from the start weights."""
         shapes = {n: s for n, s in self.model_shapes.items() if part_of(n) in self.trains}
         starts = {part: open_part(self.run, part, self.start[part]) for part in PARTS}
         digests: dict[str, dict[str, str]] = {part: {} for part in PARTS}
@@ -131,7 +130,7 @@ class CheckpointWriter:
             for name, array in engine.tensors("model"):
                 part = part_of(name)
                 if part not in self.trains:
-                    if not self.frozen_compared and tensor_digest(array) != starts[part].digest_as(name, array.dtype):
+                    if compare_frozen and tensor_digest(array) != starts[part].digest_as(name, array.dtype):
                         raise RuntimeError(f"part {part!r} is frozen in this stage, but its weights have changed: {name}")
                     continue
                 writer.add(name, array)

@@ -17,6 +17,7 @@ of each conversation as its one text.
 import hashlib
 import json
 import struct
+import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -217,3 +218,7 @@ class Store:
             raise ValueError(
                 f"store {self.path}: texts.bin is damaged (texts {first} to {last - 1} are not UTF-8); copy it again or rebuild"
             ) from None
+
+
+if __name__ == "__main__":
+    sys.exit("error: stores are built with `granvit-store`, or `python -m granvit.data.build_store`")

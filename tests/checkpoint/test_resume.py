@@ -68,6 +68,10 @@ def test_a_run_of_checkpoint_format_1_goes_on(run):
     former = newest_checkpoint(run[0])
     assert (former.config, former.vision, former.step) == (today.config, today.vision, today.step)
     assert check_same_run(former, run[1], VISION, LANGUAGE, 1) == []
+    rows = run[1].train.global_batch
+    train = run[1].train.model_copy(update={"global_batch": rows * run[1].data.regions_per_row})  # as in the run's config.yaml
+    with pytest.raises(ValueError, match=rf"state train\.global_batch={rows}\b"):
+        check_same_run(former, run[1].model_copy(update={"train": train}), VISION, LANGUAGE, 1)
     assert as_bytes(former.tensors("model")) == as_bytes(today.tensors("model"))
 
 

@@ -71,6 +71,16 @@ def test_frozen_parts_are_hashed_once_by_each_process(run, monkeypatch):
     assert len(hashed) == sum(part_of(name) == "language" for name in parameter_shapes(VISION, LANGUAGE))
 
 
+def test_a_frozen_part_that_changes_after_the_first_checkpoint_is_noticed_at_the_last_step(run):
+    directory, config, engine = run
+    writer = resumed_writer(directory, config)
+    writer.save(engine, 6, {})
+    engine.weights["language.model.norm.weight"][3] += 1e-3
+    with pytest.raises(RuntimeError, match="'language'"):
+        writer.save(engine, 8, {}, last=True)
+    assert newest_checkpoint(directory).step == 6
+
+
 def test_old_checkpoints_are_thinned_after_the_new_one_is_whole(run):
     directory, config, engine = run
     writer = resumed_writer(directory, config)

@@ -67,6 +67,21 @@ lengths.text_lengths(Store(sys.argv[1]), Chat(byte_tokenizer('qwen2.5'), 'qwen2.
 """
 
 
+def test_shares_whose_directory_goes_before_the_first_look_are_made_again(tmp_path, monkeypatch):
+    """Another process removes it once it sees the result, which this one may see later (NFS)."""
+    progress = shares_module._Progress
+
+    def gone(parts, *rest):
+        monkeypatch.setattr(shares_module, "_Progress", progress)
+        parts.rmdir()
+        return progress(parts, *rest)
+
+    monkeypatch.setattr(shares_module, "_Progress", gone)
+    monkeypatch.setattr(shares_module, "_POLL", 0.0)
+    shares_module.make_in_shares(tmp_path / "lengths.u2", [1, 1], lambda n: [bytes([n])], "two bytes")
+    assert (tmp_path / "lengths.u2").read_bytes() == b"\0\1" and shares_module._Progress is progress
+
+
 def test_processes_share_the_counting_and_finish_what_a_killed_one_began(tmp_path, chat):
     """The first stops for ever within a share and is killed; the second waits for it, counts the rest and joins it all."""
     write_store([random_record(f"r{i}", i % 7, i % 40) for i in range(300)], tmp_path / "store")
