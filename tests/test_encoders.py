@@ -25,7 +25,7 @@ def tiny(row: str) -> VisionConfig:
     full = vision_config(row)
     image_size = 32 + full.image_size - full.covered_pixels
     return full.model_copy(
-        update={"image_size": image_size, "patch_size": 8, "width": 24, "layers": 3, "heads": 2, "mlp": 40}
+        update={"image_size": image_size, "patch_size": 8, "width": 24, "layers": 3, "heads": 2, "mlp": 48}
     )
 
 
