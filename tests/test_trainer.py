@@ -342,7 +342,7 @@ class Evaluations:
             self.dies = None
             raise KeyboardInterrupt
         assert list(self.kept) == sorted(self.kept)
-        return self.kept.setdefault(step, Evaluation({"loss": step / 3}, {"bbox2caption": {"samples": 1.0}}, {}))
+        return self.kept.setdefault(step, Evaluation(step, {}, {"bbox2caption": {"samples": 1.0}}, {"loss": step / 3}, []))
 
 
 @pytest.mark.parametrize("every, dies_in_step, dies_in_evaluation", [(4, None, None), (4, 5, None), (3, None, 6), (2, None, 9)])
