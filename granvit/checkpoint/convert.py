@@ -327,5 +327,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--to", metavar="LAYOUT", required=True, choices=tuple(LAYOUTS), help="the layout of DST")
     parser.add_argument("--from", dest="from_", metavar="LAYOUT", choices=tuple(LAYOUTS), help="that of SRC (default: detected)")
     parser.add_argument("--no-verify", action="store_true", help="do not read back what was written")
-    o = parser.parse_args(arguments)
-    return run_command(lambda bar: convert(o.source, o.destination, o.to, o.from_, not o.no_verify, bar))
+    options = parser.parse_args(arguments)
+    verify = not options.no_verify
+    return run_command(lambda bar: convert(options.source, options.destination, options.to, options.from_, verify, bar))

@@ -525,10 +525,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         "'final': export it although transformers 5 and vLLM read it wrongly")  # fmt: skip
     parser.add_argument("--license", metavar="ID", help="for the card, as the hub spells it (default: none is stated)")
     parser.add_argument("--base-model", metavar="ID", action="append", default=[], help="for the card, as often as needed")
-    o = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     status = run_command(lambda bar: export(
-        o.run, o.destination, o.kind, o.top, o.start_weights, o.license, o.base_model, o.for_transformers_4, bar
+        options.run, options.destination, options.kind, options.top, options.start_weights, options.license,
+        options.base_model, options.for_transformers_4, bar,
     ))  # fmt: skip
-    if status == 0 and o.license is None:
+    if status == 0 and options.license is None:
         print("note: README.md states no license; choose one with --license before you publish")
     return status
