@@ -5,7 +5,7 @@ only the keys that differ from it. The resolved configuration is written to the 
 configuration.
 """
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -320,11 +320,12 @@ def validate(model: type[Valid], tree: Mapping, origin: str) -> Valid:
         raise ValueError(f"{origin}: " + "; ".join(lines)) from None
 
 
-def _merge(below: dict, above: Mapping) -> dict:
+def merge(below: dict, above: Mapping, replaced: Collection[str] = ()) -> dict:
+    """`below` updated with `above`; nested mappings are merged, except those under the keys `replaced`."""
     merged = dict(below)
     for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key != "mix"
-        merged[key] = _merge(merged[key], value) if both else value
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key not in replaced
+        merged[key] = merge(merged[key], value, replaced) if both else value
     return merged
 
 
@@ -357,7 +358,7 @@ def read_yaml(path: str | Path) -> dict:
 def _read_with_base(path: Path) -> dict:
     tree = read_yaml(path)
     base = tree.pop("base", None)
-    return tree if base is None else _merge(_read_with_base(path.parent / base), tree)
+    return tree if base is None else merge(_read_with_base(path.parent / base), tree, replaced=["mix"])
 
 
 def _state_mix(tree: dict) -> None:
@@ -422,7 +423,7 @@ _NOT_OF_A_MODEL = {
 }
 
 
-def _model_config(name: str, kind: type[VisionConfig] | type[LanguageConfig]):
+def _model_config(name: str, kind: type[Valid]) -> Valid:
     path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / "models" / f"{name}.yaml"
     if not path.exists():
         known = sorted(p.stem for p in (CONFIGS / "models").glob("*.yaml"))
@@ -430,17 +431,10 @@ def _model_config(name: str, kind: type[VisionConfig] | type[LanguageConfig]):
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
         raise ValueError(f"model {name!r}: no file {path}; {hint}")
     tree = read_yaml(path)
-    unknown = _unknown_keys(kind, tree)
-    if unknown:
-        raise ValueError(f"{path}: not a {kind.__name__}: " + "; ".join(unknown))
     for key, remedy in _NOT_OF_A_MODEL.items():
         if key in tree:
             raise ValueError(f"{path}: a model's file cannot set {key!r}: {remedy}")
-    try:
-        return kind(name=path.stem, **tree)
-    except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise ValueError(f"{path}: " + "; ".join(lines)) from None
+    return validate(kind, {"name": path.stem} | tree, f"{path}: not a {kind.__name__}")
 
 
 def vision_config(name: str) -> VisionConfig:

@@ -1,6 +1,7 @@
 """Evaluation on held-out data: training loss and scored answers, both saved in RUN/eval/step_XXXXXXX.json."""
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,17 @@ Table = dict[str, dict[str, float]]  # task -> "samples" and the mean of each sc
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`held_out`: loss, loss_caption, loss_distill, and the numbers of questions and skipped items; empty without held-out loss.
-    `table`: scores of the answers by task. `settings`: the keys of `eval` that the results depend on."""
+    """The evaluation after `step`, with the keys of its file. `settings`: the keys of `eval` that the results depend on.
 
-    held_out: dict[str, float]
-    table: Table
+    `table`: scores of the answers by task. `held_out`: loss, loss_caption, loss_distill, and the numbers of questions and skipped
+    items; empty without held-out loss. `predictions`: on rank 0 the answers of all ranks in the store's order.
+    """
+
+    step: int
     settings: dict[str, Any]
+    table: Table
+    held_out: dict[str, float]
+    predictions: list[dict[str, Any]]
 
 
 class Evaluator:
@@ -78,17 +84,14 @@ class Evaluator:
         if self.engine.all_sum(np.array([kept is not None], np.float32))[0]:
             return kept
         losses = self._losses() if self.loader is not None else {}
-        table: Table = {}
-        predictions: list[dict[str, Any]] = []
-        if self.answers:
-            table, predictions = _answer(self.engine, self.config, self.vision, self.chat, self.run, step)
+        table, predictions = self._answer(step) if self.answers else ({}, [])
+        found = Evaluation(step, self.settings, table, losses, predictions)
         if rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".tmp")
-            found = {"step": step, "settings": self.settings, "table": table, "held_out": losses, "predictions": predictions}
-            temporary.write_text(json.dumps(found, indent=1, allow_nan=False))
+            temporary.write_text(json.dumps(vars(found), indent=1, allow_nan=False))
             os.replace(temporary, path)
-        return Evaluation(losses, table, self.settings)
+        return found
 
     def _losses(self) -> dict[str, float]:
         """Losses over all held-out rows: sums divided by the counts of tokens and boxes. No losses if one is not finite."""
@@ -116,6 +119,55 @@ class Evaluator:
             losses = {}
         return losses | {"questions": questions, "skipped": skipped}
 
+    def _answer(self, step: int) -> tuple[Table, list[dict[str, Any]]]:
+        """Answers the questions of `eval.tasks` about `eval.images` images of `eval.source`, distributed over the ranks.
+
+        Returns the table, and the predictions: of all ranks in the store's order on rank 0, of this rank elsewhere. Ranks pass
+        their predictions to rank 0 in files in RUN/eval, a directory that all ranks must see.
+        """
+        engine, settings, chat = self.engine, self.config.eval, self.chat
+        assert settings.source is not None
+        own_predictions: list[tuple[int, dict[str, Any]]] = []
+        batches = held_out(
+            Store(settings.source), settings.tasks, chat, self.vision, settings.batch, settings.images,
+            engine.rank, engine.world, self.config.data.max_pixels,
+        )  # fmt: skip
+        for batch_number, (prompts, questions) in enumerate(batches):
+            ids_BT = engine.generate(prompts, settings.max_new_tokens, chat.stop_token)
+            first = (batch_number * engine.world + engine.rank) * settings.batch
+            for b, (record_id, task, question, reference, box) in enumerate(questions):
+                answer = chat.decode(ids_BT[b])
+                scores = score(task, answer, reference, box)
+                own_predictions.append((first + b, {"record": record_id, "task": task, "question": question,
+                                        "reference": reference, "box": box, "answer": answer, "scores": scores}))  # fmt: skip
+        table = self._sum_over_ranks([prediction for _, prediction in own_predictions])
+        folder = self.run / "eval"
+        folder.mkdir(parents=True, exist_ok=True)
+        _rank_file(folder, step, engine.rank).write_text(json.dumps(own_predictions))
+        engine.all_sum(np.zeros(1, np.float32))  # wait until every rank has written its file
+        if engine.rank:
+            return table, [prediction for _, prediction in own_predictions]
+        files = [_rank_file(folder, step, rank) for rank in range(engine.world)]
+        merged = sorted((item for file in files for item in json.loads(file.read_text())), key=lambda item: item[0])
+        for file in files:
+            file.unlink()
+        return table, [prediction for _, prediction in merged]
+
+    def _sum_over_ranks(self, predictions: list[dict[str, Any]]) -> Table:
+        tasks = self.config.eval.tasks
+        columns = [(task, name) for task in tasks for name in ("samples", *SCORES[task])]
+        sums = dict.fromkeys(columns, 0.0)
+        for prediction in predictions:
+            sums[prediction["task"], "samples"] += 1
+            for name, value in prediction["scores"].items():
+                sums[prediction["task"], name] += value
+        own = np.array([sums[column] for column in columns], np.float32)
+        totals = dict(zip(columns, self.engine.all_sum(own).tolist(), strict=True))
+        table: Table = {task: {} for task in tasks}
+        for (task, name), total in totals.items():
+            table[task][name] = total if name == "samples" else total / max(totals[task, "samples"], 1)
+        return table
+
 
 def _held_out_rows(config: RunConfig, mix: dict, vision: VisionConfig, chat: Chat, rank: int, world: int,
                    compose: Compose) -> Loader:  # fmt: skip
@@ -132,49 +184,17 @@ def _held_out_rows(config: RunConfig, mix: dict, vision: VisionConfig, chat: Cha
     return loader
 
 
-def _answer(
-    engine: TrainEngine, config: RunConfig, vision: VisionConfig, chat: Chat, run: Path, step: int
-) -> tuple[Table, list[dict[str, Any]]]:
-    """Answers the questions of `eval.tasks` about `eval.images` images of `eval.source`, distributed over the ranks.
-
-    Returns the table, and the predictions: of all ranks in the store's order on rank 0, of this rank elsewhere. Ranks pass their
-    predictions to rank 0 in files in RUN/eval, a directory that all ranks must see.
-    """
-    assert config.eval.source is not None
-    own_predictions: list[tuple[int, dict[str, Any]]] = []
-    batches = held_out(
-        Store(config.eval.source), config.eval.tasks, chat, vision, config.eval.batch, config.eval.images,
-        engine.rank, engine.world, config.data.max_pixels,
-    )  # fmt: skip
-    for batch_number, (prompts, questions) in enumerate(batches):
-        ids_BT = engine.generate(prompts, config.eval.max_new_tokens, chat.stop_token)
-        first = (batch_number * engine.world + engine.rank) * config.eval.batch
-        for b, (record_id, task, question, reference, box) in enumerate(questions):
-            answer = chat.decode(ids_BT[b])
-            scores = score(task, answer, reference, box)
-            own_predictions.append((first + b, {"record": record_id, "task": task, "question": question, "reference": reference,
-                                    "box": box, "answer": answer, "scores": scores}))  # fmt: skip
-    table = _sum_over_ranks(engine, config, [prediction for _, prediction in own_predictions])
-    folder = run / "eval"
-    folder.mkdir(parents=True, exist_ok=True)
-    _rank_file(folder, step, engine.rank).write_text(json.dumps(own_predictions))
-    engine.all_sum(np.zeros(1, np.float32))  # wait until every rank has written its file
-    if engine.rank:
-        return table, [prediction for _, prediction in own_predictions]
-    files = [_rank_file(folder, step, rank) for rank in range(engine.world)]
-    merged = sorted((item for file in files for item in json.loads(file.read_text())), key=lambda item: item[0])
-    predictions = [prediction for _, prediction in merged]
-    for file in files:
-        file.unlink()
-    return table, predictions
-
-
 def forget_evaluations(run: Path, after_step: int) -> None:
     """Deletes the saved evaluations of steps after `after_step`, the step from which a run is resumed."""
-    for path in (run / "eval").glob("step_*.json"):
-        number = path.stem.removeprefix("step_")
-        if number.isdigit() and int(number) > after_step:
-            path.unlink()
+    for step in evaluated_steps(run):
+        if step > after_step:
+            evaluation_file(run, step).unlink()
+
+
+def evaluated_steps(run: Path) -> list[int]:
+    """The steps after which an evaluation was saved, in ascending order."""
+    names = [path.name for path in (run / "eval").glob("step_*.json")]
+    return sorted(int(found[1]) for name in names if (found := re.fullmatch(r"step_(\d{7,})\.json", name)))
 
 
 def evaluation_file(run: Path, step: int) -> Path:
@@ -183,29 +203,16 @@ def evaluation_file(run: Path, step: int) -> Path:
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """Reads an evaluation's file, without the predictions; `ValueError` if it is not valid."""
+    """Reads an evaluation's file; `ValueError` if it is not valid."""
     try:
         tree = json.loads(path.read_text())
-        held_out = tree.get("held_out", {})  # earlier versions saved no held-out losses
         table = {task: {name: float(value) for name, value in scores.items()} for task, scores in tree["table"].items()}
-        return Evaluation({name: float(value) for name, value in held_out.items()}, table, tree.get("settings", {}))
+        # Earlier versions saved no held-out losses and no settings.
+        held_out = {name: float(value) for name, value in tree.get("held_out", {}).items()}
+        return Evaluation(tree["step"], tree.get("settings", {}), table, held_out, tree["predictions"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a valid evaluation file ({error}); move it away to continue without it") from None
 
 
 def _rank_file(folder: Path, step: int, rank: int) -> Path:
     return folder / f".step_{step:07d}.rank_{rank:05d}.json"
-
-
-def _sum_over_ranks(engine: TrainEngine, config: RunConfig, predictions: list[dict[str, Any]]) -> Table:
-    columns = [(task, name) for task in config.eval.tasks for name in ("samples", *SCORES[task])]
-    sums = dict.fromkeys(columns, 0.0)
-    for prediction in predictions:
-        sums[prediction["task"], "samples"] += 1
-        for name, value in prediction["scores"].items():
-            sums[prediction["task"], name] += value
-    totals = dict(zip(columns, engine.all_sum(np.array([sums[c] for c in columns], np.float32)).tolist(), strict=True))
-    table: Table = {task: {} for task in config.eval.tasks}
-    for (task, name), total in totals.items():
-        table[task][name] = total if name == "samples" else total / max(totals[task, "samples"], 1)
-    return table

@@ -3,12 +3,15 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from granvit.checkpoint.tensors import write_synced
 
 log = logging.getLogger("granvit")
 
@@ -41,6 +44,22 @@ def to_file(run: Path, rank: int) -> None:
     log.addHandler(handler)
 
 
+def read_metrics(path: Path, last_step: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the lines of a metrics.jsonl up to `last_step`, each with its object. It ends before an incomplete line, which a run
+    wrote that was killed, and at once if there is no file."""
+    if not path.exists():
+        return
+    with open(path, errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+                if record["step"] > last_step:
+                    return
+            except (ValueError, KeyError, TypeError):
+                return
+            yield line, record
+
+
 class MetricsFile:
     """`metrics.jsonl`: one JSON object per line and step, floats in the shortest form that reads back exactly.
 
@@ -50,23 +69,10 @@ class MetricsFile:
 
     def __init__(self, path: Path, after_step: int):
         """Opens the file for appending. Lines of steps after `after_step`, which a resumed run repeats, are deleted first."""
-        kept_lines = []
-        self.last: dict[str, Any] = {}
-        if path.exists():
-            for line in path.read_text(errors="replace").splitlines():
-                try:
-                    record = json.loads(line)
-                    if record["step"] > after_step:
-                        break
-                except (ValueError, KeyError, TypeError):
-                    break  # an incomplete line, written by a run that was killed
-                kept_lines.append(line + "\n")
-                self.last = record
+        kept = list(read_metrics(path, after_step))
+        self.last: dict[str, Any] = kept[-1][1] if kept else {}
         temporary = path.with_name(f".{path.name}.tmp")
-        with open(temporary, "w") as file:
-            file.writelines(kept_lines)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(temporary, "".join(line.rstrip("\n") + "\n" for line, _ in kept))
         os.replace(temporary, path)
         self._file = open(path, "a")  # noqa: SIM115 (closed by close)
 

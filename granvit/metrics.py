@@ -98,9 +98,10 @@ def exact_match(answer: str, reference: str) -> float:
     return float(answer.strip().lower() == reference.strip().lower())
 
 
+CAPTION_SCORES = {"rouge_l": rouge_l, "rouge_l_ascii": rouge_l_ascii, "exact_match": exact_match}
 SCORES: dict[Task, tuple[str, ...]] = {
-    "global": ("rouge_l", "rouge_l_ascii", "exact_match"),
-    "bbox2caption": ("rouge_l", "rouge_l_ascii", "exact_match"),
+    "global": tuple(CAPTION_SCORES),
+    "bbox2caption": tuple(CAPTION_SCORES),
     "caption2bbox": ("acc_iou50", "mean_iou", "unparsable"),
 }
 
@@ -111,11 +112,7 @@ def score(task: Task, answer: str, reference: str, box: Box | None) -> dict[str,
     `box` is the true box relative to the original image (Caption2Bbox), `reference` the true caption (the other tasks).
     """
     if task != "caption2bbox":
-        return {
-            "rouge_l": rouge_l(answer, reference),
-            "rouge_l_ascii": rouge_l_ascii(answer, reference),
-            "exact_match": exact_match(answer, reference),
-        }
+        return {name: function(answer, reference) for name, function in CAPTION_SCORES.items()}
     assert box is not None
     parsed = parse_box(answer)
     overlap = 0.0 if parsed is None else iou(parsed, box)

@@ -12,7 +12,6 @@ from pathlib import Path
 from granvit.agreement import agree, together
 from granvit.checkpoint.pretrained import start_weights
 from granvit.checkpoint.resume import check_same_data, check_same_run
-from granvit.checkpoint.run import Checkpoint
 from granvit.checkpoint.run_writer import CheckpointWriter
 from granvit.config import CONFIGS, RunConfig, dump_config, find_config, load_config, resolve_models
 from granvit.data.batch import Packer
@@ -25,7 +24,7 @@ from granvit.exit_status import exit_status
 from granvit.launch import Guard, Launch, RunLock, check_launcher, check_port, detect_launch, load_engine_class
 from granvit.logs import log, to_console, to_file
 from granvit.memory import NOTHING_SMALLER, check_memory, memory_errors, smaller_steps
-from granvit.models import PARTS, LanguageConfig, VisionConfig, parameter_shapes, part_of
+from granvit.models import PARTS, parameter_shapes, part_of
 from granvit.preflight import (
     Loading,
     agreed_checkpoint,
@@ -167,8 +166,14 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
     loading = Loading("weights", len(parameter_shapes(vision, language)), hashed=hashes_unknown)
 
     def build():
-        writer = _checkpoint_writer(run, config, vision, language, checkpoint, data_fingerprints) if launch.rank == 0 else None
-        recorded = writer.record_start(start) if writer is not None and checkpoint is None else start
+        writer: CheckpointWriter | None = None
+        recorded = start
+        if launch.rank == 0:
+            start_hashes = {} if checkpoint is None else {name: part.start for name, part in checkpoint.parts.items()}
+            writer = CheckpointWriter(run, config, vision, language, start_hashes, data_fingerprints)
+            (run / "config.yaml").write_text(dump_config(config))
+            if checkpoint is None:
+                recorded = writer.record_start(start)
         return writer, Engine(config, vision, language, loading.watch(recorded), ranks)
 
     also_waiting_for = f"; rank 0 also writes the start weights to {run / 'parts'}" if checkpoint is None else ""
@@ -227,15 +232,6 @@ def _log_changes(changed: list[str]) -> None:
             log.warning(f"{line}: from here on rounding differs in every step")
         else:
             log.info(f"resumed with {line}")
-
-
-def _checkpoint_writer(run: Path, config: RunConfig, vision: VisionConfig, language: LanguageConfig,
-                       checkpoint: Checkpoint | None, data_fingerprints: dict[str, str]) -> CheckpointWriter:  # fmt: skip
-    """Rank 0's checkpoint writer. Also writes the resolved configuration to RUN/config.yaml."""
-    start = {} if checkpoint is None else {name: part.start for name, part in checkpoint.parts.items()}
-    writer = CheckpointWriter(run, config, vision, language, start, data_fingerprints)
-    (run / "config.yaml").write_text(dump_config(config))
-    return writer
 
 
 def _log_start(config: RunConfig, engine, framework: str, chat: Chat, loader: Loader, writer: CheckpointWriter | None) -> None:

@@ -15,12 +15,12 @@ from typing import Protocol
 
 import numpy as np
 
-from granvit.agreement import broadcast
+from granvit.agreement import broadcast, ranks_where
 from granvit.checkpoint.run import Checkpoint
 from granvit.checkpoint.run_writer import CheckpointWriter
 from granvit.config import RunConfig
 from granvit.data.batch import Batch
-from granvit.engine import NonFiniteLoss, StepInputs, StepResult, TrainEngine
+from granvit.engine import LOSSES, NonFiniteLoss, StepInputs, StepResult, TrainEngine
 from granvit.evaluate import Evaluation
 from granvit.logs import MetricsFile, TensorBoard, log
 from granvit.models import PARTS
@@ -207,8 +207,7 @@ class Trainer:
         if result is None:
             record["non_finite"] = 1
         else:
-            record["loss"], record["loss_caption"] = result.loss, result.loss_caption
-            record["loss_distill"], record["grad_norm"] = result.loss_distill, result.grad_norm
+            record |= {name: getattr(result, name) for name in (*LOSSES, "grad_norm")}
         record |= {
             "lr": rate,
             "questions": int(counts.questions),  # region questions, global questions and conversations
@@ -256,18 +255,13 @@ class Trainer:
                 log.info(f"checkpoint {saved.path}: {parts}")
             except Exception as failure:  # raised below, after the other ranks know of it
                 error = failure
-        if self._any_rank(error is not None):
+        if ranks_where(self.engine.ranks, error is not None):
             raise error or TrainingStopped(f"rank 0 could not save step {self.step}; see its log for the reason")
-
-    def _any_rank(self, flag: bool) -> bool:
-        return bool(self.engine.all_sum(np.array([flag], np.float32))[0] > 0)
 
     def _leave_out(self, step: int, micro_batches: Sequence[Batch], error: NonFiniteLoss) -> str:
         """Counts and logs a step that is left out. Returns a description with the ranks and this rank's records concerned."""
         records = [i for m in error.micro_batches for i in micro_batches[m].record_ids if i]
-        culprit = np.zeros(self.engine.world, np.float32)
-        culprit[self.engine.rank] = len(error.micro_batches)
-        ranks = np.flatnonzero(self.engine.all_sum(culprit)).tolist()
+        ranks = ranks_where(self.engine.ranks, bool(error.micro_batches))
         self.non_finite, self.in_a_row = self.non_finite + 1, self.in_a_row + 1
         here = f"; records of rank {self.engine.rank}: {', '.join(records)}" if records else ""
         where = f"rank(s) {', '.join(map(str, ranks))}" if ranks else "the gradient, all losses are finite"
@@ -296,7 +290,7 @@ class Trainer:
 
     def _log_skipped(self) -> None:
         """Logs the numbers of skipped items since this start by reason, summed over the ranks. All ranks must call it."""
-        if not self._any_rank(self.skipped_here.total() > 0):
+        if not ranks_where(self.engine.ranks, self.skipped_here.total() > 0):
             return
         own = json.dumps(dict(self.skipped_here.most_common()))
         everywhere: Counter[str] = Counter()

@@ -223,7 +223,7 @@ def test_a_checkpoint_that_is_due_at_a_step_left_out_is_made_after_the_next(tmp_
 def test_a_checkpoint_of_an_earlier_version_has_left_no_step_out(uninterrupted):
     trainer, checkpoint = trainer_in(uninterrupted, configuration())
     counters = {name: checkpoint.counters[name] for name in ("questions", "skipped")}
-    assert trainer.run(replace(checkpoint, counters=counters)) and trainer.non_finite == 0
+    assert trainer.run(checkpoint.model_copy(update={"counters": counters})) and trainer.non_finite == 0
 
 
 def test_one_ranks_loss_leaves_the_step_out_on_all_and_both_reductions_are_told_to_the_engine(tmp_path, monkeypatch):
@@ -342,7 +342,7 @@ class Evaluations:
             self.dies = None
             raise KeyboardInterrupt
         assert list(self.kept) == sorted(self.kept)
-        return self.kept.setdefault(step, Evaluation({"loss": step / 3}, {"bbox2caption": {"samples": 1.0}}, {}))
+        return self.kept.setdefault(step, Evaluation(step, {}, {"bbox2caption": {"samples": 1.0}}, {"loss": step / 3}, []))
 
 
 @pytest.mark.parametrize("every, dies_in_step, dies_in_evaluation", [(4, None, None), (4, 5, None), (3, None, 6), (2, None, 9)])

@@ -7,7 +7,6 @@ from pathlib import Path
 import yaml
 
 from granvit.checkpoint.history import PastRun
-from granvit.checkpoint.run import Part
 from granvit.config import RunConfig
 from granvit.models import PARTS, Shapes, part_of
 
@@ -70,13 +69,14 @@ def _parts(exported: Exported, runs: Sequence[PastRun], missing_origin: str | No
     for part in PARTS:
         here = [part == "vision" or run.checkpoint.language.is_built_like(last.language) for run in runs]
         first = runs[here.index(True)].checkpoint
+        changes = [f"moved {p.distance:.4g}" if p.trained else "frozen" for p in (run.checkpoint.parts[part] for run in runs)]
         counted = sum(math.prod(shape) for name, shape in shapes.items() if part_of(name) == part)
         rows.append([
             part if part in exported.parts else f"{part} (not in this folder)",
             f"{counted:,}",
             _origin(part, first.config, missing_origin if all(here) else None),
             f"`{first.parts[part].start[:DIGITS]}`",
-            *(_moved(run.checkpoint.parts[part]) if same else "another" for run, same in zip(runs, here, strict=True)),
+            *(change if same else "another" for change, same in zip(changes, here, strict=True)),
             f"`{last.parts[part].hash[:DIGITS]}`",
         ])  # fmt: skip
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -84,10 +84,6 @@ def _parts(exported: Exported, runs: Sequence[PastRun], missing_origin: str | No
         f"{table}\n\nMoved: the L2 distance from the weights at the start of that run. A hash is the first {DIGITS} digits of a "
         f"sha256 over the tensors' names and sha256s, in the dtype that they are stored in (float32 for trained parts)."
     )
-
-
-def _moved(state: Part) -> str:
-    return f"moved {state.distance:.4g}" if state.trained else "frozen"
 
 
 def _origin(part: str, config: RunConfig, missing_origin: str | None) -> str:

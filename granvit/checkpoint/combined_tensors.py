@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from granvit.checkpoint.layouts import Layout, pattern_matches
+from granvit.checkpoint.layouts import Layout, match
 from granvit.checkpoint.tensors import StoredTensors
 
 _PART, _AXES = re.compile(r"@(\d+)/(\d+)$"), re.compile(r"@\[([1,]+)\]$")
@@ -44,7 +44,7 @@ def part_names(names: Iterable[str], layout: Layout) -> list[str]:
         suffixes.setdefault(name_in_file(pattern), []).append(pattern.partition("@")[2])
     found = []
     for name in names:
-        parts = next((parts for pattern, parts in suffixes.items() if pattern_matches(pattern, name)), None)
+        parts = next((parts for pattern, parts in suffixes.items() if match(pattern, name) is not None), None)
         found += [f"{name}@{part}" for part in parts] if parts else [name]
     return found
 

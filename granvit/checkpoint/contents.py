@@ -5,6 +5,7 @@ Names, shapes and config.json are checked against each other before anything is 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,7 @@ from granvit.checkpoint.detect import LAYOUTS, OURS, detect
 from granvit.checkpoint.layouts import Layout, Spelling
 from granvit.checkpoint.source import Source, open_source, read_json
 from granvit.checkpoint.tensors import shape_differences
-from granvit.models import (
-    LanguageConfig,
-    Shapes,
-    VisionConfig,
-    language_shapes,
-    part_of,
-    projector_shapes,
-    vision_shapes,
-)
+from granvit.models import LanguageConfig, Shapes, VisionConfig, language_shapes, part_of, projector_shapes, vision_shapes
 
 RESAMPLE: dict[Any, str] = {2: "bilinear", 3: "bicubic"}  # the numbers in preprocessor_config.json are Pillow's
 EMBEDDING, HEAD = "language.model.embed_tokens.weight", "language.lm_head.weight"
@@ -284,11 +277,8 @@ def common_name(names: Sequence[str]) -> str:
     """The one name, or the common prefix of several and their count."""
     if len(names) == 1:
         return names[0]
-    common = []
-    for words in zip(*(name.split(".") for name in names), strict=False):
-        if len(set(words)) > 1:
-            break
-        common.append(words[0])
+    words = zip(*(name.split(".") for name in names), strict=False)
+    common = [at_one_place[0] for at_one_place in takewhile(lambda at_one_place: len(set(at_one_place)) == 1, words)]
     return f"{'.'.join([*common, '*'])} ({len(names)} tensors)"
 
 

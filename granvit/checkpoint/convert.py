@@ -26,12 +26,10 @@ import json
 import math
 import os
 import resource
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,8 +53,10 @@ from granvit.checkpoint.tensors import (
     TensorWriter,
     shape_differences,
     sync_directory,
+    temp_folder,
     write_synced,
 )
+from granvit.config import merge
 from granvit.models import PARTS, Shapes, VisionConfig, part_of, vision_shapes
 
 IN_CKPT = ("mindformers", "mindspore")
@@ -84,17 +84,17 @@ class Report:
     notes: list[str] = field(default_factory=list)
     verified: bool = False
     seconds: float = 0.0
-    peak_bytes: int = 0
 
 
 @dataclass
 class Plan:
-    """What to write. `names` maps each target name to the source's names of its parts in order, `fillers` to value and dtype;
-    `config` is the content of config.json, None without a complete configuration."""
+    """What to write. `names` maps each target name to the source's names of its parts in order, `fillers` to a value; `config` is
+    the content of config.json, None without a complete configuration."""
 
     names: dict[str, list[str]]
     shapes: Shapes
-    fillers: dict[str, tuple[float, np.dtype]]
+    dtypes: dict[str, np.dtype]
+    fillers: dict[str, float]
     config: dict[str, Any] | None
 
 
@@ -113,7 +113,7 @@ def make_plan(source: Source, contents: Contents, target: Layout, report: Report
         raise ValueError(f"{source.path}: cannot be written as {target.name!r}: {error}") from None
     came_from = contents.published if (contents.published or {}).get("layout") == target.name else None
     spelling = target.spellings[came_from["spelling"]] if came_from else target.spelling_for(contents.names)
-    plan = Plan({}, {}, {}, None)
+    plan = Plan({}, {}, {}, {}, None)
     parts: dict[str, dict[str, str]] = {}
     for canonical, foreign in contents.names.items():
         if part_of(canonical) not in target.parts:
@@ -125,6 +125,7 @@ def make_plan(source: Source, contents: Contents, target: Layout, report: Report
         parts.setdefault(name_in_file(name), {})[name] = foreign
         plan.shapes[name_in_file(name)] = shape_in_file(name, source.tensors.shapes[foreign])
     plan.names = {name: [found[part] for part in sorted(found)] for name, found in parts.items()}
+    plan.dtypes = {name: source.tensors.dtype(foreign_parts[0]) for name, foreign_parts in plan.names.items()}
     if vision is not None and target.name not in OURS and contents.stated and not came_from:
         _complete_tower(source, contents, vision, spelling, plan, report)
     if contents.stated:
@@ -136,13 +137,14 @@ def _complete_tower(
     source: Source, contents: Contents, vision: VisionConfig, spelling: Spelling, plan: Plan, report: Report
 ) -> None:
     """Adds fillers for the blocks above `vision.level` that the source lacks: transformers builds them, but they are not used."""
-    dtype = source.tensors.dtypes[source.tensors.entries[contents.names["vision.embeddings.patch_embedding.weight"]]["tag"]]
+    dtype = source.tensors.dtype(contents.names["vision.embeddings.patch_embedding.weight"])
     for canonical, shape in vision_shapes(vision.with_all_blocks).items():
         if canonical not in contents.names:
             name = spelling.foreign(canonical)
             assert name is not None, canonical
-            plan.fillers[name_in_file(name)] = filler_value(canonical), dtype
+            plan.fillers[name_in_file(name)] = filler_value(canonical)
             plan.shapes[name_in_file(name)] = shape_in_file(name, shape)
+            plan.dtypes[name_in_file(name)] = dtype
     report.filled += plan.fillers
 
 
@@ -152,8 +154,8 @@ def _config(tree: dict[str, Any], source: Source, contents: Contents, target: La
     if target.name in OURS:
         return tree | ({"published": contents.published} if contents.published else {})
     if came_from and came_from["config"].get("model_type") == tree["model_type"]:
-        tree = _merged(came_from["config"], tree)
-    dtypes = {source.tensors.dtypes[source.tensors.entries[n]["tag"]].name for names in plan.names.values() for n in names}
+        tree = merge(came_from["config"], tree)
+    dtypes = {source.tensors.dtype(n).name for names in plan.names.values() for n in names}
     if len(dtypes) == 1 and not {"dtype", "torch_dtype"} & tree.keys():
         tree["torch_dtype"] = dtypes.pop()
     if target is LLAVA:
@@ -169,39 +171,12 @@ def _config(tree: dict[str, Any], source: Source, contents: Contents, target: La
     return tree
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`below` updated with `above`; nested objects are merged."""
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(below.get(key), dict)
-        merged[key] = _merged(below[key], value) if both else value
-    return merged
-
-
-def _bytes(source: Source, plan: Plan) -> dict[str, int]:
-    kinds = {t: source.tensors.dtypes[source.tensors.entries[parts[0]]["tag"]] for t, parts in plan.names.items()}
-    kinds |= {t: dtype for t, (_, dtype) in plan.fillers.items()}
-    return {t: math.prod(plan.shapes[t]) * kind.itemsize for t, kind in kinds.items()}
-
-
 def _arrays(source: Source, plan: Plan) -> Iterator[tuple[str, np.ndarray]]:
     """Yields every tensor to write, one in memory at a time."""
     for name, parts in plan.names.items():
         yield name, combine(plan.shapes[name], [source.tensors.read(part) for part in parts])
-    for name, (value, dtype) in plan.fillers.items():
-        yield name, np.full(plan.shapes[name], value, dtype)
-
-
-@contextmanager
-def _beside(destination: Path) -> Iterator[Path]:
-    """A temporary folder in the destination's directory, removed at the end."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    folder = destination.with_name(f".tmp-{destination.name}-{os.getpid()}")
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    for name, value in plan.fillers.items():
+        yield name, np.full(plan.shapes[name], value, plan.dtypes[name])
 
 
 def write_plan(source: Source, plan: Plan, target: Layout, destination: Path, verify: bool, report: Report,
@@ -212,8 +187,9 @@ def write_plan(source: Source, plan: Plan, target: Layout, destination: Path, ve
     """
     one_file = destination.suffix in (".ckpt", ".safetensors")
     as_ckpt = destination.suffix == ".ckpt" or (not one_file and target.name in IN_CKPT)
-    sizes = _bytes(source, plan)
-    with _beside(destination) as folder:
+    sizes = {name: math.prod(plan.shapes[name]) * dtype.itemsize for name, dtype in plan.dtypes.items()}
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with temp_folder(destination.with_name(f".tmp-{destination.name}-{os.getpid()}")) as folder:
         inside = folder if one_file else folder / destination.name
         inside.mkdir(exist_ok=True)
         stem = destination.stem if one_file else "model"
@@ -239,7 +215,7 @@ def write_plan(source: Source, plan: Plan, target: Layout, destination: Path, ve
         accompany(inside)
         if verify:
             written = CkptFile(inside / f"{stem}.ckpt") if as_ckpt else TensorSet(inside, stem)
-            _verify(source, plan, written, digests, sizes, progress)
+            _verify(plan, written, digests, sizes, progress)
         sync_directory(inside)
         if os.path.lexists(destination):
             raise ValueError(f"{destination}: was created by another process meanwhile and is left as it is; choose another name")
@@ -248,16 +224,16 @@ def write_plan(source: Source, plan: Plan, target: Layout, destination: Path, ve
     report.tensors, report.bytes, report.verified = len(plan.shapes), sum(sizes.values()), verify
 
 
-def _verify(source: Source, plan: Plan, written: StoredTensors, digests: dict[str, str], sizes: dict[str, int],
-            progress: ProgressCallback) -> None:  # fmt: skip
+def _verify(
+    plan: Plan, written: StoredTensors, digests: dict[str, str], sizes: dict[str, int], progress: ProgressCallback
+) -> None:
     """`ValueError` if names, shapes, dtypes or the sha256 of a tensor's bytes differ in what was written."""
     found = shape_differences(written.shapes, plan.shapes)
     if found:
         raise ValueError(f"the written file reads back differently: {'; '.join(found)}")
     done = 0
-    for name, parts in (plan.names | dict.fromkeys(plan.fillers)).items():
-        kind = plan.fillers[name][1] if parts is None else source.tensors.dtypes[source.tensors.entries[parts[0]]["tag"]]
-        if written.dtypes[written.entries[name]["tag"]] != kind or written.digest(name) != digests[name]:
+    for name, dtype in plan.dtypes.items():
+        if written.dtype(name) != dtype or written.digest(name) != digests[name]:
             raise ValueError(f"{written.entries[name]['path']}: tensor {name!r} reads back differently from what was written")
         done += sizes[name]
         progress("verifying", done, sum(sizes.values()))
@@ -286,41 +262,32 @@ def convert(
     plan = make_plan(opened, contents, target, report)
     write_plan(opened, plan, target, destination, verify, report, progress)
     report.seconds = time.perf_counter() - start
-    report.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return report
 
 
-class Bar:
+class Bar(Progress):
     """Progress on stderr: live on a terminal, a plain line every ten seconds elsewhere."""
 
     def __init__(self):
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        self.live = Progress(*columns, console=console, transient=True) if console.is_terminal else None
-        self.tasks: dict[str, TaskID] = {}
+        super().__init__(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.task_of_step: dict[str, TaskID] = {}
         self.shown = time.monotonic()
 
-    def __enter__(self) -> "Bar":
-        if self.live:
-            self.live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.live:
-            self.live.stop()
-
     def __call__(self, what: str, done: int, total: int) -> None:
-        if self.live:
-            if what not in self.tasks:
-                self.tasks[what] = self.live.add_task(what, total=total)
-            self.live.update(self.tasks[what], completed=done)
+        if not self.disable:
+            if what not in self.task_of_step:
+                self.task_of_step[what] = self.add_task(what, total=total)
+            self.update(self.task_of_step[what], completed=done)
         elif time.monotonic() - self.shown > 10:
             self.shown = time.monotonic()
             print(f"{what} {done / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stderr, flush=True)
 
 
 def lines(report: Report) -> Iterator[str]:
-    """The report as lines of text: what was left out or added and why, sizes, time and memory."""
+    """The report as lines of text: what was left out or added and why, sizes, time and this process's peak memory."""
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield from left_out_lines(report.left_out)
     if report.filled:
         yield f"added {common_name(report.filled)}: fillers (zeros, norm weights 1) for blocks that only transformers builds"
@@ -328,8 +295,20 @@ def lines(report: Report) -> Iterator[str]:
     yield (
         f"{report.from_layout} -> {report.to_layout}: {report.tensors} tensors, {report.bytes / 1e9:.3f} GB, "
         f"{'verified' if report.verified else 'not verified'}, {report.seconds:.1f} s, "
-        f"peak memory {report.peak_bytes / 1e6:.0f} MB"
+        f"peak memory {peak_kib * 1024 / 1e6:.0f} MB"
     )
+
+
+def run_command(work: Callable[[ProgressCallback], Report]) -> int:
+    """Runs `work` with a progress bar; prints its report, or its error in one line. Returns the exit status."""
+    try:
+        with Bar() as bar:
+            report = work(bar)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print("\n".join(lines(report)))
+    return 0
 
 
 def command() -> int:
@@ -349,11 +328,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--from", dest="from_", metavar="LAYOUT", choices=tuple(LAYOUTS), help="that of SRC (default: detected)")
     parser.add_argument("--no-verify", action="store_true", help="do not read back what was written")
     options = parser.parse_args(arguments)
-    try:
-        with Bar() as bar:
-            report = convert(options.source, options.destination, options.to, options.from_, not options.no_verify, bar)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print("\n".join(lines(report)))
-    return 0
+    verify = not options.no_verify
+    return run_command(lambda bar: convert(options.source, options.destination, options.to, options.from_, verify, bar))

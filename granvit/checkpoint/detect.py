@@ -15,14 +15,8 @@ from granvit.checkpoint.layouts.qwen2 import QWEN2
 from granvit.checkpoint.layouts.siglip import SIGLIP
 from granvit.checkpoint.source import Source
 
-LAYOUTS = {
-    layout.name: layout
-    for layout in (
-        *(DEFAULT, SIGLIP, CLIP, AIMV2, AIMV2_APPLE, INTERNVIT, INTERNVIT_HUB),
-        *(QWEN2, LLAMA, LLAVA, MINDFORMERS, MINDSPORE),
-    )
-}
-DETECTED = tuple(layout for layout in LAYOUTS.values() if layout is not MINDSPORE)  # same names as DEFAULT
+DETECTED = (DEFAULT, SIGLIP, CLIP, AIMV2, AIMV2_APPLE, INTERNVIT, INTERNVIT_HUB, QWEN2, LLAMA, LLAVA, MINDFORMERS)
+LAYOUTS = {layout.name: layout for layout in (*DETECTED, MINDSPORE)}  # MINDSPORE has the names of DEFAULT
 OURS = ("default", "mindspore")  # these may have any subset of the model's parts
 
 

@@ -21,7 +21,6 @@ import argparse
 import json
 import os
 import re
-import resource
 import signal
 import sys
 import time
@@ -35,7 +34,7 @@ from tokenizers import Tokenizer
 
 from granvit.checkpoint.card import Exported, model_card, short_path
 from granvit.checkpoint.contents import EMBEDDING, HEAD, RESAMPLE, open_contents, read_contents
-from granvit.checkpoint.convert import Bar, Plan, ProgressCallback, Report, lines, make_plan, write_plan
+from granvit.checkpoint.convert import Plan, ProgressCallback, Report, make_plan, run_command, write_plan
 from granvit.checkpoint.detect import detect
 from granvit.checkpoint.history import PastRun, history
 from granvit.checkpoint.layouts import Layout
@@ -46,7 +45,7 @@ from granvit.checkpoint.layouts.llava import FINAL_DIFFERS, LEVELS, LLAVA
 from granvit.checkpoint.layouts.siglip import SIGLIP
 from granvit.checkpoint.run import Checkpoint, open_checkpoint
 from granvit.checkpoint.source import Source, open_source
-from granvit.checkpoint.tensors import StoredTensors, set_digest, shape_differences, write_synced
+from granvit.checkpoint.tensors import JoinedTensors, Members, set_digest, shape_differences, write_synced
 from granvit.data.chat import SYSTEM, TEMPLATES, Chat, load_chat
 from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, GLOBAL
 from granvit.models import PARTS, Shapes, VisionConfig, parameter_shapes, part_of, vision_shapes
@@ -79,7 +78,6 @@ inputs = processor.apply_chat_template([turn], **options)
 answer = processor.decode(model.generate(**inputs)[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)"""
 Kind = Literal["encoder", "llava"]
 Top = Literal["start", "blank"]
-Members = dict[str, tuple[StoredTensors, str]]  # name -> the set that holds it, its name there
 
 
 @dataclass(frozen=True)
@@ -105,19 +103,17 @@ TOWERS = (
 )
 
 
-class Composed(StoredTensors):
+class Extended(JoinedTensors):
     """Tensors from several sets. `rows` maps tensors to a number of rows: they are extended to it with zeros."""
 
     def __init__(self, members: Members, rows: dict[str, int]):
-        self.members, self.rows = members, rows
-        self.dtypes = {tag: dtype for tensors, _ in members.values() for tag, dtype in tensors.dtypes.items()}
-        self.entries = {name: dict(tensors.entries[stored]) for name, (tensors, stored) in members.items()}
+        super().__init__(members)
+        self.rows = rows
         for name, length in rows.items():
-            self.entries[name]["shape"] = (length, *self.entries[name]["shape"][1:])
+            self.entries[name] = self.entries[name] | {"shape": (length, *self.entries[name]["shape"][1:])}
 
     def read(self, name: str) -> np.ndarray:
-        tensors, stored = self.members[name]
-        array = tensors.read(stored)
+        array = super().read(name)
         if name not in self.rows:
             return array
         grown = np.zeros(self.entries[name]["shape"], array.dtype)
@@ -147,9 +143,9 @@ class Work:
         return self.source.vision
 
     def add(self, members: Members, rows: dict[str, int]) -> None:
-        """Adds `members` to the tensors to write and extends those in `rows` (see `Composed`)."""
+        """Adds `members` to the tensors to write and extends those in `rows` (see `Extended`)."""
         own = self.source.tensors
-        self.source.tensors = Composed({name: (own, name) for name in own.entries} | members, rows)
+        self.source.tensors = Extended({name: (own, name) for name in own.entries} | members, rows)
 
 
 def tower_of(vision: VisionConfig) -> Tower:
@@ -218,7 +214,6 @@ def export(
 
     write_plan(work.source, plan, target, destination, True, report, progress, accompany)
     report.seconds = time.perf_counter() - began
-    report.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return report
 
 
@@ -288,6 +283,7 @@ def _encoder(
         work.add(work.pooling, {})
         plan.names |= {f"vision_model.{name}": [name] for name in work.pooling}
         plan.shapes |= {f"vision_model.{name}": work.source.tensors.shapes[name] for name in work.pooling}
+        plan.dtypes |= {f"vision_model.{name}": work.source.tensors.dtype(name) for name in work.pooling}
         plan.config["vision_use_head"] = True
     if tower.layout is SIGLIP:
         plan.config["granvit"]["pooling_head"] = "start" if work.pooling else "left out"
@@ -530,16 +526,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--license", metavar="ID", help="for the card, as the hub spells it (default: none is stated)")
     parser.add_argument("--base-model", metavar="ID", action="append", default=[], help="for the card, as often as needed")
     options = parser.parse_args(arguments)
-    try:
-        with Bar() as bar:
-            report = export(
-                options.run, options.destination, options.kind, options.top, options.start_weights, options.license,
-                options.base_model, options.for_transformers_4, bar,
-            )  # fmt: skip
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print("\n".join(lines(report)))
-    if options.license is None:
+    status = run_command(lambda bar: export(
+        options.run, options.destination, options.kind, options.top, options.start_weights, options.license,
+        options.base_model, options.for_transformers_4, bar,
+    ))  # fmt: skip
+    if status == 0 and options.license is None:
         print("note: README.md states no license; choose one with --license before you publish")
-    return 0
+    return status

@@ -1,16 +1,15 @@
 """The runs that led to a checkpoint, found through `model.init_from`, with their losses and evaluations."""
-import json
-import re
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
 from granvit.checkpoint.run import Checkpoint, newest_checkpoint
-from granvit.evaluate import Table, evaluation_file, read_evaluation
+from granvit.engine import LOSSES
+from granvit.evaluate import Table, evaluated_steps, evaluation_file, read_evaluation
+from granvit.logs import read_metrics
 from granvit.models import PARTS, vision_shapes
 
 LAST_STEPS = 20  # losses are averaged over the last so many steps in metrics.jsonl
-LOSSES = ("loss", "loss_caption", "loss_distill")
 
 
 @dataclass(frozen=True)
@@ -60,21 +59,10 @@ def _hands_over(parent: Checkpoint, child: Checkpoint) -> bool:
 
 def _past(checkpoint: Checkpoint, went_on: bool = False) -> PastRun:
     run = checkpoint.path.parents[1]
-    averaged: deque[dict] = deque(maxlen=LAST_STEPS)
-    if (run / "metrics.jsonl").exists():
-        with open(run / "metrics.jsonl", errors="replace") as file:
-            for line in file:
-                try:
-                    record = json.loads(line)
-                    if record["step"] > checkpoint.step:
-                        break
-                    if "loss" in record:  # else a skipped step or an evaluation
-                        averaged.append({name: float(record[name]) for name in LOSSES})
-                except (ValueError, KeyError, TypeError):
-                    break  # incomplete: the run was killed while it wrote the line
+    records = (record for _, record in read_metrics(run / "metrics.jsonl", checkpoint.step))
+    # Records without a loss are of skipped steps or evaluations.
+    averaged = deque((record for record in records if "loss" in record), maxlen=LAST_STEPS)
     losses = {name: sum(record[name] for record in averaged) / len(averaged) for name in LOSSES if averaged}
-    names = [path.name for path in (run / "eval").glob("step_*.json")]
-    steps = [int(found[1]) for name in names if (found := re.fullmatch(r"step_(\d+)\.json", name))]
-    step = max((step for step in steps if step <= checkpoint.step), default=0)
+    step = max((step for step in evaluated_steps(run) if step <= checkpoint.step), default=0)
     table = read_evaluation(evaluation_file(run, step)).table if step else {}
     return PastRun(checkpoint, losses, len(averaged), table, step, went_on)

@@ -6,6 +6,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def start_weights(config: RunConfig, vision: VisionConfig, language: LanguageCon
     if config.model.init == "random":
         return _seeded(parameter_shapes(vision, language), config.seed)
     encoder = _published("model.weights_vision", config.model.weights_vision, vision, vision_shapes(vision))
-    return _chained(encoder, _new_projector_and_decoder(config, vision, language))
+    return chain(encoder, _new_projector_and_decoder(config, vision, language))
 
 
 def _without(config: RunConfig) -> str:
@@ -65,14 +66,9 @@ def _without(config: RunConfig) -> str:
 def _new_projector_and_decoder(config: RunConfig, vision: VisionConfig, language: LanguageConfig) -> Tensors:
     projector = _seeded(projector_shapes(vision, language), config.seed)
     if config.model.init == "random":
-        return _chained(projector, _seeded(language_shapes(language), config.seed))
+        return chain(projector, _seeded(language_shapes(language), config.seed))
     key = "model.weights_language"
-    return _chained(projector, _published(key, config.model.weights_language, language, language_shapes(language)))
-
-
-def _chained(*streams: Tensors) -> Tensors:
-    for stream in streams:
-        yield from stream
+    return chain(projector, _published(key, config.model.weights_language, language, language_shapes(language)))
 
 
 def _seeded(shapes: Shapes, seed: int) -> Tensors:
@@ -127,7 +123,7 @@ def _from_run(config: RunConfig, vision: VisionConfig, language: LanguageConfig,
         f"scripts/projector.py model.language={config.model.language} model.init_from={run} output=OTHER, then "
         f"model.init_from=OTHER here"
     )
-    return _chained(taken, _new_projector_and_decoder(config, vision, language))
+    return chain(taken, _new_projector_and_decoder(config, vision, language))
 
 
 def _published(key: str, directory: str, ours: VisionConfig | LanguageConfig, expected: Shapes) -> Tensors:
@@ -196,7 +192,7 @@ def open_pretrained(directory: str | Path, *parts: str) -> Opened:
     for line in left_out_lines(contents.left_out | other):
         log.warning(f"{path}: {line}")
     names = {canonical: name for canonical, name in contents.names.items() if part_of(canonical) in parts}
-    stored = {source.tensors.dtypes[source.tensors.entries[name]["tag"]].name for name in names.values()}
+    stored = {source.tensors.dtype(name).name for name in names.values()}
     tensors = ((canonical, source.tensors.read(name)) for canonical, name in names.items())
     return Opened(path, contents.vision, contents.language, stored.pop() if len(stored) == 1 else "float32", tensors)
 

@@ -20,14 +20,13 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from granvit.checkpoint.tensors import TensorSet, set_digest, shape_differences
+from granvit.checkpoint.tensors import Members, TensorSet, set_digest, shape_differences
 from granvit.config import RunConfig, validate
 from granvit.engine import Group
 from granvit.models import PARTS, LanguageConfig, Shapes, Strict, VisionConfig, parameter_shapes, part_of, vision_shapes
@@ -35,19 +34,9 @@ from granvit.models import PARTS, LanguageConfig, Shapes, Strict, VisionConfig, 
 FORMAT = 2
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(Strict):
     """One part of the model in a checkpoint: `hash` is that of its weights, `start` that of its start weights, `distance` the L2
     distance between the two."""
-
-    trained: bool
-    hash: str
-    start: str
-    distance: float
-
-
-class PartState(Strict):
-    """A `Part` in state.json."""
 
     trained: bool
     hash: str = Field(pattern="^[0-9a-f]{64}$")
@@ -56,13 +45,14 @@ class PartState(Strict):
 
 
 class State(Strict):
-    """state.json without its checksum."""
+    """state.json without its checksum. `ranks` is the number of ranks of the run, `fingerprints` are those of the tokenizer and
+    the stores. Older checkpoints without these two have None and {}."""
 
     format: int
     step: NonNegativeInt
     data_position: NonNegativeInt
     counters: dict[str, int]
-    parts: dict[Literal["vision", "projector", "language"], PartState] = Field(min_length=len(PARTS))
+    parts: dict[Annotated[str, Field(pattern=f"^({'|'.join(PARTS)})$")], Part] = Field(min_length=len(PARTS))
     versions: dict[str, str]
     config: RunConfig
     vision: VisionConfig
@@ -71,22 +61,11 @@ class State(Strict):
     fingerprints: dict[str, str] = Field({})
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """One complete checkpoint, opened for reading. `digest` is the checksum of its state, `ranks` the number of ranks of the run.
-    `fingerprints` are those of the tokenizer and the stores. Older checkpoints without these two have None and {}."""
+class Checkpoint(State):
+    """One complete checkpoint, opened for reading: its state, whose checksum is `digest`, and access to its tensors."""
 
     path: Path
     digest: str
-    step: int
-    config: RunConfig
-    vision: VisionConfig
-    language: LanguageConfig
-    parts: dict[str, Part]
-    counters: dict[str, int]
-    versions: dict[str, str]
-    ranks: int | None
-    fingerprints: dict[str, str]
 
     def tensors(self, group: Group) -> Iterator[tuple[str, np.ndarray]]:
         """A group's tensors, each checked against its checksum. `model` includes frozen parts and is in canonical order."""
@@ -95,7 +74,7 @@ class Checkpoint:
 
     def shapes(self, group: Group) -> Shapes:
         """Names and shapes of a group's tensors."""
-        return {name: tensors.shapes[stored] for name, (tensors, stored) in self._group(group).items()}
+        return {name: tensors.entries[stored]["shape"] for name, (tensors, stored) in self._group(group).items()}
 
     def check_architecture(self, vision: VisionConfig, language: LanguageConfig) -> None:
         """`ValueError` naming the first tensors that do not fit the architecture."""
@@ -109,7 +88,23 @@ class Checkpoint:
             if found:
                 raise ValueError(f"checkpoint {self.path} is of another architecture ({group}): " + "; ".join(found))
 
-    def _group(self, group: Group) -> dict[str, tuple[TensorSet, str]]:
+    def members(self) -> Members:
+        """The model's tensors, first those of the trained parts, then those of each frozen part.
+
+        `ValueError` if a tensor is there twice.
+        """
+        sets = [TensorSet(self.path, checked=True)] if any(part.trained for part in self.parts.values()) else []
+        frozen = {name: part.hash for name, part in self.parts.items() if not part.trained}
+        sets += [open_part(self.path.parents[1], name, digest) for name, digest in frozen.items()]
+        found: Members = {}
+        for tensors in sets:
+            for name, entry in tensors.entries.items():
+                if name in found:
+                    raise ValueError(f"{entry['path']}: tensor {name!r} is also in {found[name][0].entries[name]['path']}")
+                found[name] = tensors, name
+        return found
+
+    def _group(self, group: Group) -> Members:
         """Maps each parameter to the set that has it and its name in that set."""
         if group in ("first_moment", "second_moment"):
             moments = TensorSet(self.path, "optimizer", checked=True)
@@ -118,16 +113,8 @@ class Checkpoint:
         if group == "teacher":
             teacher = TensorSet(self.path, "teacher", checked=True)
             return {n: (teacher, n) for n in teacher.shapes}
-        found = {}
-        if any(part.trained for part in self.parts.values()):
-            trained = TensorSet(self.path, "model", checked=True)
-            found = {n: (trained, n) for n in trained.shapes}
-        for name, part in self.parts.items():
-            if not part.trained:
-                frozen = open_part(self.path.parents[1], name, part.hash)
-                found |= {n: (frozen, n) for n in frozen.shapes}
         order = {n: i for i, n in enumerate(parameter_shapes(self.vision, self.language))}
-        return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
+        return dict(sorted(self.members().items(), key=lambda item: order.get(item[0], len(order))))
 
 
 def open_part(run: Path, name: str, digest: str) -> TensorSet:
@@ -175,34 +162,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise ValueError(f"{file}: cannot be read ({error}); the checkpoint is damaged") from None
     if state_digest(tree) != stated:
         raise ValueError(f"{file}: its contents do not match its checksum; the checkpoint is damaged")
-    if tree.get("format") == 1:
+    if tree.get("format") == 1:  # `train.global_batch` was rows x `data.regions_per_row`; since format 2 it is rows
         try:
-            _count_rows(tree)
+            tree["config"]["train"]["global_batch"] //= tree["config"]["data"]["regions_per_row"]
         except (KeyError, TypeError, ArithmeticError) as error:
             key = "train.global_batch or data.regions_per_row"
             raise ValueError(f"{file}: config: {key} is missing or invalid ({error!r}); the checkpoint is damaged") from None
     elif tree.get("format") != FORMAT:
         raise ValueError(f"{file}: checkpoint format {tree.get('format')!r}; this version of granvit reads formats 1 to {FORMAT}")
-    state = validate(State, tree, str(file))
-    return Checkpoint(
-        path=path,
-        digest=stated,
-        step=state.step,
-        config=state.config,
-        vision=state.vision,
-        language=state.language,
-        parts={name: Part(**vars(part)) for name, part in state.parts.items()},
-        counters=state.counters,
-        versions=state.versions,
-        ranks=state.ranks,
-        fingerprints=state.fingerprints,
-    )
-
-
-def _count_rows(state: dict) -> None:
-    """Converts a state of format 1, where `train.global_batch` was rows x `data.regions_per_row`; since format 2 it is rows."""
-    config = state["config"]
-    config["train"]["global_batch"] //= config["data"]["regions_per_row"]
+    return validate(Checkpoint, tree | {"path": path, "digest": stated}, str(file))
 
 
 def state_digest(state: dict) -> str:

@@ -11,7 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from granvit.checkpoint.run import FORMAT, Checkpoint, Part, open_checkpoint, open_part, saved_steps, state_digest, step_directory
-from granvit.checkpoint.tensors import TensorWriter, set_digest, sync_directory, tensor_digest, write_set, write_synced
+from granvit.checkpoint.tensors import (
+    TensorWriter,
+    set_digest,
+    sync_directory,
+    temp_folder,
+    tensor_digest,
+    write_set,
+    write_synced,
+)
 from granvit.config import RunConfig
 from granvit.engine import Group, TrainEngine
 from granvit.models import PARTS, LanguageConfig, VisionConfig, parameter_shapes, part_of, vision_shapes
@@ -31,16 +39,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-@contextmanager
-def _temporary(folder: Path) -> Iterator[Path]:
-    """A new folder that is removed at the end, unless it was renamed."""
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -82,7 +80,7 @@ class CheckpointWriter:
             folders, writers = {}, {}
             for part in PARTS:
                 with _disk_errors(what):
-                    folders[part] = stack.enter_context(_temporary(self.run / "parts" / f".tmp-{part}-{os.getpid()}"))
+                    folders[part] = stack.enter_context(temp_folder(self.run / "parts" / f".tmp-{part}-{os.getpid()}"))
                 shapes = {n: s for n, s in self.model_shapes.items() if part_of(n) == part}
                 writers[part] = stack.enter_context(TensorWriter(folders[part], "model", shapes))
             for name, array in start:
@@ -110,7 +108,7 @@ class CheckpointWriter:
         if into.exists():
             return open_checkpoint(into)  # the same step of the same run has the same bytes
         temporary = into.with_name(f".tmp-{into.name}-{os.getpid()}")
-        with _disk_errors(f"checkpoint {into} could not be written"), _temporary(temporary) as folder:
+        with _disk_errors(f"checkpoint {into} could not be written"), temp_folder(temporary) as folder:
             parts = self._write_model(engine, folder, compare_frozen=last or not self.frozen_compared)
             self._write_rest(engine, folder)
             self._write_state(folder, step, parts, counters, engine.world)
@@ -140,7 +138,10 @@ class CheckpointWriter:
             writer.finish()
         self.frozen_compared = True
         hashes = self.start | {part: set_digest(digests[part]) for part in self.trains}
-        return {part: Part(part in self.trains, hashes[part], self.start[part], squares[part] ** 0.5) for part in PARTS}
+        return {
+            part: Part(trained=part in self.trains, hash=hashes[part], start=self.start[part], distance=squares[part] ** 0.5)
+            for part in PARTS
+        }
 
     def _write_rest(self, engine: TrainEngine, folder: Path) -> None:
         trained = {n: s for n, s in self.model_shapes.items() if part_of(n) in self.trains}
@@ -156,7 +157,7 @@ class CheckpointWriter:
             "step": step,
             "data_position": step,
             "counters": counters,
-            "parts": {name: vars(part) for name, part in parts.items()},
+            "parts": {name: part.model_dump() for name, part in parts.items()},
             "versions": versions(),
             "ranks": ranks,
             "fingerprints": self.fingerprints,

@@ -1,16 +1,13 @@
 """Opens the source of a conversion: a publisher's directory, a run's checkpoint or one file. No tensor is read."""
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from granvit.checkpoint.layouts.mindspore import CkptFile
-from granvit.checkpoint.run import newest_checkpoint, open_checkpoint, open_part
-from granvit.checkpoint.tensors import StoredTensors, TensorSet
+from granvit.checkpoint.run import newest_checkpoint, open_checkpoint
+from granvit.checkpoint.tensors import JoinedTensors, StoredTensors, TensorSet
 from granvit.models import LanguageConfig, VisionConfig
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle")
@@ -34,22 +31,6 @@ class Source:
     vision: VisionConfig | None = None
     language: LanguageConfig | None = None
     beside: bool = False
-
-
-class RunTensors(StoredTensors):
-    """The model in a run's checkpoint: the trained parts and the frozen parts, each tensor checked when it is read."""
-
-    def __init__(self, sets: Sequence[TensorSet]):
-        self.owner: dict[str, TensorSet] = {}
-        self.entries = {}
-        for tensors in sets:
-            for name, entry in tensors.entries.items():
-                if name in self.entries:
-                    raise ValueError(f"{entry['path']}: tensor {name!r} is also in {self.entries[name]['path']}")
-                self.owner[name], self.entries[name] = tensors, entry
-
-    def read(self, name: str) -> np.ndarray:
-        return self.owner[name].read(name)
 
 
 def open_source(path: Path) -> Source:
@@ -110,10 +91,7 @@ def _open_run(path: Path) -> Source:
     checkpoint = open_checkpoint(path) if (path / "state.json").exists() else newest_checkpoint(path)
     if checkpoint is None:
         raise ValueError(f"{path / 'checkpoints'}: no checkpoint is there")
-    sets = [TensorSet(checkpoint.path, checked=True)] if any(p.trained for p in checkpoint.parts.values()) else []
-    frozen = {name: part.hash for name, part in checkpoint.parts.items() if not part.trained}
-    sets += [open_part(checkpoint.path.parents[1], name, digest) for name, digest in frozen.items()]
-    return Source(checkpoint.path, RunTensors(sets), None, None, checkpoint.vision, checkpoint.language)
+    return Source(checkpoint.path, JoinedTensors(checkpoint.members()), None, None, checkpoint.vision, checkpoint.language)
 
 
 def read_json(path: Path) -> dict[str, Any]:

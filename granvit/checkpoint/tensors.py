@@ -9,8 +9,9 @@ import io
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -62,6 +63,16 @@ def write_synced(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def temp_folder(folder: Path) -> Iterator[Path]:
+    """A new folder that is removed at the end, unless it was renamed."""
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class TensorWriter:
@@ -130,7 +141,8 @@ class TensorWriter:
             for i, name in enumerate(names):
                 os.rename(self._partial(i), self.directory / name)
             weight_map = {tensor: name for shard, name in zip(self.shards, names, strict=True) for tensor in shard}
-            index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
+            ends = [max(entry["data_offsets"][1] for entry in shard.values()) for shard in self.shards]
+            index = {"metadata": {"total_size": sum(ends)}, "weight_map": weight_map}
             write_synced(self.directory / f"{self.stem}.safetensors.index.json", json.dumps(index, indent=1))
         if self.checksums:
             write_synced(self.directory / f"{self.stem}.sha256.json", json.dumps(self.digests, indent=1))
@@ -155,10 +167,6 @@ class TensorWriter:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-
-    @property
-    def total(self) -> int:
-        return sum(entry["data_offsets"][1] - entry["data_offsets"][0] for shard in self.shards for entry in shard.values())
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -214,6 +222,10 @@ class StoredTensors:
         """Names and shapes, in the order of the files."""
         return {name: entry["shape"] for name, entry in self.entries.items()}
 
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """The dtype of a tensor that can be read."""
+        return self.dtypes[self.entries[name]["tag"]]
+
     def check_readable(self, name: str) -> None:
         """`ValueError` naming file and tensor if its dtype is not in `dtypes`."""
         entry = self.entries[name]
@@ -231,7 +243,7 @@ class StoredTensors:
             for offset, length in entry["spans"]:
                 self._fill(file, offset, raw[start : start + length], name)
                 start += length
-        return raw.view(self.dtypes[entry["tag"]]).reshape(entry["shape"])
+        return raw.view(self.dtype(name)).reshape(entry["shape"])
 
     def digest(self, name: str) -> str:
         """sha256 of a tensor's bytes, for any dtype, with one chunk in memory at a time."""
@@ -252,6 +264,22 @@ class StoredTensors:
             if not (count := file.readinto(raw.data[done:])):
                 raise ValueError(f"{file.name}: truncated inside tensor {name!r}")
             done += count
+
+
+Members = dict[str, tuple[StoredTensors, str]]  # name -> the set that has the tensor, its name there
+
+
+class JoinedTensors(StoredTensors):
+    """Tensors from several sets."""
+
+    def __init__(self, members: Members):
+        self.members = members
+        self.dtypes = {tag: dtype for tensors, _ in members.values() for tag, dtype in tensors.dtypes.items()}
+        self.entries = {name: tensors.entries[stored] for name, (tensors, stored) in members.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        tensors, stored = self.members[name]
+        return tensors.read(stored)
 
 
 class TensorSet(StoredTensors):
@@ -315,14 +343,9 @@ class TensorSet(StoredTensors):
 
     def digest_as(self, name: str, dtype: np.dtype) -> str:
         """sha256 of a tensor's bytes after conversion to `dtype`; not computed again if `checked` has it already."""
-        if self.digests is not None and self.dtypes[self.entries[name]["tag"]] == dtype:
+        if self.digests is not None and self.dtype(name) == dtype:
             return self.digests[name]
         return tensor_digest(self.read(name).astype(dtype))
-
-    def items(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Every tensor, one at a time."""
-        for name in self.entries:
-            yield name, self.read(name)
 
 
 def shape_differences(found: Shapes, expected: Shapes, limit: int = 5) -> list[str]:

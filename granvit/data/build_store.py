@@ -88,63 +88,62 @@ def build_store(
     if not images.is_dir():
         raise ValueError(f"images {images}: no such directory")
     read = partial(_read_line, images=images, unit=unit, frame=frame, max_pixels=max_pixels)
-    task = progress.add_task("images", total=jsonl.stat().st_size) if progress else None
-
-    def items() -> Iterator[Item]:
-        def done(chunk: list[tuple[int, bytes]]) -> None:
-            if progress and task is not None:
-                progress.advance(task, sum(len(line) for _, line in chunk))
-
-        with open(jsonl, "rb") as file:
-            yield from read_in_threads(read, ((n, line) for n, line in enumerate(file, 1) if line.strip()), done)
-
-    return write_items(items(), out, REGIONS, frame, shard_bytes)
+    shown = progress or Progress(disable=True)
+    task = shown.add_task("images", total=jsonl.stat().st_size)
+    with open(jsonl, "rb") as file:
+        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        items = read_in_threads(read, lines, lambda chunk: shown.advance(task, sum(len(line) for _, line in chunk)))
+        return write_items(items, out, REGIONS, frame, shard_bytes)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m granvit.data.build_store", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("jsonl", metavar="JSONL", help="annotations, one image per line")
+    parser.add_argument("source", metavar="JSONL", help="annotations, one image per line")
     add_build_arguments(parser)
     frame_help = "frame that boxes are relative to (default: image)"
     parser.add_argument("--bbox-frame", choices=get_args(BboxFrame), default="image", help=frame_help)
     parser.add_argument("--boxes", choices=get_args(BoxUnit), default="relative", help="0..1 or pixels (default: relative)")
-    a = parser.parse_args(arguments)
-    try:
-        with Progress(transient=True) as progress:
-            summary = build_store(
-                *(a.jsonl, a.images, a.out),
-                frame=a.bbox_frame,
-                unit=a.boxes,
-                shard_bytes=a.shard_size << 20,
-                max_pixels=a.max_pixels,
-                progress=progress,
-            )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{a.out}: {summary.images} images, {summary.regions} regions, {summary.globals} global captions")
-    print_refused(summary, a.out)
-    return 0
+    options = parser.parse_args(arguments)
+    counts = "{0.images} images, {0.regions} regions, {0.globals} global captions"
+    return run_build(partial(build_store, unit=options.boxes), options, counts)
 
 
 def add_build_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that all commands that build a store share."""
+    """Adds the arguments that all commands that build a store share, except the first, `source`, and `--bbox-frame`."""
     parser.add_argument("images", metavar="IMAGES", help="folder that the annotations' image paths are relative to")
     parser.add_argument("out", metavar="OUT", help="directory to create")
     parser.add_argument("--shard-size", type=int, default=256, metavar="MB", help="close a shard at this size (default: 256)")
     parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="refuse larger images (default: %(default)s)")
 
 
-def print_refused(summary: Summary, out: str) -> None:
-    """Prints what was refused: counts by reason, the first items by name, and the file that lists all if there are more."""
+def run_build(build: Callable[..., Summary], options: argparse.Namespace, counts: str) -> int:
+    """Builds a store with the options of the command line; returns the exit status.
+
+    Prints the counts (a format string for the summary) and what was refused: counts by reason, the first items by name, and the
+    file that lists all if there are more. An error is printed in one line.
+    """
+    try:
+        with Progress(transient=True) as progress:
+            summary = build(
+                *(options.source, options.images, options.out),
+                frame=options.bbox_frame,
+                shard_bytes=options.shard_size << 20,
+                max_pixels=options.max_pixels,
+                progress=progress,
+            )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.out}: {counts.format(summary)}")
     for reason, count in summary.refused.most_common():
         print(f"  refused {count}: {reason}")
     for line in summary.first_refused:
         print(f"    {line}")
     if (total := summary.refused.total()) > len(summary.first_refused):
-        print(f"    all {total}: {Path(out) / REFUSED}")
+        print(f"    all {total}: {Path(options.out) / REFUSED}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -166,21 +166,19 @@ class Chat:
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits of a hash over tokenizer, template, fixed wording and the version of `tokenizers`.
-
-        Together these determine all token lengths.
-        """
-        return hashlib.sha256("\0".join((*self._stated, tokenizers.__version__)).encode()).hexdigest()[:16]
+        """Sixteen hex digits of a hash over all that determines token lengths: the contents of `contents_fingerprint` and the
+        version of `tokenizers`."""
+        return self._hashed(tokenizers.__version__)
 
     @property
     def contents_fingerprint(self) -> str:
         """Sixteen hex digits of a hash over the tokenizer, the template and the fixed wording."""
-        return hashlib.sha256("\0".join(self._stated).encode()).hexdigest()[:16]
+        return self._hashed()
 
-    @property
-    def _stated(self) -> tuple[str, ...]:
+    def _hashed(self, *more: str) -> str:
         wording = (prompts.BBOX2CAPTION, prompts.CAPTION2BBOX, prompts.GLOBAL)
-        return (self.tokenizer.to_str(), self.family, repr(self._template), *wording)
+        contents = (self.tokenizer.to_str(), self.family, repr(self._template), *wording, *more)
+        return hashlib.sha256("\0".join(contents).encode()).hexdigest()[:16]
 
     def jinja(self, image_token: str) -> str:
         """The template as a `chat_template` of transformers: user and assistant turns, with `image_token` for each image.

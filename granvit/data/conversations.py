@@ -30,7 +30,7 @@ from typing import Any, get_args
 
 from rich.progress import Progress
 
-from granvit.data.build_store import add_build_arguments, print_refused, read_image, read_in_threads
+from granvit.data.build_store import add_build_arguments, read_image, read_in_threads, run_build
 from granvit.data.images import decode
 from granvit.data.prompts import Box, replace_boxes
 from granvit.data.records import BboxFrame, Conversation, written_box
@@ -66,14 +66,11 @@ def build_conversations(
     if not images.is_dir():
         raise ValueError(f"images {images}: no such directory")
     read = partial(_read, images=images, frame=frame, max_pixels=max_pixels)
-    task = progress.add_task("conversations", total=None) if progress else None
-
-    def done(chunk: list) -> None:
-        if progress and task is not None:
-            progress.advance(task, len(chunk))
-
+    shown = progress or Progress(disable=True)
+    task = shown.add_task("conversations", total=None)
+    items = read_in_threads(read, _entries(path), lambda chunk: shown.advance(task, len(chunk)))
     try:
-        return write_items(read_in_threads(read, _entries(path), done), out, CONVERSATIONS, frame, shard_bytes)
+        return write_items(items, out, CONVERSATIONS, frame, shard_bytes)
     except _FrameNotStated as found:
         raise ValueError(
             f"{path}: {found}; state what this data set's boxes are relative to: --bbox-frame image, or padded_square "
@@ -200,25 +197,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m granvit.data.conversations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("json", metavar="JSON", help="conversations: a JSON list, or one per line")
+    parser.add_argument("source", metavar="JSON", help="conversations: a JSON list, or one per line")
     add_build_arguments(parser)
     parser.add_argument("--bbox-frame", choices=get_args(BboxFrame), help="frame that boxes in the texts are relative to")
-    a = parser.parse_args(arguments)
-    try:
-        with Progress(transient=True) as progress:
-            summary = build_conversations(
-                *(a.json, a.images, a.out),
-                frame=a.bbox_frame,
-                shard_bytes=a.shard_size << 20,
-                max_pixels=a.max_pixels,
-                progress=progress,
-            )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{a.out}: {summary.conversations} conversations, {summary.images} of them about an image, {summary.turns} turns")
-    print_refused(summary, a.out)
-    return 0
+    counts = "{0.conversations} conversations, {0.images} of them about an image, {0.turns} turns"
+    return run_build(build_conversations, parser.parse_args(arguments), counts)
 
 
 if __name__ == "__main__":

@@ -35,11 +35,7 @@ def _shares(store: Store) -> list[tuple[int, int]]:
 
 
 def _encode(store: Store, chat: Chat, role: Role, records: tuple[int, int]) -> Iterator[bytes]:
-    """uint16 lengths, as bytes, of the texts of records `records[0]` to `records[1]` - 1, in order.
-
-    Role answer: as answers. Role question: of the caption2bbox question with the text (0 for global captions, which are not used
-    in such questions). Role conversation: two numbers each, input tokens after the prefix and supervised tokens.
-    """
+    """The `text_lengths` of records `records[0]` to `records[1]` - 1, as bytes."""
     for first in range(*records, _CHUNK):
         last = min(first + _CHUNK, records[1])
         numbers = store.region_starts[first : last + 1] + np.arange(first, last + 1)
@@ -58,7 +54,8 @@ def text_lengths(store: Store, chat: Chat, role: Role) -> np.ndarray:
     """The token lengths of all texts of the store, memory-mapped uint16.
 
     Role answer: `[records + regions]`, `len(answer_ids(text))`. Role question: `[records + regions]`, the length of the
-    caption2bbox question with the text. Role conversation: `[records, 2]`, input tokens after the prefix and supervised tokens.
+    caption2bbox question with the text (0 for global captions, which no such question has). Role conversation: `[records, 2]`,
+    input tokens after the prefix and supervised tokens.
 
     Computed once per store, tokenizer and template, and kept in STORE/lengths, or in `~/.cache/granvit` if the store is
     read-only. Processes that call this at the same time share the work (`make_in_shares`). `ValueError` if the kept file has the

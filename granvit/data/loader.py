@@ -116,13 +116,9 @@ class Loader:
         self.steps = config.train.steps or self.plan.steps(config.train.epochs)
         self.micro_batches = config.local_micro_batches(world)
         self._workers = config.data.workers
-        self._assemble = _Assembler(
-            self.plan,
-            Packer(
-                *(vision, chat, config.boxes_per_row, config.crop_size(vision)), config.distill.crop_scale, config.data.max_pixels
-            ),
-            *(compose, rank, world, config.train.micro_batch, self.micro_batches),
-        )
+        boxes, crop_size = config.boxes_per_row, config.crop_size(vision)
+        packer = Packer(vision, chat, boxes, crop_size, config.distill.crop_scale, config.data.max_pixels)
+        self._assemble = _Assembler(self.plan, packer, compose, rank, world, config.train.micro_batch, self.micro_batches)
 
     def batches(self, start_step: int = 0) -> Generator[list[Batch], None, None]:
         """Yields the micro-batches of steps `start_step`, `start_step` + 1, ... up to the last; reads and decodes ahead.

@@ -77,9 +77,8 @@ def written_box(values: Any, width: int, height: int, unit: BoxUnit, frame: Bbox
     no more than the rounding error is clipped to the image.
     `ValueError` with the reason if `values` is not a box of the image.
     """
-    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != 4:
-        raise ValueError("box is not four numbers")
-    if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
+    four = isinstance(values, Sequence) and not isinstance(values, str) and len(values) == 4
+    if not four or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
         raise ValueError("box is not four numbers")
     x1, y1, x2, y2 = (float(v) if abs(v) < 1e9 else math.inf for v in values)
     if not all(map(math.isfinite, (x1, y1, x2, y2))):

@@ -15,6 +15,7 @@
 """
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 from grain.experimental import index_shuffle
@@ -65,6 +66,7 @@ def stratified(classes: np.ndarray, buckets: np.ndarray, rng: np.random.Generato
     return by_class[np.argsort((place + np.repeat(rng.random(len(counts)), counts)) / np.repeat(counts, counts), kind="stable")]
 
 
+@dataclass(eq=False)
 class Plan:
     """The order of the data: rows, buckets and global batches of every epoch.
 
@@ -73,31 +75,27 @@ class Plan:
     for a row of weight zero. Memory: one int64 per image for each of the last two epochs.
     """
 
-    def __init__(
-        self,
-        stores: Sequence[Store],
-        lengths: Sequence[TurnLengths],
-        rates: Sequence[float],
-        mix: dict[Task, float],
-        regions_per_row: int,
-        rows_per_step: int,
-        buckets: Sequence[Bucket],
-        prefixes: Sequence[PrefixLengths],
-        seed: int,
-    ):
-        self._arguments = (stores, lengths, rates, mix, regions_per_row, rows_per_step, buckets, prefixes, seed)
-        self.stores, self.lengths, self.prefixes, self.rates, self.mix = stores, lengths, prefixes, rates, mix
-        self.K, self.rows_per_step, self.buckets, self.seed = regions_per_row, rows_per_step, buckets, seed
-        self._record_starts = np.cumsum([0] + [store.records for store in stores])
-        self._region_starts = np.cumsum([0] + [store.regions for store in stores])
-        self._tasks = [(index, task) for index, task in enumerate(TASKS) if mix.get(task, 0) > 0]
+    stores: Sequence[Store]
+    lengths: Sequence[TurnLengths]
+    rates: Sequence[float]
+    mix: dict[Task, float]
+    regions_per_row: int
+    rows_per_step: int
+    buckets: Sequence[Bucket]
+    prefixes: Sequence[PrefixLengths]
+    seed: int
+
+    def __post_init__(self) -> None:
+        self._record_starts = np.cumsum([0] + [store.records for store in self.stores])
+        self._region_starts = np.cumsum([0] + [store.regions for store in self.stores])
+        self._tasks = [(index, task) for index, task in enumerate(TASKS) if self.mix.get(task, 0) > 0]
         self._lock = threading.RLock()  # reading threads share the tables
         self._epochs: dict[int, np.ndarray] = {}
         self._epoch_steps: list[int] = []
         self._windows: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def __reduce__(self):
-        return Plan, self._arguments
+        return Plan, tuple(getattr(self, field.name) for field in fields(self))
 
     def steps(self, epochs: int) -> int:
         """Number of global steps of the first `epochs` epochs."""
@@ -185,7 +183,7 @@ class Plan:
                     asked[first:last] += np.diff(running[starts - starts[0]])
             whole[first:last] = self._asked_whole(epoch, source, np.arange(first, last))
             first = last
-        return asked + whole if self.K == 1 else np.maximum(-(-asked // self.K), whole)
+        return asked + whole if self.regions_per_row == 1 else np.maximum(-(-asked // self.regions_per_row), whole)
 
     def _images(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """For each row number: index of the source, of the image in the source, and of the chunk of the image's questions."""
@@ -222,9 +220,9 @@ class Plan:
                 member, task, region = member[sort], task[sort], region[sort]
                 asked_regions = np.bincount(member, minlength=len(members))
                 place = np.arange(len(member)) - np.repeat(np.cumsum(asked_regions) - asked_regions, asked_regions)
-                in_chunk = place // self.K == chunk[member]
+                in_chunk = place // self.regions_per_row == chunk[member]
                 questions.append((members[member[in_chunk]], task[in_chunk], region[in_chunk]))
-            whole = self._asked_whole(epoch, source, image) & (chunk == (asked_regions if self.K == 1 else 0))
+            whole = self._asked_whole(epoch, source, image) & (chunk == (asked_regions if self.regions_per_row == 1 else 0))
             whole_task = TASKS.index(self._whole_task(source))
             questions.append((members[whole], np.full(whole.sum(), whole_task), np.full(whole.sum(), -1)))
         row, task, region = map(np.concatenate, zip(*questions, strict=True))

@@ -37,7 +37,7 @@ _BUILD = (
     "build it with `python -m granvit.data.build_store JSONL IMAGES OUT`, or `python -m granvit.data.conversations JSON IMAGES "
     "OUT` for conversations"
 )
-_TEXT_SIDE = ("texts.bin", "text_ends.u8", "region_starts.i8")
+TEXT_SIDE = ("texts.bin", "text_ends.u8", "region_starts.i8")  # "sizes.u4" is not in older stores
 _CHUNK = 1 << 20  # numbers checked at a time
 Record = ImageRecord | Conversation
 
@@ -134,9 +134,9 @@ def _check_manifest(manifest: Manifest, kind: Kind) -> None:
             raise ValueError(f"manifest.json names {name!r}, which is not the name of a file in the store")
     if len(set(shards)) < len(shards):
         raise ValueError("manifest.json lists a shard twice")
-    if sizeless := [name for name in (*shards, *_TEXT_SIDE) if name not in manifest.bytes]:
+    if sizeless := [name for name in (*shards, *TEXT_SIDE) if name not in manifest.bytes]:
         raise ValueError(f"manifest.json has no size of {sizeless[0]!r} under 'bytes'")
-    if unknown := [name for name in manifest.bytes if name not in (*shards, *_TEXT_SIDE, "sizes.u4")]:
+    if unknown := [name for name in manifest.bytes if name not in (*shards, *TEXT_SIDE, "sizes.u4")]:
         raise ValueError(f"manifest.json has a size of {unknown[0]!r} under 'bytes', which is not a file of a store")
     count = kind.counts[0]
     records, stated = sum(shard.images for shard in manifest.shards), getattr(manifest, count)

@@ -12,9 +12,10 @@ from typing import Any, TextIO
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from granvit.data.records import BboxFrame, Conversation, ImageRecord, image_box
-from granvit.data.store import REGIONS, VERSION, Kind, Record
+from granvit.data.store import REGIONS, TEXT_SIDE, VERSION, Kind, Record
 
 _NAMED = 10  # refused items printed by name
+FILES = (*TEXT_SIDE, "sizes.u4")
 REFUSED = "refused.jsonl"  # not listed in the manifest: readers do not need it
 
 
@@ -47,11 +48,6 @@ def _header(record: Record) -> str:
     return json.dumps(tree, ensure_ascii=False, separators=(",", ":"))
 
 
-def _encode(header: str, image: bytes) -> bytes:
-    text = header.encode()
-    return struct.pack("<I", len(text)) + text + image
-
-
 class _Writer:
     """Writes a store into `folder`, which exists and is empty."""
 
@@ -60,18 +56,16 @@ class _Writer:
         self.shards: list[dict] = []
         self.summary = Summary()
         self._shard: ArrayRecordWriter | None = None
-        # Closed by `finish`.
-        self._texts = open(folder / "texts.bin", "wb")  # noqa: SIM115
-        self._ends = open(folder / "text_ends.u8", "wb")  # noqa: SIM115
-        self._starts = open(folder / "region_starts.i8", "wb")  # noqa: SIM115
-        self._sizes = open(folder / "sizes.u4", "wb")  # noqa: SIM115
+        self._files = [open(folder / name, "wb") for name in FILES]  # noqa: SIM115 (closed by finish)
+        self._texts, self._ends, self._starts, self._sizes = self._files
         self._refused: TextIO | None = None
         self._ends.write(struct.pack("<Q", 0))
         self._starts.write(struct.pack("<q", 0))
 
     def add(self, record: Record) -> None:
         header = _header(record)
-        data = _encode(header, record.image)
+        encoded_header = header.encode()
+        data = struct.pack("<I", len(encoded_header)) + encoded_header + record.image
         if self._shard is None:
             name = f"shard-{len(self.shards):05d}.array_record"
             self._shard = ArrayRecordWriter(str(self.folder / name), "group_size:1,uncompressed")
@@ -111,10 +105,10 @@ class _Writer:
 
     def finish(self, frame: BboxFrame | None) -> None:
         self._close_shard()
-        for file in (self._texts, self._ends, self._starts, self._sizes, self._refused):
+        for file in (*self._files, self._refused):
             if file is not None:
                 file.close()
-        names = [shard["file"] for shard in self.shards] + ["texts.bin", "text_ends.u8", "region_starts.i8", "sizes.u4"]
+        names = [*(shard["file"] for shard in self.shards), *FILES]
         manifest = {
             "format": self.kind.format,
             "version": VERSION,

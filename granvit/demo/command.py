@@ -135,13 +135,15 @@ class Demo:
 
     def _train(self, part: str) -> None:
         """Trains the part with two ranks under the framework's launcher; `SystemExit` if that fails."""
-        port = _free_port()
+        with socket.socket() as probe:  # finds a free port
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
         bin_directory = Path(sys.executable).parent
         if self.framework == "mindspore":
-            launcher = [str(bin_directory / "msrun"), "--worker_num", "2", "--local_worker_num", "2", "--master_port", str(port),
+            launcher = [str(bin_directory / "msrun"), "--worker_num", "2", "--local_worker_num", "2", "--master_port", port,
                         "--bind_core", "True", "--join", "True", "--log_dir", str(self.root / part / "msrun")]  # fmt: skip
         else:
-            launcher = [str(bin_directory / "torchrun"), "--nproc_per_node", "2", "--master_port", str(port)]
+            launcher = [str(bin_directory / "torchrun"), "--nproc_per_node", "2", "--master_port", port]
         script = [Path(sys.argv[0]).resolve(), "rank", part]  # the file that this process was started with
         config = ["--config", CONFIGS / "demo" / f"{part}.yaml", "--framework", self.framework, *self.overrides(part)]
         command = [str(word) for word in (*launcher, *script, *config)]
@@ -172,12 +174,6 @@ def _texts(record: ImageRecord) -> list[str]:
             found.append(prompts.question_text(task, region.box, region.caption))
             found.append(prompts.answer_text(task, region.box, region.caption))
     return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def main() -> int:

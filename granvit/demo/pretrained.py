@@ -98,15 +98,11 @@ def publish_vision(run: Path, vision: VisionConfig, out: Path) -> None:
     _publish(run, SIGLIP, SIGLIP.write_config(vision, None), out)
 
 
-def _newest(run: Path):
+def _publish(run: Path, layout: Layout, config: dict, out: Path) -> None:
     checkpoint = newest_checkpoint(run)
     if checkpoint is None:
         raise ValueError(f"{run}: no checkpoint; `python scripts/demo.py prepare` makes it")
-    return checkpoint.tensors("model")
-
-
-def _publish(run: Path, layout: Layout, config: dict, out: Path) -> None:
-    names = ((layout.spellings[0].foreign(name), array) for name, array in _newest(run))
+    names = ((layout.spellings[0].foreign(name), array) for name, array in checkpoint.tensors("model"))
     out.mkdir(parents=True, exist_ok=True)
     save_file({name: array for name, array in names if name}, out / "model.safetensors", metadata=dict(layout.metadata))
     (out / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}, indent=1))

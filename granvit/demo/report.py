@@ -4,7 +4,6 @@ import os
 import platform
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ from granvit.data.images import decode
 from granvit.data.prompts import parse_box
 from granvit.data.records import ImageRecord
 from granvit.data.store import MAX_PIXELS, Store
-from granvit.evaluate import evaluation_file
+from granvit.evaluate import Evaluation, evaluated_steps, evaluation_file, read_evaluation
 from granvit.metrics import SCORES, iou
-from granvit.stages import Task
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -36,42 +34,28 @@ TITLES = {
     "stage2": "after stage 2",
 }
 
+ROWS = {
+    "rouge_l": "Bbox2Caption, ROUGE-L",
+    "rouge_l_ascii": "the same over rouge-score's own tokens (a-z, 0-9)",
+    "exact_match": "Bbox2Caption, exact match",
+    "acc_iou50": "Caption2Bbox, ACC@IoU0.5",
+    "unparsable": "Caption2Bbox, unparsable answers",
+}
 
-@dataclass(frozen=True)
-class Evaluation:
-    """One evaluation file of one run: mean scores by task (0..1), predictions, held-out losses, and the `eval` settings."""
 
-    step: int
-    table: dict[Task, dict[str, float]]
-    predictions: list[dict[str, Any]]
-    held_out: dict[str, float]
-    settings: dict[str, Any]
-
-    @property
-    def rouge_l(self) -> float:
-        return 100 * self.table["bbox2caption"]["rouge_l"]
-
-    @property
-    def rouge_l_ascii(self) -> float:
-        return 100 * self.table["bbox2caption"]["rouge_l_ascii"]
-
-    @property
-    def exact_match(self) -> float:
-        return 100 * self.table["bbox2caption"]["exact_match"]
-
-    @property
-    def acc_iou50(self) -> float:
-        return 100 * self.table["caption2bbox"]["acc_iou50"]
+def percent(evaluation: Evaluation, score: str) -> float:
+    """The mean of a score, which belongs to Bbox2Caption or to Caption2Bbox, in percent."""
+    return 100 * (evaluation.table["bbox2caption"] | evaluation.table["caption2bbox"])[score]
 
 
 def evaluations(run: Path) -> list[Evaluation]:
     """A run's evaluations in order of steps. `ValueError` if it has none, or if one lacks a score (of an earlier version)."""
-    found = [Evaluation(**json.loads(path.read_text())) for path in sorted((run / "eval").glob("step_*.json"))]
+    found = [read_evaluation(evaluation_file(run, step)) for step in evaluated_steps(run)]
     if not found:
         raise ValueError(f"{run}: no evaluation in {run / 'eval'}; `python scripts/demo.py` makes it")
     for evaluation in found:
-        for task, scores in evaluation.table.items():
-            if missing := set(SCORES[task]) - scores.keys():
+        for task, names in SCORES.items():
+            if task in evaluation.table and (missing := set(names) - evaluation.table[task].keys()):
                 file = evaluation_file(run, evaluation.step)
                 raise ValueError(f"{file}: no score {min(missing)} of {task}; an earlier version wrote it, choose another --out")
     return found
@@ -110,7 +94,7 @@ def _text(root: Path, last: dict[str, Evaluation], framework: str, seconds: dict
     checkpoints = {name: newest_checkpoint(root / name) for name in parts}
     configs = {name: checkpoint.config for name, checkpoint in checkpoints.items() if checkpoint is not None}
     stores = {split: Store(root / "data" / split) for split in ("train", "heldout")}
-    row = lambda name, values, unit="": f"| {name} | " + " | ".join(f"{v:.1f}{unit}" for v in values) + " |"  # noqa: E731
+    row = lambda name, values: f"| {name} | " + " | ".join(f"{value:.1f}" for value in values) + " |"  # noqa: E731
     stage1, mixed, stage2, guesser = (last[name] for name in ("stage1", "stage1_mixed", "stage2", "guesser"))
     samples = int(stage1.table["bbox2caption"]["samples"])
     lines = [
@@ -121,16 +105,13 @@ def _text(root: Path, last: dict[str, Evaluation], framework: str, seconds: dict
         "",
         "| % | " + " | ".join(TITLES[name] for name in COLUMNS) + " |",
         "|---|" + "---|" * len(COLUMNS),
-        row("Bbox2Caption, ROUGE-L", [last[n].rouge_l for n in COLUMNS]),
-        row("the same over rouge-score's own tokens (a-z, 0-9)", [last[n].rouge_l_ascii for n in COLUMNS]),
-        row("Bbox2Caption, exact match", [last[n].exact_match for n in COLUMNS]),
-        row("Caption2Bbox, ACC@IoU0.5", [last[n].acc_iou50 for n in COLUMNS]),
-        row("Caption2Bbox, unparsable answers", [100 * last[n].table["caption2bbox"]["unparsable"] for n in COLUMNS]),
+        *(row(title, [percent(last[name], score) for name in COLUMNS]) for score, title in ROWS.items()),
         "",
-        f"- Exact match of Bbox2Caption after stage 1: {stage1.exact_match:.1f}% against the guesser's "
-        f"{guesser.exact_match:.1f}% (aim: at least 3 times).",
-        f"- ACC@IoU0.5 after stage 2: {stage2.acc_iou50:.1f}% (aim: at least 20%). After stage 1 continued with Caption2Bbox, "
-        f"with a frozen decoder: {mixed.acc_iou50:.1f}% (aim: at most a quarter of it). The guesser: {guesser.acc_iou50:.1f}%.",
+        f"- Exact match of Bbox2Caption after stage 1: {percent(stage1, 'exact_match'):.1f}% against the guesser's "
+        f"{percent(guesser, 'exact_match'):.1f}% (aim: at least 3 times).",
+        f"- ACC@IoU0.5 after stage 2: {percent(stage2, 'acc_iou50'):.1f}% (aim: at least 20%). After stage 1 continued with "
+        f"Caption2Bbox, with a frozen decoder: {percent(mixed, 'acc_iou50'):.1f}% (aim: at most a quarter of it). The guesser: "
+        f"{percent(guesser, 'acc_iou50'):.1f}%.",
         "",
         "Stage 2 starts from the plain stage 1, which was not trained on Caption2Bbox, so its ACC@IoU0.5 is no test. The next "
         "column shows what a frozen decoder can learn of Caption2Bbox, as the paper's Fig. 4 does.",
@@ -183,15 +164,15 @@ def _draw_curve(root: Path, runs: dict[str, list[Evaluation]], path: Path) -> No
         ("Caption2Bbox ACC@IoU0.5", "acc_iou50", "#1f5fbf", "s"),
     )
     for label, key, colour, marker in series:
-        values = [getattr(e, key) for e in points]
+        values = [percent(evaluation, key) for evaluation in points]
         axes.plot(steps, values, color=colour, marker=marker, label=label, linewidth=2, markersize=6)
-        floor = getattr(runs["guesser"][-1], key)
+        floor = percent(runs["guesser"][-1], key)
         axes.axhline(floor, color=colour, linestyle=":", linewidth=1.4)
-        lower = floor == min(floor, *(getattr(runs["guesser"][-1], other) for _, other, *_ in series))
+        lower = floor == min(floor, *(percent(runs["guesser"][-1], other) for _, other, *_ in series))
         axes.annotate(f"guesser {floor:.1f}", (1.005, floor), xycoords=("axes fraction", "data"), color=colour, fontsize=8,
                       va="top" if lower else "bottom")  # fmt: skip
         for at in (len(first) - 1, len(points) - 1):
-            close_above = any(0 < getattr(points[at], other) - values[at] < 8 for _, other, *_ in series)
+            close_above = any(0 < percent(points[at], other) - values[at] < 8 for _, other, *_ in series)
             lift = -14 if close_above and values[at] > 5 else 7  # points; labels of values up to 5 stay above, clear of the axis
             axes.annotate(f"{values[at]:.1f}", (steps[at], values[at]), textcoords="offset points", xytext=(-4, lift), ha="right",
                           color=colour, fontsize=9)  # fmt: skip
@@ -261,11 +242,8 @@ def _draw_boxes_of_one(axes: plt.Axes, record: ImageRecord, sample: dict[str, An
     else:
         _rectangle(axes, predicted, scale, PREDICTED)
         outcome = f"IoU {iou(predicted, sample['box']):.2f}"
-    axes.set_title(f"{_caption_of(record, sample['box'])}\n{TITLES[name]}: {outcome}", fontsize=fontsize)
-
-
-def _caption_of(record: ImageRecord, box: Sequence[float]) -> str:
-    return next(region.caption for region in record.regions if tuple(region.box) == tuple(box))
+    caption = next(region.caption for region in record.regions if region.box == tuple(sample["box"]))
+    axes.set_title(f"{caption}\n{TITLES[name]}: {outcome}", fontsize=fontsize)
 
 
 def _draw_captions(records: dict[str, ImageRecord], last: dict[str, Evaluation], path: Path) -> None:

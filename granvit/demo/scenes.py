@@ -118,28 +118,27 @@ def _word(rng: np.random.Generator) -> Stamp:
                  ((right - left) / SUPERSAMPLING, (bottom - top) / SUPERSAMPLING))  # fmt: skip
 
 
-def _background(rng: np.random.Generator, split: str, width: int, height: int) -> Image.Image:
+def _background(rng: np.random.Generator, split: str) -> Image.Image:
     """A randomly placed, scaled, mirrored and lit crop of one of the split's photographs."""
     photograph = _photograph(str(rng.choice(PHOTOGRAPHS[split])))
-    room = min(photograph.width / width, photograph.height / height)
-    scale = rng.uniform(min(1.0, room), min(room, 3.5))
-    w, h = width * scale, height * scale
-    x, y = rng.uniform(0, photograph.width - w), rng.uniform(0, photograph.height - h)
-    crop = photograph.resize((width, height), Image.Resampling.BILINEAR, box=(x, y, x + w, y + h))
+    room = min(photograph.size) / SIDE
+    side = SIDE * rng.uniform(min(1.0, room), min(room, 3.5))
+    x, y = rng.uniform(0, photograph.width - side), rng.uniform(0, photograph.height - side)
+    crop = photograph.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=(x, y, x + side, y + side))
     if rng.random() < 0.5:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return crop.point([int(v) for v in np.clip(np.arange(256) * rng.uniform(0.7, 1.1), 0, 255)] * 3)
 
 
-def _place(rng: np.random.Generator, stamps: list[Stamp], width: int, height: int) -> list[tuple[int, int]] | None:
+def _place(rng: np.random.Generator, stamps: list[Stamp]) -> list[tuple[int, int]] | None:
     """Random top left corners of the stamps, without overlap; None if one stamp found no place in 40 attempts."""
     occupied: list[tuple[float, float, float, float]] = []
     corners: dict[int, tuple[int, int]] = {}
     for index in sorted(range(len(stamps)), key=lambda i: -max(stamps[i].extent)):
         w, h = stamps[index].extent
         for _ in range(40):
-            x = int(rng.integers(MARGIN, width - int(np.ceil(w)) - MARGIN))
-            y = int(rng.integers(MARGIN, height - int(np.ceil(h)) - MARGIN))
+            x = int(rng.integers(MARGIN, SIDE - int(np.ceil(w)) - MARGIN))
+            y = int(rng.integers(MARGIN, SIDE - int(np.ceil(h)) - MARGIN))
             if all(x > b[2] + MARGIN or x + w + MARGIN < b[0] or y > b[3] + MARGIN or y + h + MARGIN < b[1] for b in occupied):
                 break
         else:
@@ -160,25 +159,24 @@ def _paste(image: Image.Image, stamp: Stamp, corner: tuple[int, int], rng: np.ra
 
 def compose(rng: np.random.Generator, split: str, identifier: str) -> ImageRecord:
     """One scene: `OBJECTS` objects with distinct captions, and a global caption that names them from left to right."""
-    width = height = SIDE
     corners = None
     while corners is None:
         stamps = [_word(rng) if rng.random() < WORD_SHARE else _shape(rng) for _ in range(OBJECTS)]
         if len({stamp.caption for stamp in stamps}) == OBJECTS:
-            corners = _place(rng, stamps, width, height)
-    image = _background(rng, split, width, height)
+            corners = _place(rng, stamps)
+    image = _background(rng, split)
     regions = []
     for stamp, (x, y) in zip(stamps, corners, strict=True):
         _paste(image, stamp, (x, y), rng)
-        box = (x / width, y / height, (x + stamp.extent[0]) / width, (y + stamp.extent[1]) / height)
+        box = (x / SIDE, y / SIDE, (x + stamp.extent[0]) / SIDE, (y + stamp.extent[1]) / SIDE)
         regions.append(Region(box, stamp.caption))
     named = sorted(regions, key=lambda r: r.box[0] + r.box[2])
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=92, subsampling=0)
     return ImageRecord(
         id=identifier,
-        width=width,
-        height=height,
+        width=SIDE,
+        height=SIDE,
         image=buffer.getvalue(),
         global_caption="from left to right: " + ", ".join(r.caption for r in named),
         regions=tuple(regions),

@@ -22,7 +22,7 @@ def questions_in(loader: Loader, epoch: int) -> Counter:
         e, _, rows = loader.plan.batch(step)
         assert e == epoch
         for source, image, questions in loader.plan.contents(e, rows[rows >= 0]):
-            assert len([q for q in questions if q.region is not None]) <= loader.plan.K
+            assert len([q for q in questions if q.region is not None]) <= loader.plan.regions_per_row
             asked.update((source, image, q.task, q.region) for q in questions)
     return asked
 

@@ -25,15 +25,10 @@ def _expression(pattern: str) -> re.Pattern[str]:
     return re.compile(expression)
 
 
-def _match(pattern: str, name: str) -> tuple[str, ...] | None:
-    """The values of the placeholders; None if the name does not match the pattern."""
+def match(pattern: str, name: str) -> tuple[str, ...] | None:
+    """The values of the placeholders; None if the name does not match the table's pattern."""
     found = _expression(pattern).fullmatch(name)
     return found and found.groups()
-
-
-def pattern_matches(pattern: str, name: str) -> bool:
-    """Whether the name matches a table's pattern."""
-    return _match(pattern, name) is not None
 
 
 def _fill(pattern: str, values: Iterable[str]) -> str:
@@ -58,15 +53,15 @@ class Spelling:
 
     def canonical(self, foreign: str) -> str | None:
         """The canonical name; None if no row matches."""
-        return next((_fill(to, v) for pattern, to in self.rows if (v := _match(pattern, foreign)) is not None), None)
+        return next((_fill(to, v) for pattern, to in self.rows if (v := match(pattern, foreign)) is not None), None)
 
     def foreign(self, canonical: str) -> str | None:
         """The foreign name; None if no row matches."""
-        return next((_fill(to, v) for to, pattern in self.rows if (v := _match(pattern, canonical)) is not None), None)
+        return next((_fill(to, v) for to, pattern in self.rows if (v := match(pattern, canonical)) is not None), None)
 
     def reason(self, foreign: str) -> str | None:
         """The reason why the foreign name is left out; None if it is not."""
-        return next((reason for pattern, reason in self.left_out if _match(pattern, foreign) is not None), None)
+        return next((reason for pattern, reason in self.left_out if match(pattern, foreign) is not None), None)
 
 
 @dataclass(frozen=True)
@@ -86,7 +81,7 @@ class Layout:
     read_config: Callable[[dict[str, Any]], dict[str, dict[str, Any]]]
     write_config: Callable[[Any, Any], dict[str, Any]]  # encoder, decoder; None if the layout has no such part
     pairs: Pairs = ()
-    metadata: tuple[tuple[str, str], ...] = ()
+    metadata: tuple[tuple[str, str], ...] = (("format", "pt"),)  # transformers requires this key
     pixels: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -6,7 +6,7 @@ gated SiLU MLPs, no biases except in the patch embedding.
 from typing import Any
 
 from granvit.checkpoint.layouts import OPENAI_PIXELS, Layout, Spelling, one_of, refuse_unlike
-from granvit.models import LanguageConfig, VisionConfig
+from granvit.models import VisionConfig
 
 DEFAULTS = {
     "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 8, "image_size": 224,
@@ -42,14 +42,6 @@ def write_config(vision: VisionConfig) -> dict[str, Any]:
     return named | _sizes(vision) | {"mlp_bias": False, "hidden_act": "silu"}
 
 
-def _write_config(vision: VisionConfig, language: LanguageConfig | None) -> dict[str, Any]:
-    return {"architectures": ["Aimv2VisionModel"]} | write_config(vision)
-
-
-def _write_apple_config(vision: VisionConfig, language: LanguageConfig | None) -> dict[str, Any]:
-    return {"architectures": ["AIMv2Model"], "model_type": "aimv2"} | _sizes(vision) | {"use_bias": False}
-
-
 BLOCK = {
     **{f"attention.{p}_proj": f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")}, "ffn.gate_proj": "mlp.gate_proj",
     "ffn.up_proj": "mlp.fc1", "ffn.down_proj": "mlp.fc2", "rms_norm1": "layer_norm1", "rms_norm2": "layer_norm2",
@@ -76,8 +68,7 @@ AIMV2 = Layout(
     model_types=("aimv2_vision_model",),
     spellings=(TOWER,),
     read_config=lambda tree: {"vision": read_config(tree)},
-    write_config=_write_config,
-    metadata=(("format", "pt"),),
+    write_config=lambda vision, language: {"architectures": ["Aimv2VisionModel"]} | write_config(vision),
     pixels=OPENAI_PIXELS,
 )
 AIMV2_APPLE = Layout(
@@ -95,7 +86,8 @@ AIMV2_APPLE = Layout(
         ),
     ),
     read_config=lambda tree: {"vision": read_config(tree)},
-    write_config=_write_apple_config,
-    metadata=(("format", "pt"),),
+    write_config=lambda vision, language: (
+        {"architectures": ["AIMv2Model"], "model_type": "aimv2"} | _sizes(vision) | {"use_bias": False}
+    ),
     pixels=OPENAI_PIXELS,
 )

@@ -7,7 +7,7 @@ The config.json states only values that differ from the defaults of transformers
 from typing import Any
 
 from granvit.checkpoint.layouts import OPENAI_PIXELS, Layout, Spelling, refuse_unlike, siglip
-from granvit.models import LanguageConfig, VisionConfig
+from granvit.models import VisionConfig
 
 DEFAULTS = siglip.DEFAULTS | {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 BEYOND = {"class_token": True, "pre_norm": True, "patch_bias": False}  # where a CLIP tower differs from SigLIP's
@@ -25,10 +25,6 @@ def write_config(vision: VisionConfig) -> dict[str, Any]:
     tree = siglip.write_config(VisionConfig(**{**vision.model_dump(), **like_siglip}))
     del tree["vision_use_head"]
     return tree | {"model_type": "clip_vision_model"}
-
-
-def _write_config(vision: VisionConfig, language: LanguageConfig | None) -> dict[str, Any]:
-    return {"architectures": ["CLIPVisionModel"]} | write_config(vision)
 
 
 EXTRA = Spelling(
@@ -54,8 +50,7 @@ CLIP = Layout(
     model_types=("clip", "clip_vision_model"),
     spellings=(TOWER.prefixed("vision_model.") + OTHER_TOWER, TOWER + OTHER_TOWER),
     read_config=lambda tree: {"vision": read_config(tree.get("vision_config", tree))},
-    write_config=_write_config,
+    write_config=lambda vision, language: {"architectures": ["CLIPVisionModel"]} | write_config(vision),
     pairs=PAIRS,
-    metadata=(("format", "pt"),),
     pixels=OPENAI_PIXELS,
 )

@@ -20,4 +20,5 @@ DEFAULT = Layout(
     spellings=(Spelling(tuple((f"{part}.{{*}}", f"{part}.{{*}}") for part in PARTS)),),
     read_config=_read_config,
     write_config=_write_config,
+    metadata=(),
 )

@@ -92,7 +92,6 @@ INTERNVIT = Layout(
     ),
     read_config=_read_config,
     write_config=_write_config,
-    metadata=(("format", "pt"),),
     pixels=IMAGENET_PIXELS,
 )
 INTERNVIT_HUB = Layout(
@@ -110,6 +109,5 @@ INTERNVIT_HUB = Layout(
     ),
     read_config=_read_hub_config,
     write_config=_write_hub_config,
-    metadata=(("format", "pt"),),
     pixels=IMAGENET_PIXELS,
 )

@@ -75,5 +75,4 @@ LLAMA = Layout(
         "language": read_config(tree) | {"qkv_bias": tree.get("attention_bias", False), "chat": "llama-3"}
     },
     write_config=_write_config,
-    metadata=(("format", "pt"),),
 )

@@ -106,5 +106,4 @@ LLAVA = Layout(
     spellings=_spellings(clip.TOWER, "vision_model.") + _spellings(aimv2.TOWER, "") + _spellings(clip.TOWER, ""),
     read_config=_read_config,
     write_config=_write_config,
-    metadata=(("format", "pt"),),
 )

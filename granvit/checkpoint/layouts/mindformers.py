@@ -53,4 +53,5 @@ MINDFORMERS = Layout(
     ),
     read_config=_read_config,
     write_config=_write_config,
+    metadata=(),
 )

@@ -25,5 +25,4 @@ QWEN2 = Layout(
     read_config=lambda tree: {"language": llama.read_config(tree) | {"qkv_bias": True}},
     write_config=_write_config,
     pairs=(("language.model.layers.{i}.self_attn.q_proj.weight", "language.model.layers.{i}.self_attn.q_proj.bias"),),
-    metadata=(("format", "pt"),),
 )

@@ -6,7 +6,7 @@ transformers' `SiglipVisionConfig`.
 from typing import Any
 
 from granvit.checkpoint.layouts import Layout, Spelling, one_of, refuse_unlike
-from granvit.models import LanguageConfig, VisionConfig
+from granvit.models import VisionConfig
 
 DEFAULTS = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224,
@@ -39,10 +39,6 @@ def write_config(vision: VisionConfig) -> dict[str, Any]:
     return {"model_type": "siglip_vision_model", "vision_use_head": False, "num_channels": 3, "hidden_act": activation} | tree
 
 
-def _write_config(vision: VisionConfig, language: LanguageConfig | None) -> dict[str, Any]:
-    return {"architectures": ["SiglipVisionModel"]} | write_config(vision)
-
-
 BLOCK = ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2", *(f"self_attn.{p}_proj" for p in "qkv"), "self_attn.out_proj")
 TOWER = Spelling(
     rows=(
@@ -70,7 +66,6 @@ SIGLIP = Layout(
     model_types=("siglip", "siglip_vision_model"),
     spellings=(TOWER.prefixed("vision_model.") + OTHER_TOWER, TOWER + OTHER_TOWER),
     read_config=lambda tree: {"vision": read_config(tree.get("vision_config", tree))},
-    write_config=_write_config,
-    metadata=(("format", "pt"),),
+    write_config=lambda vision, language: {"architectures": ["SiglipVisionModel"]} | write_config(vision),
     pixels={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "resize": "bilinear"},  # as SigLIP2; the first SigLIP is bicubic
 )
