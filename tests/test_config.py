@@ -110,7 +110,7 @@ def test_a_part_has_the_rates_it_states_and_else_the_others():
     [
         ("stage2", "train.freeze=[vision]", "vision.*stage2.*projector, language"),
         ("projector", "train.freeze=[projector]", r"train\.freeze.*projector"),
-        ("stage1", "train.freeze=[vision]", r"distill\.weight 0"),
+        ("stage1", "train.freeze=[vision]", r"distill\.weight=0"),
         ("sft", "train.freeze=[teacher]", r"train\.freeze\.0.*'vision', 'projector' or 'language'"),
         ("stage2", "optimizer.parts.vision.lr=1e-6", r"optimizer\.parts\.vision.*stage2.*projector, language"),
         ("sft", "optimizer.parts={vison: {lr: 1e-6}}", "'optimizer.parts.vison'.*'optimizer.parts.vision'"),

@@ -176,7 +176,7 @@ def edit(directory, change) -> None:
         ("sailvit-huge-448", lambda t: t.update({"trunk.blocks.1.attn.qkv.weight": torch.ones(71, 24)}),
          r"model\.safetensors.*'trunk\.blocks\.1\.attn\.qkv\.weight'.*\[71, 24\].*\b3\b"),
         ("sailvit-huge-448", lambda t: t.update({"preprocessor.pos_embed": torch.ones(16, 24)}),
-         r"model\.safetensors.*'preprocessor\.pos_embed'.*\[16, 24\].*\[1\]"),
+         r"model\.safetensors.*'preprocessor\.pos_embed'.*\[16, 24\]"),
         ("internvit-300m-448", lambda t: t.update({"encoder.layers.0.attn.q_norm.weight": torch.ones(24)}),
          r"'encoder\.layers\.0\.attn\.q_norm\.weight'.*'internvit-hub'"),
         ("aimv2-huge-patch14-448", lambda t: t.update({"rms_norm.weight": torch.ones(23)}),

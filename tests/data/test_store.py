@@ -41,9 +41,9 @@ def _cut(path, name):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda p: [f.unlink() for f in p.iterdir()], "granvit.data.store"),
-        (lambda p: (p / "manifest.json").unlink(), r"manifest\.json.*granvit\.data\.store"),
-        (lambda p: (p / "manifest.json").write_text("{"), r"manifest\.json.*granvit\.data\.store"),
+        (lambda p: [f.unlink() for f in p.iterdir()], "granvit.data.build_store"),
+        (lambda p: (p / "manifest.json").unlink(), r"manifest\.json.*granvit\.data\.build_store"),
+        (lambda p: (p / "manifest.json").write_text("{"), r"manifest\.json.*granvit\.data\.build_store"),
         (lambda p: (p / "manifest.json").write_text("[]"), r"manifest\.json.*granvit-regions"),
         (lambda p: _manifest(p, format="webdataset"), r"manifest\.json.*granvit-regions"),
         (lambda p: _manifest(p, version=2), r"version 2\b.*\b1\b"),
@@ -51,7 +51,7 @@ def _cut(path, name):
         (lambda p: _cut(p, "text_ends.u8"), r"text_ends\.u8"),
         (lambda p: (p / "texts.bin").unlink(), r"texts\.bin"),
         (lambda p: _manifest(p, images=3), r"\b3\b.*'images'.*\b4\b"),
-        (lambda p: _manifest(p, regions=11), "text side"),
+        (lambda p: _manifest(p, regions=11), "region_starts"),
         (lambda p: _manifest(p, regions="12"), r"manifest\.json: regions"),
         (lambda p: _manifest(p, bbox_frames="image"), "'bbox_frames'.*'bbox_frame'"),
         (lambda p: _manifest(p, shards=[{"fil": "a", "images": 4}]), "'shards.0.fil'.*'shards.0.file'"),
@@ -72,7 +72,7 @@ def test_a_store_that_cannot_be_used_says_where_and_what_to_do(tmp_path, damage,
 
 
 def test_a_store_that_is_not_there():
-    with pytest.raises(ValueError, match=r"/nowhere.*granvit\.data\.store"):
+    with pytest.raises(ValueError, match=r"/nowhere.*granvit\.data\.build_store"):
         Store("/nowhere")
 
 
