@@ -283,7 +283,7 @@ def test_an_encoder_built_on_the_device_is_there_whole(device):
 
 def test_a_pretrained_encoder_is_put_on_the_device_named(device, tmp_path):
     vision, _ = resolve_models(run_config())
-    VisionEncoder(vision).save_pretrained(tmp_path)
+    VisionEncoder(vision, torch.float32).save_pretrained(tmp_path)
     on_device, on_cpu = (VisionEncoder.from_pretrained(tmp_path, device=name) for name in ("npu", "cpu"))
     assert all(isinstance(tensor, DeviceTensor) for tensor in (*on_device.parameters(), *on_device.buffers()))
     assert not any(isinstance(tensor, DeviceTensor) for tensor in (*on_cpu.parameters(), *on_cpu.buffers()))
