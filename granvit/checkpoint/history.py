@@ -60,8 +60,9 @@ def _hands_over(parent: Checkpoint, child: Checkpoint) -> bool:
 def _past(checkpoint: Checkpoint, went_on: bool = False) -> PastRun:
     run = checkpoint.path.parents[1]
     records = (record for _, record in read_metrics(run / "metrics.jsonl", checkpoint.step))
-    # Records without a loss are of skipped steps or evaluations.
-    averaged = deque((record for record in records if "loss" in record), maxlen=LAST_STEPS)
+    # Records without losses are of skipped steps or evaluations.
+    whole = (record for record in records if all(isinstance(record.get(name), int | float) for name in LOSSES))
+    averaged = deque(whole, maxlen=LAST_STEPS)
     losses = {name: sum(record[name] for record in averaged) / len(averaged) for name in LOSSES if averaged}
     step = max((step for step in evaluated_steps(run) if step <= checkpoint.step), default=0)
     table = read_evaluation(evaluation_file(run, step)).table if step else {}

@@ -1,5 +1,6 @@
 """The demo's pretrained pair: text maps match the annotations, the right tokens are supervised, transformers loads exports."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -73,7 +74,8 @@ def _turn(row, segment: int, chat: Chat) -> tuple[str, str]:
 def test_the_pair_is_shipped_as_transformers_reads_it(monkeypatch, tmp_path, chat):
     """transformers loads tensors from the published directories that equal those of the run."""
     weights = initial_values(vision_shapes(VISION) | language_shapes(LANGUAGE), 1)
-    monkeypatch.setattr(pretrained, "_newest", lambda run: iter(weights.items()))
+    checkpoint = SimpleNamespace(tensors=lambda group: iter(weights.items()))
+    monkeypatch.setattr(pretrained, "newest_checkpoint", lambda run: checkpoint)
     chat.tokenizer.save(str(tmp_path / "tokenizer.json"))
     publish_vision(tmp_path, VISION, tmp_path / "vision")
     publish_language(tmp_path, LANGUAGE, tmp_path / "tokenizer.json", tmp_path / "language")

@@ -41,7 +41,7 @@ def test_captions_are_distinct_and_boxes_lie_inside_without_overlap(record):
 
 def test_boxes_are_exact_to_a_pixel(monkeypatch):
     """On a plain background, the changed pixels of each object span its box."""
-    flat = lambda rng, split, width, height: Image.new("RGB", (width, height), (128, 128, 128))  # noqa: E731
+    flat = lambda rng, split: Image.new("RGB", (SIDE, SIDE), (128, 128, 128))  # noqa: E731
     monkeypatch.setattr(scenes, "_background", flat)
     monkeypatch.setitem(COLOURS, "white", (10, 10, 10))  # far from the background
     for index in range(8):
