@@ -300,27 +300,27 @@ def lines(report: Report) -> Iterator[str]:
 
 
 def run_command(work: Callable[[ProgressCallback], Report]) -> int:
-    """Runs `work` with a progress bar; prints its report, or its error in one line. Returns the exit status."""
+    """Runs `work` with a progress bar; prints its report, or its error in one line. Returns the exit status.
+
+    SIGTERM ends the process with exit status 143 after temporary files are removed. Only for the main thread.
+    """
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with Bar() as bar:
             report = work(bar)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print("\n".join(lines(report)))
     return 0
-
-
-def command() -> int:
-    """`main` for a script: SIGTERM ends the process with exit status 143 and temporary files are removed."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    return main()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="convert.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", metavar="SRC", type=Path, help="checkpoint to convert; not changed")
     parser.add_argument("destination", metavar="DST", type=Path, help="file or directory to create; must not exist")

@@ -21,8 +21,6 @@ import argparse
 import json
 import os
 import re
-import signal
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -505,16 +503,10 @@ def _json(tree: dict[str, Any]) -> str:
     return json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
 
 
-def command() -> int:
-    """`main` for a script: SIGTERM ends the process with exit status 143 and temporary files are removed."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    return main()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="export_hf.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's directory or one of its checkpoints")
     parser.add_argument("destination", metavar="DST", type=Path, help="directory to create; must not exist")

@@ -98,7 +98,7 @@ def build_store(
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m granvit.data.build_store", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", metavar="JSONL", help="annotations, one image per line")
     add_build_arguments(parser)

@@ -195,7 +195,7 @@ def _in_image(text: str, width: int, height: int, frame: BboxFrame | None) -> st
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m granvit.data.conversations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", metavar="JSON", help="conversations: a JSON list, or one per line")
     add_build_arguments(parser)
