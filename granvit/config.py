@@ -181,6 +181,7 @@ class RuntimeSection(Strict):
     compute: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     recompute: bool = False
     jit_level: Literal["O0", "O1"] = "O0"  # MindSpore
+    compile_cache: str | None = None  # MindSpore: a directory in which compiled graphs are kept for the next start
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
     attention: str = "auto"
 

@@ -18,6 +18,7 @@ from granvit.models import PARTS, LanguageConfig, VisionConfig, part_of
 from granvit.stages import Stage
 from ms_granvit import distributed
 from ms_granvit.arrays import DTYPES, fill, to_numpy, to_tensor
+from ms_granvit.compile_cache import CompileCache
 from ms_granvit.distill import EMA, distill_sums, teacher_features
 from ms_granvit.generate import Decode, Prefill, greedy
 from ms_granvit.layers import stored_as
@@ -26,6 +27,8 @@ from ms_granvit.objective import caption_sum
 from ms_granvit.ops import attention as attention_ops
 from ms_granvit.optimizer import AdamW, Clear
 from ms_granvit.vision import VisionEncoder
+
+WITH_COLLECTIVES = ("reduce", "all_sum")
 
 
 class Losses(nn.Cell):
@@ -123,15 +126,24 @@ class Engine:
         self.update, self.clear = AdamW(self.trained, self.gradients, config.optimizer), Clear(self.gradients)
         self.ema = None if self.teacher is None else EMA(self.teacher, self.model.vision)
         self.prefill, self.decode = Prefill(self.model, language), Decode(self.model)
+        if runtime.compile_cache:
+            cache = CompileCache(runtime.compile_cache, self.rank, graph_settings(config, vision, language, stage, self.device))
+            for name, graph in self.graphs().items():
+                if name not in WITH_COLLECTIVES:
+                    cache.attach(name, graph)
 
-    @property
-    def compilations(self) -> dict[str, int]:
-        """How often each graph was compiled, counted in MindSpore's cache, which has one entry for each compilation."""
+    def graphs(self) -> dict[str, nn.Cell]:
+        """Every cell that is launched as a graph."""
         graphs = {
             "micro_batch": self.micro_batch, "reduce": self.reduce, "update": self.update, "clear": self.clear, "ema": self.ema,
             "all_sum": self.ranks.sum, "held_out": self.held_out, "prefill": self.prefill, "decode": self.decode,
         }  # fmt: skip
-        return {name: len(graph.compile_cache) for name, graph in graphs.items() if graph is not None and graph.compile_cache}
+        return {name: graph for name, graph in graphs.items() if graph is not None}
+
+    @property
+    def compilations(self) -> dict[str, int]:
+        """How many graphs each cell has. MindSpore's own table has one entry for each graph that was compiled or loaded."""
+        return {name: len(graph.compile_cache) for name, graph in self.graphs().items() if graph.compile_cache}
 
     memory = staticmethod(distributed.memory)
     join = staticmethod(distributed.join)
@@ -211,6 +223,19 @@ class Engine:
             return {} if self.teacher is None else {p.name: p for p in self.teacher.get_parameters()}
         moments = self.update.first_moment if group == "first_moment" else self.update.second_moment
         return {p.name.removeprefix(f"{group}."): p for p in moments}
+
+
+def graph_settings(config: RunConfig, vision: VisionConfig, language: LanguageConfig, stage: Stage, device: str) -> dict:
+    """Everything that the engine's graphs depend on, besides the shapes of their inputs (JSON types)."""
+    return {
+        "device": device,
+        "stage": {"trains": sorted(stage.trains), "distill": stage.distill, "zero_image_tokens": stage.zero_image_tokens},
+        "vision": vision.model_dump(),
+        "language": language.model_dump(),
+        "distill": config.distill.model_dump(),
+        "optimizer": config.optimizer.model_dump(),
+        "runtime": config.runtime.model_dump(exclude={"compile_cache"}),
+    }
 
 
 def scalar(value: float) -> Tensor:

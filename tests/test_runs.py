@@ -128,6 +128,7 @@ def configuration(home: Path, name: str, store, **sections) -> tuple[Path, Path]
                  "buckets": [{"length": 400, "answers": 96}, {"length": 480, "answers": 128}]},  # both are met
         "train": {"global_batch": 4, "micro_batch": 2, "steps": STEPS, "checkpoint_every": EVERY, "log_every": 4},
         "optimizer": {"lr": 5e-3},
+        "runtime": {"compile_cache": str(home / "graphs")},
     }  # fmt: skip
     tree = run_config(**base).model_dump(mode="json")
     for key, value in sections.items():
@@ -196,6 +197,7 @@ def test_one_compilation_per_bucket_counted_and_printed(finished):
     pytest.importorskip("mindspore")
     _, output = finished("mindspore", 1)
     assert "'micro_batch': 2" in output, output[-2000:]
+    assert "graph micro_batch" in output
 
 
 @pytest.mark.parametrize("framework, ranks", [("torch", 1), ("torch", 2), ("mindspore", 2)])
@@ -215,6 +217,9 @@ def test_kill_9_of_a_rank_ends_all_and_the_same_command_gives_the_uninterrupted_
         assert "rank_00000: killed" in log, log
     run(framework, ranks, config, home / "logs" / directory.name)
     whole = finished(framework, ranks)[0]
+    if framework == "mindspore":
+        log = (directory / "log" / "rank_00001.txt").read_text()
+        assert "graph micro_batch loaded" in log, log
     assert metrics(directory) == metrics(whole)
     assert checkpoint_bytes(directory) == checkpoint_bytes(whole)
 

@@ -10,7 +10,7 @@ from granvit.models import LanguageConfig, VisionConfig
 MAY_CHANGE = (
     "output", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.skip_non_finite",
     "train.micro_batch", "data.workers", "eval.", "runtime.device", "runtime.jit_level", "runtime.attention",
-    "runtime.recompute", "ranks",
+    "runtime.recompute", "runtime.compile_cache", "ranks",
 )  # fmt: skip
 PER_DEVICE = ("train.micro_batch", "ranks")  # these affect results if train.loss_reduction is per_device
 WHERE_STATED = ("runtime.compute",)  # changes all rounding: allowed only if given on the command line
