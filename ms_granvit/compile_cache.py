@@ -76,8 +76,8 @@ class CompileCache:
 class Exchange:
     """MindSpore's cache directory of this process. It holds one graph at most: the one that is compiled next.
 
-    MindSpore reads the directory's path once per process, and its files are named by the process's rank and role. It loads nothing
-    before it has found the hash of the source files that it knows of, and nothing more after it has once compiled a graph.
+    MindSpore reads the directory's path once per process, and names its files by the process's rank and role. It loads no graph
+    unless the directory holds the hash of the source files that it knows of, and none after it has once compiled a graph.
     """
 
     def __init__(self, rank: int):
@@ -94,8 +94,8 @@ class Exchange:
         self.number, self.loads = 0, True
 
     def compile(self, stored: bytes | None, compile_now: Callable[[], None]) -> bytes | None:
-        """Runs `compile_now`, which must compile one graph, and lets MindSpore load `stored` instead. Returns the graph if MindSpore
-        has compiled it, None if it has loaded `stored`."""
+        """Runs `compile_now`, which must compile one graph, and lets MindSpore load `stored` instead. Returns the graph if
+        MindSpore has compiled it, None if it has loaded `stored`."""
         file = self.directory / f"{self.role}compile_cache_{self.number}.mindir"
         if stored is not None:
             file.write_bytes(stored)

@@ -133,10 +133,12 @@ def rows(fixture: Fixture, precision: str) -> Iterator[Row]:
 
 
 def _ours(fixture: Fixture, batch: Batch, framework: str, precision: str, names: Iterable[str]) -> Tensors:
-    """The activations with these names, computed by one of the packages."""
+    """The activations with these names, computed by one of the packages. MindSpore runs in PyNative mode, so nothing is compiled;
+    the suites compare its static graph."""
     config = fixture.config("stage1", precision)
     shapes = fixture.shapes(config)
-    capture = open_model(framework, fixture, config, shapes).capture(batch, fixture.boundary(INPUTS, shapes[INPUTS]))
+    opened = open_model(framework, fixture, config, shapes, graph=False)
+    capture = opened.capture(batch, fixture.boundary(INPUTS, shapes[INPUTS]), backward=False)
     return {name: capture.activations[name.partition("/")[2]] for name in names}
 
 

@@ -48,7 +48,7 @@ def test_packages_do_not_import_each_others_framework(package, foreign):
 
 def test_the_twins_have_the_same_files():
     ours, theirs = ({p.relative_to(ROOT / d) for p in (ROOT / d).rglob("*.py")} for d in ("ms_granvit", "pt_granvit"))
-    assert ours == theirs
+    assert ours - {Path("compile_cache.py")} == theirs  # PyTorch compiles no graphs
 
 
 def test_full_size_rows_have_the_published_parameter_counts():

@@ -162,7 +162,8 @@ def copy_run(source: Path, destination: Path) -> None:
 
 @pytest.mark.parametrize("framework", ["torch", "mindspore"])
 def test_two_ranks_equal_one(framework, finished):
-    assert_curves_agree(metrics(finished(framework, 2)[0]), metrics(finished(framework, 1)[0]), 1e-5)
+    one = finished(framework, 1)[0]  # first, because it fills the cache of compiled graphs
+    assert_curves_agree(metrics(finished(framework, 2)[0]), metrics(one), 1e-5)
 
 
 @pytest.mark.parametrize("framework", ["torch", "mindspore"])
@@ -277,13 +278,14 @@ def test_steps_that_are_not_finite_on_one_rank_are_left_out_on_all_and_the_run_r
     assert state["counters"]["non_finite"] == 4
 
 
-def test_per_device_is_the_same_on_two_ranks_as_in_two_micro_batches(home, store):
-    """Its loss also differs from that of `global` on the same data and start weights."""
+def test_per_device_is_the_same_on_two_ranks_as_in_two_micro_batches(home, store, finished):
+    """Its first loss also differs from that of `global` on the same data and start weights."""
     curves = []
-    for ranks, reduction in ((1, "per_device"), (2, "per_device"), (1, "global")):
-        config, directory = configuration(home, f"{reduction}{ranks}", store, data=ONE_BUCKET,
-                                          train={"steps": 3, "loss_reduction": reduction})  # fmt: skip
+    for ranks in (1, 2):
+        config, directory = configuration(home, f"per_device{ranks}", store, train={"steps": 3, "loss_reduction": "per_device"})
         run("torch", ranks, config, home / "logs" / directory.name)
         curves.append(metrics(directory))
     assert_curves_agree(curves[1], curves[0], 1e-5)
-    assert abs(curves[0][0]["loss_caption"] / curves[2][0]["loss_caption"] - 1) > 1e-4
+    of_global = metrics(finished("torch", 1)[0])
+    assert curves[0][0]["tokens"] == of_global[0]["tokens"]
+    assert abs(curves[0][0]["loss_caption"] / of_global[0]["loss_caption"] - 1) > 1e-4

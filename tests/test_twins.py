@@ -278,6 +278,21 @@ def test_a_weight_of_zero_takes_out_the_distillation_and_nothing_else(engine, ba
     assert {part_of(name) for name in changed} == {"vision"}
 
 
+@pytest.mark.parametrize("engine", ["mindspore"], indirect=True)
+def test_one_compilation_whatever_changes_but_the_shapes(engine, batch):
+    """Learning rate, alpha, number of micro-batches, and batches without a valid box or a supervised token."""
+    reset(engine)
+    none = replace(batch, box_weights_BK=0 * batch.box_weights_BK, answer_weights_BA=0 * batch.answer_weights_BA)
+    for step in range(1, 7):
+        one, n = (none if step > 3 else batch), 1 + step % 3
+        result = engine.step([one] * n, StepInputs(step, 1e-3 * step, 0.9 - 0.1 * step, n * one.tokens, n * one.boxes))
+        assert (result.loss == 0) == (step > 3)
+    graphs = engine.compilations
+    assert {name: graphs[name] for name in ("micro_batch", "reduce", "update", "ema")} == dict.fromkeys(
+        ("micro_batch", "reduce", "update", "ema"), 1
+    )
+
+
 def step_counting_blocks(recompute: bool, batch: Batch) -> tuple[object, dict[str, np.ndarray], list[int]]:
     """Result and gradients of one step of the torch twin, and how often each block of encoder and decoder ran forward."""
     one = make_engine("torch", optimizer={"clip_norm": BIG}, runtime={"recompute": recompute})
@@ -295,6 +310,23 @@ def test_recomputation_in_torch_runs_every_block_again_and_changes_no_value(batc
     plain, plain_gradients, once = step_counting_blocks(False, batch)
     recomputed, recomputed_gradients, twice = step_counting_blocks(True, batch)
     assert set(once) == {1} and twice == [2] * len(once)
+    assert plain == recomputed
+    for name, gradient in plain_gradients.items():
+        np.testing.assert_array_equal(gradient, recomputed_gradients[name], err_msg=name)
+
+
+@pytest.mark.parametrize("engine", ["mindspore"], indirect=True)
+def test_recomputation_in_mindspore_runs_every_block_again_and_changes_no_value(engine, batch):
+    """One attention, so one softmax, in each block; the teacher's blocks have no backward pass."""
+    from tests.ms.ir import operators
+
+    vision, language = resolve_models(engine.config)
+    plain, plain_gradients = gradients(engine, [batch])
+    other = make_engine("mindspore", optimizer={"clip_norm": BIG}, runtime={"recompute": True})
+    recomputed, recomputed_gradients = gradients(other, [batch])
+    once, twice = (operators(one.micro_batch.current_phase, "Softmax") for one in (engine, other))
+    assert once == 2 * vision.built_layers + language.layers  # encoder, teacher, decoder
+    assert twice - once == vision.built_layers + language.layers
     assert plain == recomputed
     for name, gradient in plain_gradients.items():
         np.testing.assert_array_equal(gradient, recomputed_gradients[name], err_msg=name)

@@ -1,5 +1,5 @@
-"""Run as a script by tests/ms/test_compile_cache.py: launches the named graphs in order, each on an input of 2 and 3 numbers, with
-their cache in a directory. Prints each result and, at the end, how many graphs were loaded and compiled.
+"""Run as a script by tests/ms/test_compile_cache.py: launches the named graphs in order, each on an input of 2 and 3 numbers,
+with their cache in a directory. Prints the results, and how many graphs were loaded and compiled.
 
     python tests/ms/cached_graphs.py DIRECTORY 3 5     # multiplies by weight 3, then by weight 5
 """

@@ -9,10 +9,10 @@ import pytest
 
 pytest.importorskip("mindspore")
 
-from granvit.config import resolve_models  # noqa: E402
-from ms_granvit.compile_cache import CompileCache  # noqa: E402
-from ms_granvit.engine import graph_settings  # noqa: E402
-from tests.helpers import run_config  # noqa: E402
+from granvit.config import resolve_models
+from ms_granvit.compile_cache import CompileCache
+from ms_granvit.engine import graph_settings
+from tests.helpers import run_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def launched(directory: Path, *factors: int) -> tuple[dict, str]:
     """Runs tests/ms/cached_graphs.py, checks its results, and returns its counts and its log."""
     command = [sys.executable, str(ROOT / "tests/ms/cached_graphs.py"), str(directory), *map(str, factors)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     results, counts = json.loads(done.stdout.splitlines()[-1])
     assert results == [[f + weight] * size for f in factors for weight in (f, 7) for size in (2, 3)]
