@@ -53,11 +53,13 @@ _PROGRESS = 5.0  # seconds between two lines of progress
 
 @dataclass(frozen=True)
 class Candidate:
-    """One encoder to probe: its directory, its name in the report, its configuration, and what a run has besides."""
+    """One encoder to probe: its directory, its name in the report, its configuration, the level that it states for its features,
+    and what a run has besides."""
 
     path: Path
     name: str
     vision: VisionConfig
+    level: Level
     checkpoint: Checkpoint | None
     chat: Chat | None
 
@@ -178,10 +180,12 @@ def _open(path: Path, name: str, no_loss: bool) -> Candidate:
         check_projector(checkpoint)
         if not no_loss:
             chat = _chat(checkpoint)
-    _, _, contents = open_contents(path)
+    source, _, contents = open_contents(path)
     if contents.vision is None or not contents.stated:
         raise ValueError(f"{path}: holds no encoder with a config.json; name a run, a publisher's directory or an export")
-    return Candidate(path, name, contents.vision, checkpoint, chat)
+    exported = (source.tree or {}).get("granvit")  # the record of scripts/export_hf.py
+    level = exported.get("level") if isinstance(exported, dict) else None
+    return Candidate(path, name, contents.vision, level or contents.vision.level, checkpoint, chat)
 
 
 def _chat(checkpoint: Checkpoint) -> Chat | None:
@@ -197,10 +201,11 @@ def _chat(checkpoint: Checkpoint) -> Chat | None:
 
 def _levels(candidates: Sequence[Candidate], asked: Level | None) -> list[Level]:
     """The level whose features each encoder is probed by (see --level)."""
-    of_runs = dict.fromkeys(candidate.vision.level for candidate in candidates if candidate.checkpoint is not None)
+    of_runs = dict.fromkeys(candidate.level for candidate in candidates if candidate.checkpoint is not None)
     if asked is None and len(of_runs) > 1:
         raise ValueError(f"the projectors of these runs read different levels, {', '.join(of_runs)}; choose one with --level")
-    levels = [asked or next(iter(of_runs), candidate.vision.level) for candidate in candidates]
+    of_all = asked or next(iter(of_runs), None)
+    levels = [of_all or candidate.level for candidate in candidates]
     for candidate, level in zip(candidates, levels, strict=True):
         if level not in candidate.vision.available_levels:
             held = ", ".join(candidate.vision.available_levels)

@@ -12,7 +12,7 @@ from granvit.data.records import ImageRecord, Region
 from granvit.data.store import Store
 from granvit.data.store_writer import write_store
 from granvit.init import initial_value
-from granvit.models import parameter_shapes, vision_shapes
+from granvit.models import VisionConfig, parameter_shapes, vision_shapes
 from tests.helpers import run_config
 from tests.toy import ToyEngine
 
@@ -58,6 +58,14 @@ def write_encoder(path, vision, tensors) -> None:
     write_pretrained(path, vision, None, vision_shapes(vision), tensors.items())
 
 
+def write_run(path, vision: VisionConfig) -> None:
+    """A run's directory with a checkpoint after step 2, of random weights."""
+    config = run_config(output=str(path), data={"buckets": [{"length": 420, "answers": 100}]})
+    writer = CheckpointWriter(path, config, vision, LANGUAGE)
+    start = values(parameter_shapes(vision, LANGUAGE), 3)
+    writer.save(ToyEngine(config, vision, LANGUAGE, writer.record_start(start.items())), 2, {"questions": 8, "skipped": 0})
+
+
 @pytest.fixture(scope="session")
 def encoders(tmp_path_factory):
     """Directories: `start`, `wide` (another width and patch size), `constant` (one vector for every patch), `run`."""
@@ -67,9 +75,5 @@ def encoders(tmp_path_factory):
     zeros = {name: np.zeros(shape, np.float32) for name, shape in vision_shapes(VISION).items()}
     zeros["vision.embeddings.patch_embedding.bias"] = np.arange(1, VISION.width + 1, dtype=np.float32)
     write_encoder(folder / "constant", VISION, zeros)
-    config = run_config(output=str(folder / "run"), data={"buckets": [{"length": 420, "answers": 100}]})
-    writer = CheckpointWriter(folder / "run", config, VISION, LANGUAGE)
-    start = values(parameter_shapes(VISION, LANGUAGE), 3)
-    engine = ToyEngine(config, VISION, LANGUAGE, writer.record_start(start.items()))
-    writer.save(engine, 2, {"questions": 8, "skipped": 0})
+    write_run(folder / "run", VISION)
     return folder

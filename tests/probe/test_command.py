@@ -6,15 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from granvit.checkpoint.export import main as export_command
 from granvit.checkpoint.run import newest_checkpoint, state_digest
 from granvit.data.chat import load_chat
 from granvit.data.store_writer import write_store
 from granvit.evaluate import Evaluator
 from granvit.launch import load_engine_class
+from granvit.models import VisionConfig, vision_shapes
 from granvit.probe.caption_loss import caption_losses
 from granvit.probe.command import main, short_names
 from granvit.probe.sample import choose
 from tests.conftest import random_record
+from tests.probe.conftest import VISION, values, write_encoder, write_run
 
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
@@ -96,6 +99,20 @@ def test_the_loss_is_that_of_an_evaluation_of_all_questions(reported, encoders, 
     assert losses.skipped > 0 and losses.questions + losses.skipped == len(sample.captions_R)
 
 
+@pytest.mark.parametrize("level", ["penultimate", "final"])
+def test_an_export_for_transformers_scores_what_its_run_scores(level, regions, tmp_path):
+    vision = VisionConfig(**{**VISION.model_dump(exclude={"built_level"}), "level": level})
+    write_run(tmp_path / "run", vision)
+    top = ["--top", "blank"] if level == "penultimate" else []
+    assert export_command([str(tmp_path / "run"), str(tmp_path / "export"), "--as", "encoder", *top]) == 0
+    trees = []
+    for name in ("run", "export"):
+        assert probe(tmp_path, [name], regions.path, tmp_path / "out", "--no-loss", "--images", "12") == 0
+        trees.append(json.loads((tmp_path / "out" / "probe.json").read_text()))
+    assert trees[0]["settings"]["level"] == trees[1]["settings"]["level"] == [level]
+    assert trees[0]["encoders"]["run"] == trees[1]["encoders"]["export"]
+
+
 def test_names_are_as_short_as_they_can_be():
     assert short_names([Path("a/stage1"), Path("b/stage1"), Path("/x/start")]) == ["a/stage1", "b/stage1", "start"]
     with pytest.raises(ValueError, match="named twice"):
@@ -140,11 +157,13 @@ def test_what_is_no_model_and_no_region_store_is_refused(encoders, regions, chat
     write_store([random_record(f"i{i}", 4, i) for i in range(6)], tmp_path / "unique")
     line = refusal(capsys, probe(encoders, ["start"], tmp_path / "unique", tmp_path / "out", "--label", "caption"))
     assert "fewer images than classes" in line
+    line = refusal(capsys, probe(encoders, ["start"], regions.path, tmp_path / "out", "--images", "1"))
+    assert "one image with regions" in line
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("options, named", [
-    (("--images", "1"), "--images"), (("--batch", "0"), "--batch"), (("--sizes", "0.5", "0.1"), "--sizes"),
+    (("--images", "0"), "--images"), (("--batch", "0"), "--batch"), (("--sizes", "0.5", "0.1"), "--sizes"),
     (("--crop-size", "20"), "--crop-size 20"), (("--level", "final"), "--level"), (("--label", "["), "--label"),
 ])  # fmt: skip
 def test_options_that_do_not_fit_are_refused(encoders, regions, tmp_path, capsys, options, named):
@@ -152,9 +171,6 @@ def test_options_that_do_not_fit_are_refused(encoders, regions, tmp_path, capsys
 
 
 def test_damaged_weights_are_refused(encoders, regions, tmp_path, capsys):
-    from granvit.models import vision_shapes
-    from tests.probe.conftest import VISION, values, write_encoder
-
     broken = values(vision_shapes(VISION), 1)
     broken["vision.embeddings.patch_embedding.bias"][:] = np.nan
     write_encoder(tmp_path / "broken", VISION, broken)
