@@ -1,4 +1,4 @@
-"""The command behind scripts/probe.py: is this encoder better at regions than the one it started from?
+"""Compares encoders on the regions of a store: is this encoder better at regions than the one it started from?
 
     python scripts/probe.py ENCODER [ENCODER ...] --source STORE [--framework mindspore|torch] [--out DIR]
 
