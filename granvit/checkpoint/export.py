@@ -269,7 +269,7 @@ def _encoder(
     last_alone = tower.last_alone or built.level == "final"
     shown_as = "last_hidden_state" if last_alone else f"hidden_states[{state}]"
     features = shown_as + ("[:, 1:]" if built.class_token else "")
-    work.record |= {"features": features, "top": {"from": top if above else "trained"}}
+    work.record |= {"features": features, "level": built.level, "top": {"from": top if above else "trained"}}
     start = _find_start(work, start_weights) if top == "start" else None
     if start is not None:
         _take_top(work, tower, start, above)

@@ -1,0 +1,177 @@
+"""The command: several encoders side by side, the same numbers in both frameworks, and refusals in one line."""
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from granvit.checkpoint.export import main as export_command
+from granvit.checkpoint.run import newest_checkpoint, state_digest
+from granvit.data.chat import load_chat
+from granvit.data.store_writer import write_store
+from granvit.evaluate import Evaluator
+from granvit.launch import load_engine_class
+from granvit.models import VisionConfig, vision_shapes
+from granvit.probe.caption_loss import caption_losses
+from granvit.probe.command import main, short_names
+from granvit.probe.sample import choose
+from tests.conftest import random_record
+from tests.probe.conftest import VISION, values, write_encoder, write_run
+
+pytest.importorskip("torch")
+pytest.importorskip("matplotlib")
+
+
+def probe(encoders, names, store, out, *options, framework="torch") -> int:
+    return main([*(str(encoders / name) for name in names), "--source", str(store), "--out", str(out), "--framework", framework,
+                 "--device", "cpu", "--label", "last-word", "--sizes", "0.03", "0.05", *options])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reported(encoders, regions, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    assert probe(encoders, ["start", "run", "wide", "constant"], regions.path, out) == 0
+    return out, json.loads((out / "probe.json").read_text())
+
+
+def by_key(tree, name) -> dict[tuple[str, str], dict]:
+    return {(entry["score"], entry["group"]): entry for entry in tree["encoders"][name]}
+
+
+def test_encoders_of_several_widths_are_side_by_side(reported):
+    out, tree = reported
+    assert list(tree["encoders"]) == ["start", "run", "wide", "constant"]
+    scores = {name: by_key(tree, name) for name in tree["encoders"]}
+    keys = {(score, group) for score in ("nearest", "linear", "agreement", "matched", "mismatched")
+            for group in ("all", "small", "medium", "large")}  # fmt: skip
+    assert set(scores["start"]) == keys and set(scores["run"]) == keys | {("loss", "all")}
+    assert scores["start"]["matched", "all"]["regions"] == 60 and scores["start"]["matched", "all"]["images"] == 24
+    for key, entry in scores["start"].items():
+        assert "minus_first" not in entry
+        other = scores["run"][key]
+        assert other["minus_first"]["value"] == pytest.approx(other["value"] - entry["value"])
+        assert entry["low"] <= entry["value"] <= entry["high"]
+    assert scores["start"]["nearest", "all"]["value"] > 0.6  # of three colours
+    markdown, page = (out / "report.md").read_text(), (out / "report.html").read_text()
+    assert "| start | run | wide | constant | run minus start |" in markdown
+    assert "<svg" in page and "http" not in page.replace("http://www.w3.org", "").replace("https://matplotlib.org", "").replace(
+        "http://purl.org", "").replace("http://creativecommons.org", "")  # fmt: skip
+
+
+def test_a_constant_encoder_is_not_called_good(reported):
+    scores = by_key(reported[1], "constant")
+    assert scores["matched", "all"]["value"] == pytest.approx(1, abs=1e-5)
+    assert scores["agreement", "all"]["value"] == scores["agreement", "all"]["high"] == 0
+    assert scores["nearest", "all"]["value"] < 0.6 and scores["linear", "all"]["value"] < 0.6
+
+
+def test_both_frameworks_give_the_same_numbers(reported, encoders, regions, tmp_path):
+    pytest.importorskip("mindspore")
+    assert probe(encoders, ["start", "run"], regions.path, tmp_path, framework="mindspore") == 0
+    tree = json.loads((tmp_path / "probe.json").read_text())
+    for name in ("start", "run"):
+        theirs = by_key(reported[1], name)
+        for key, entry in by_key(tree, name).items():
+            for part in ("value", "low", "high"):
+                assert entry[part] == pytest.approx(theirs[key][part], rel=1e-4, abs=1e-4), (name, key, part)
+            assert entry["regions"] == theirs[key]["regions"]
+
+
+def test_the_loss_is_that_of_an_evaluation_of_all_questions(reported, encoders, regions, tmp_path):
+    """The evaluator packs the same questions in other rows and batches."""
+    checkpoint = newest_checkpoint(encoders / "run")
+    config = checkpoint.config.model_copy(update={
+        "eval": checkpoint.config.eval.model_copy(update={"source": str(regions.path), "rows": 100, "tasks": ()}),
+        "data": checkpoint.config.data.model_copy(update={"mix": {"bbox2caption": 1.0}}),
+    })  # fmt: skip
+    Engine = load_engine_class("torch")
+    engine = Engine(config, checkpoint.vision, checkpoint.language, checkpoint.tensors("model"))
+    chat = load_chat(config, checkpoint.language)
+    found = Evaluator(engine, config, checkpoint.vision, chat, tmp_path)(1)
+    mine = by_key(reported[1], "run")["loss", "all"]
+    assert found.held_out["questions"] == mine["regions"] == 66
+    assert mine["value"] == pytest.approx(found.held_out["loss_caption"], rel=1e-5)
+    sample = choose(regions, 5, 8, 0)
+    short = checkpoint.model_copy(update={"config": config.model_copy(update={"data": config.data.model_copy(
+        update={"buckets": (config.data.buckets[0].model_copy(update={"answers": 15}),)})})})  # fmt: skip
+    losses = caption_losses(short, chat, Engine, sample, "cpu", "float32", lambda images: None)
+    assert losses.skipped > 0 and losses.questions + losses.skipped == len(sample.captions_R)
+
+
+@pytest.mark.parametrize("level", ["penultimate", "final"])
+def test_an_export_for_transformers_scores_what_its_run_scores(level, regions, tmp_path):
+    vision = VisionConfig(**{**VISION.model_dump(exclude={"built_level"}), "level": level})
+    write_run(tmp_path / "run", vision)
+    top = ["--top", "blank"] if level == "penultimate" else []
+    assert export_command([str(tmp_path / "run"), str(tmp_path / "export"), "--as", "encoder", *top]) == 0
+    trees = []
+    for name in ("run", "export"):
+        assert probe(tmp_path, [name], regions.path, tmp_path / "out", "--no-loss", "--images", "12") == 0
+        trees.append(json.loads((tmp_path / "out" / "probe.json").read_text()))
+    assert trees[0]["settings"]["level"] == trees[1]["settings"]["level"] == [level]
+    assert trees[0]["encoders"]["run"] == trees[1]["encoders"]["export"]
+
+
+def test_names_are_as_short_as_they_can_be():
+    assert short_names([Path("a/stage1"), Path("b/stage1"), Path("/x/start")]) == ["a/stage1", "b/stage1", "start"]
+    with pytest.raises(ValueError, match="named twice"):
+        short_names([Path("a"), Path("./a")])
+
+
+def refusal(capsys, status: int) -> str:
+    assert status == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_a_run_trained_on_the_store_is_named(encoders, regions, tmp_path, capsys):
+    shutil.copytree(encoders / "run", tmp_path / "run")
+    path = newest_checkpoint(tmp_path / "run").path / "state.json"
+    state = json.loads(path.read_text())
+    del state["sha256"]
+    state["fingerprints"] = {"tokenizer": "x", f"store {regions.path}": regions.fingerprint}
+    path.write_text(json.dumps({"sha256": state_digest(state)} | state))
+    assert probe(tmp_path, ["run"], regions.path, tmp_path / "out", "--no-loss") == 0
+    assert "run WAS TRAINED ON THIS STORE" in capsys.readouterr().out
+
+
+def test_a_projector_of_another_width_is_refused_with_both_numbers(encoders, regions, tmp_path, capsys):
+    shutil.copytree(encoders / "run", tmp_path / "run")
+    path = newest_checkpoint(tmp_path / "run").path / "state.json"
+    state = json.loads(path.read_text())
+    del state["sha256"]
+    state["vision"]["width"] = 24
+    path.write_text(json.dumps({"sha256": state_digest(state)} | state))
+    line = refusal(capsys, probe(tmp_path, ["run"], regions.path, tmp_path / "out"))
+    assert "its projector expects features of width 16" in line and "has 24" in line
+
+
+def test_what_is_no_model_and_no_region_store_is_refused(encoders, regions, chat_store, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    for directory, reason in (("empty", "nor a run's checkpoint"), ("begun", "no checkpoint"), ("missing", "no such")):
+        line = refusal(capsys, probe(tmp_path, [directory], regions.path, tmp_path / "out"))
+        assert directory in line and reason in line
+    assert "conversations" in refusal(capsys, probe(encoders, ["start"], chat_store.path, tmp_path / "out"))
+    write_store([random_record(f"i{i}", 4, i) for i in range(6)], tmp_path / "unique")
+    line = refusal(capsys, probe(encoders, ["start"], tmp_path / "unique", tmp_path / "out", "--label", "caption"))
+    assert "fewer images than classes" in line
+    line = refusal(capsys, probe(encoders, ["start"], regions.path, tmp_path / "out", "--images", "1"))
+    assert "one image with regions" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options, named", [
+    (("--images", "0"), "--images"), (("--batch", "0"), "--batch"), (("--sizes", "0.5", "0.1"), "--sizes"),
+    (("--crop-size", "20"), "--crop-size 20"), (("--level", "final"), "--level"), (("--label", "["), "--label"),
+])  # fmt: skip
+def test_options_that_do_not_fit_are_refused(encoders, regions, tmp_path, capsys, options, named):
+    assert named in refusal(capsys, probe(encoders, ["start"], regions.path, tmp_path / "out", *options))
+
+
+def test_damaged_weights_are_refused(encoders, regions, tmp_path, capsys):
+    broken = values(vision_shapes(VISION), 1)
+    broken["vision.embeddings.patch_embedding.bias"][:] = np.nan
+    write_encoder(tmp_path / "broken", VISION, broken)
+    assert "not finite" in refusal(capsys, probe(tmp_path, ["broken"], regions.path, tmp_path / "out"))
