@@ -65,6 +65,8 @@ def _ablate(options: argparse.Namespace) -> list[str]:
     if options.dry_run:
         _list(cells, launching, len(free))
         return []
+    if not runs:
+        raise ValueError(f"no cell of {path} can run: {cells[0].name}: {cells[0].problem}")
     root = options.out / path.stem
     lock = RunLock(root, detect_launch())
     for held_out, sources in compared_stores(cells).items():
@@ -73,7 +75,7 @@ def _ablate(options: argparse.Namespace) -> list[str]:
     failed = run_cells(cells, launching, free)
     problems = {}
     for cell in cells:
-        reason = cell.problem or next((failed[run.key] for run in cell.runs if run.key in failed), None)
+        reason = cell.problem or next((f"{run.stage}: {failed[run.key]}" for run in cell.runs if run.key in failed), None)
         if reason is not None:
             problems[cell] = reason
             print(f"FAILED {cell.name}: {reason}", file=sys.stderr)

@@ -82,8 +82,11 @@ class _Child:
 
 
 def run_cells(cells: list[Cell], launching: Launching, free: list[Slot]) -> dict[str, str]:
-    """Runs what is not finished and returns the failures: key of the run -> reason (the last line of its output, or the run
-    before it that failed). On Ctrl-C or SIGTERM the children save a checkpoint and end, and `TrainingStopped` is raised."""
+    """Runs what is not finished, in the order of the cells, one run in each slot of `free`.
+
+    Returns the failures: key of the run -> the last line of its output, or of that of the run before it that failed. On Ctrl-C or
+    SIGTERM (as `KeyboardInterrupt`) the children save a checkpoint and end, and `TrainingStopped` is raised.
+    """
     runs = unique_runs(cells)
     users: dict[str, list[str]] = {}
     for cell in cells:
@@ -112,7 +115,7 @@ def run_cells(cells: list[Cell], launching: Launching, free: list[Slot]) -> dict
             for run in list(waiting):
                 if run.before is not None and run.before.key in failed:
                     waiting.remove(run)
-                    failed[run.key] = f"{run.before.stage} before it failed: {failed[run.before.key]}"
+                    failed[run.key] = failed[run.before.key]
                 elif finished_seconds(run) is not None:  # by another grid, at the same time
                     waiting.remove(run)
                 elif free and (run.before is None or finished_seconds(run.before) is not None):
@@ -178,6 +181,8 @@ def _start(run: StageRun, launching: Launching, slot: Slot) -> _Child:
 def _end(child: _Child, seconds: float) -> str | None:
     """Records a child's end. Returns None if its run is finished, else the reason."""
     status = child.process.returncode
+    if status == 0 and not _complete(child.run.directory):
+        return "stopped before its last step; the same command continues"
     if status == 0:
         temporary = child.run.directory / "finished.tmp"
         write_synced(temporary, json.dumps({"seconds": round(seconds, 1)}) + "\n")
@@ -190,3 +195,11 @@ def _end(child: _Child, seconds: float) -> str | None:
     own = [line for line in said if re.match(r"(rank \d+: )?(error|failed|stopped): ", line)]
     ended = f"signal {-status}" if status < 0 else f"exit status {status}"
     return next(reversed(own or said), f"no output, {ended}")
+
+
+def _complete(directory: Path) -> bool:
+    """Whether a run that ended with status 0 trained its last step: a run that was asked to stop ends with status 0, too. Both
+    say so at the end of rank 0's log (granvit/train.py)."""
+    log = (directory / "log" / "rank_00000.txt").read_text(errors="replace")
+    said = re.findall(rf"run {re.escape(str(directory))} is (complete|not complete)", log)
+    return bool(said) and said[-1] == "complete"

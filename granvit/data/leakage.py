@@ -86,12 +86,12 @@ def _fingerprint(store: Store, index: int) -> np.ndarray:
         record = store.record(index)
         if not record.image:
             return found
-        pixels_HW3 = np.ascontiguousarray(decode(record.image, MAX_PIXELS))
+        pixels_HW3 = decode(record.image, MAX_PIXELS)
     except ValueError:
         found["state"] = DAMAGED
         return found
     digest = hashlib.blake2b(repr(pixels_HW3.shape).encode(), digest_size=16)
-    digest.update(pixels_HW3)
+    digest.update(pixels_HW3.tobytes())
     bits, structured = difference_hash(pixels_HW3)
     found["pixels"], found["bits"], found["state"] = digest.digest(), bits, STRUCTURED if structured else FLAT
     return found

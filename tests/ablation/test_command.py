@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from granvit.ablation.command import main
+from granvit.ablation.grid import expand, read_grid
+from granvit.ablation.run_cells import Launching
+from granvit.config import CONFIGS
 from granvit.data.store_writer import write_store
 from tests.ablation.conftest import grid_tree, write_grid
 from tests.conftest import random_record
@@ -59,10 +63,10 @@ def test_a_failing_cell_is_named_and_the_others_go_on(finished):
     assert [(each["setting"], each["seed"]) for each in failed] == [
         (setting, seed) for seed in (0, 1) for setting in ("broken", "after broken")
     ]
-    assert all("data.buckets" in each["reason"] for each in failed)  # the last line of its log
-    assert failed[1]["reason"].startswith("stage2 before it failed: error: data.buckets")
+    # The stage that failed and the last line of its log, for the cell that only starts from it too.
+    assert all(each["reason"].startswith("stage2: error: data.buckets: the shortest, 8 tokens") for each in failed)
     report = (out / "toy" / "report.md").read_text()
-    assert "**4 cells failed" in report and "- broken, seed 1: error: data.buckets" in report
+    assert "**4 cells failed" in report and "- broken, seed 1: stage2: error: data.buckets" in report
     assert "| broken | - | - | 0 of 2 |" in report
     assert done.stderr.count("FAILED 'broken'") == 2
 
@@ -133,17 +137,33 @@ def test_a_grid_killed_in_the_middle_goes_on_and_ends_with_the_same_table(grid, 
     assert (tmp_path / "toy" / "results.json").read_bytes() == (finished[0] / "toy" / "results.json").read_bytes()
 
 
+def test_a_run_that_was_asked_to_stop_is_not_finished(base, tmp_path):
+    """SIGTERM to one run (a cluster's preemption): it saves, ends with status 0, and the same command continues it."""
+    grid = write_grid(tmp_path / "grid.yaml", grid_tree(base, seeds=[0]))
+    process = subprocess.Popen(command(grid, tmp_path, "--jobs", "1"), env=environment(TOY_PAUSE="0.5"),
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # fmt: skip
+    deadline = time.monotonic() + WAIT
+    while not (steps := list((tmp_path / "cells").glob("*/metrics.jsonl"))) or not steps[0].read_text():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    number = next(path.name for path in Path("/proc").glob("[0-9]*") if is_trainer(path, tmp_path))
+    os.kill(int(number), signal.SIGTERM)
+    printed, _ = process.communicate(timeout=WAIT)
+    assert process.returncode == 1 and "FAILED: stopped before its last step" in printed
+    assert len(list((tmp_path / "cells").glob("*/finished.json"))) == 1  # the other setting's
+    assert run(grid, tmp_path).returncode == 0
+
+
+def is_trainer(process: Path, out: Path) -> bool:
+    try:
+        return f"output={out}" in (process / "cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return False
+
+
 def children_of(out: Path) -> list[str]:
-    """Command lines of running processes that train a cell in `out`."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_bytes().decode(errors="replace")
-        except OSError:
-            continue
-        if f"output={out}" in line:
-            found.append(line.replace("\0", " "))
-    return found
+    """The ids of running processes that train a cell in `out`."""
+    return [path.name for path in Path("/proc").glob("[0-9]*") if is_trainer(path, out)]
 
 
 def test_leakage_is_refused_before_anything_is_trained(base, stores, tmp_path):
@@ -154,6 +174,23 @@ def test_leakage_is_refused_before_anything_is_trained(base, stores, tmp_path):
     assert done.returncode == 2 and done.stderr.count("error: ") == 1
     assert f"{tmp_path / 'leaking'} shares 1 of its 2 images with {stores['train']}" in done.stderr
     assert "copy equals t3" in done.stderr and not (tmp_path / "out" / "cells").exists()
+
+
+def test_a_grid_without_its_data_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([str(CONFIGS / "ablations" / "table3.yaml"), "--framework", "torch"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "no cell of" in said and "sft: model.weights_vision: no weights in runs/demo" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_of_several_ranks_start_under_the_frameworks_launcher(base, tmp_path):
+    run = expand(read_grid(write_grid(tmp_path / "grid.yaml", grid_tree(base))), "torch", tmp_path)[0].runs[0]
+    for framework, launcher, option in (("mindspore", "msrun", "--worker_num"), ("torch", "torchrun", "--nproc_per_node")):
+        words = Launching(Path("ablate.py"), framework, 4, bind_cores=True).words(run)
+        assert Path(words[0]).name == launcher and words[words.index(option) + 1] == "4"
+        assert words[words.index("ablate.py") :][:3] == ["ablate.py", "rank", "stage1"] and words[-2:] == ["--framework", framework]
+        assert f"output={run.directory}" in words and "seed=0" in words and "distill.weight=0" in words
 
 
 def test_an_unknown_key_is_one_line_and_status_2(base, tmp_path):

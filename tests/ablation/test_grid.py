@@ -1,6 +1,5 @@
 """Grid files: what is refused, which runs are shared, what a run's key depends on; and the grids that are shipped."""
-import json
-from pathlib import Path
+import shutil
 
 import pytest
 
@@ -81,14 +80,9 @@ def test_a_runs_key_depends_on_start_files_stores_and_framework(tmp_path, base):
     assert key() == first == key(folder=tmp_path / "elsewhere") != key("mindspore")
     (weights / "tokenizer.json").write_text("{ }")
     second = key()
-    write_store([random_record("a", 2, 2)], tmp_path / "new")
-    (store / "manifest.json").write_text((tmp_path / "new" / "manifest.json").read_text())
-    assert len({first, second, key()}) == 3 if sizes_equal(store, tmp_path / "new") else first != second
-
-
-def sizes_equal(*stores: Path) -> bool:
-    """Whether a store with the other's manifest can be opened."""
-    return len({json.dumps(json.loads((store / "manifest.json").read_text())["bytes"]) for store in stores}) == 1
+    shutil.rmtree(store)
+    write_store([random_record("a", 2, 2)], store)
+    assert len({first, second, key()}) == 3
 
 
 def test_a_missing_start_file_is_the_problem_of_its_cells_alone(tmp_path, base):
@@ -119,9 +113,8 @@ def test_a_shipped_grid_expands(path, tmp_path, monkeypatch):
     """With start files and stores stood in for: what is checked are its keys, names, chains and evaluation."""
     monkeypatch.setattr("granvit.ablation.grid.start_files", lambda config, first: "")
     grid = read_grid(path)
-    for framework in ("mindspore", "torch"):
-        cells = expand(grid, framework, tmp_path)
-        assert len(cells) == len(grid.seeds) * len(grid.settings) and not any(cell.problem for cell in cells)
+    cells = expand(grid, "mindspore", tmp_path)
+    assert len(cells) == len(grid.seeds) * len(grid.settings) and not any(cell.problem for cell in cells)
     demo = not path.stem.endswith("_paper")
     assert all(entry.config.startswith("configs/demo/") == demo for entry in grid.stages.values())
     assert demo == (path.with_stem(f"{path.stem}_paper") in SHIPPED)  # every grid at both sizes
