@@ -11,17 +11,18 @@ POINT, SEED, ZERO = "#1f5fbf", "#9db9de", "#888888"
 
 
 def draw_means(found: dict[str, Any], metrics: tuple[str, ...], path: Path) -> None:
-    """Draws, for each metric, the mean of every setting in percent with its interval, and the scores of single seeds as dots."""
+    """Draws, for each metric, the mean of every setting in percent with its interval, and below it the scores of single seeds as
+    dots."""
     settings = found["settings"]
     figure, grid = _panels(len(metrics), len(settings))
     for metric, axes in zip(metrics, grid, strict=True):
         for row, setting in enumerate(settings):
             summary = setting["metrics"].get(metric)
             if summary is None:
-                axes.annotate("no finished seed", (0.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+                _missing(axes, row)
                 continue
             values = [100 * value for value in summary["per_seed"].values()]
-            axes.plot(values, [row] * len(values), "o", color=SEED, markersize=4, zorder=1)
+            axes.plot(values, [row + 0.22] * len(values), "o", color=SEED, markersize=4)
             _interval(axes, row, summary)
         _finish(axes, [setting["name"] for setting in settings], f"{metric}, %")
     figure.savefig(path)
@@ -36,8 +37,12 @@ def draw_differences(found: dict[str, Any], metrics: tuple[str, ...], path: Path
     for metric, axes in zip(metrics, grid, strict=True):
         axes.axvline(0, color=ZERO, linewidth=1, linestyle="--", zorder=0)
         for each in differences:
-            if each["metric"] == metric and each["mean"] is not None:
-                _interval(axes, names.index(each["setting"]), each)
+            if each["metric"] == metric:
+                row = names.index(each["setting"])
+                if each["mean"] is None:
+                    _missing(axes, row)
+                else:
+                    _interval(axes, row, each)
         _finish(axes, names, f"{metric}, points above {found['settings'][0]['name']!r}")
     figure.savefig(path)
     plt.close(figure)
@@ -54,6 +59,10 @@ def _interval(axes: plt.Axes, row: int, summary: dict[str, Any]) -> None:
     if summary["low"] is not None:
         axes.plot([100 * summary["low"], 100 * summary["high"]], [row, row], color=POINT, linewidth=2)
     axes.plot([100 * summary["mean"]], [row], "D", color=POINT, markersize=6)
+
+
+def _missing(axes: plt.Axes, row: int) -> None:
+    axes.annotate("no finished seed", (0.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=8)
 
 
 def _finish(axes: plt.Axes, names: list[str], label: str) -> None:

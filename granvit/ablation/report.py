@@ -53,8 +53,8 @@ def _tables(grid: Grid, found: dict[str, Any]) -> list[str]:
         lines += [f"- {_cell(each['setting'])}, seed {each['seed']}: {_cell(each['reason'])}" for each in found["failed"]]
         lines += [""]
     if found["directions"]:
-        lines += ["## The paper's directions", "",
-                  "| Metric | Should be above | Should be below | The paper | Difference here (95%) | Seeds | Verdict |",
+        lines += ["## Stated directions", "",
+                  "| Metric | Should be above | Should be below | Source | Difference here (95%) | Seeds | Verdict |",
                   "|---|---|---|---|---|---|---|"]  # fmt: skip
         lines += [
             f"| {each['metric']} | {_cell(each['above'])} | {_cell(each['below'])} | {_cell(each['paper'])} | "
@@ -63,7 +63,7 @@ def _tables(grid: Grid, found: dict[str, Any]) -> list[str]:
         ]
         lines += [""]
     else:
-        lines += ["The paper states no direction for this comparison.", ""]
+        lines += ["No direction is stated for this comparison.", ""]
     lines += ["## Scores", "", "Mean over seeds in percent, with its 95% interval.", "",
               "| Setting | " + " | ".join(grid.metrics) + " | Seeds |", "|---|" + "---|" * (len(grid.metrics) + 1)]  # fmt: skip
     for setting in found["settings"]:
