@@ -304,8 +304,9 @@ def _unknown_keys(model: type[BaseModel], tree: Any, path: str = "") -> list[str
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             messages += _unknown_keys(kind, value, f"{path}{key}.")
         members = [member for member in get_args(kind) if isinstance(member, type) and issubclass(member, BaseModel)]
-        if members and isinstance(value, list):
-            messages += [line for i, each in enumerate(value) for line in _unknown_keys(members[0], each, f"{path}{key}.{i}.")]
+        if members and isinstance(value, list | dict):
+            below = enumerate(value) if isinstance(value, list) else value.items()
+            messages += [line for name, each in below for line in _unknown_keys(members[0], each, f"{path}{key}.{name}.")]
     return messages
 
 

@@ -18,11 +18,15 @@ ROOT = Path(__file__).resolve().parents[1]
 LOAD = """
 import sys
 from granvit.config import CONFIGS, load_config, read_yaml, resolve_models, find_config, vision_config, language_config
+from granvit.ablation.grid import read_grid
 from pathlib import Path
 assert str(CONFIGS).startswith(sys.argv[1]), CONFIGS
 for path in CONFIGS.rglob("*.yaml"):
     if path.parent.name == "models":
         (vision_config if "patch_size" in read_yaml(path) else language_config)(path.stem)
+    elif path.parent.name == "ablations":
+        for stage in read_grid(path).stages.values():
+            load_config(find_config(stage.config), stage.overrides)
     else:
         resolve_models(load_config(find_config(Path("configs") / path.relative_to(CONFIGS))))
         print(path.relative_to(CONFIGS))
@@ -61,7 +65,7 @@ def test_every_console_command_leads_to_a_function(unpacked):
     parser = configparser.ConfigParser()
     parser.read(next(unpacked.glob("*.dist-info")) / "entry_points.txt")
     commands = dict(parser["console_scripts"])
-    names = ("train", "predict", "probe", "store", "conversations", "demo", "export", "convert", "check")
+    names = ("train", "predict", "probe", "store", "conversations", "demo", "ablate", "export", "convert", "check")
     assert sorted(commands) == sorted(f"granvit-{name}" for name in names)
     for target in commands.values():
         module, _, function = target.partition(":")

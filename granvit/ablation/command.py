@@ -1,0 +1,102 @@
+"""Compares settings over seeds, as a grid file describes them: trains every cell, and writes a table, plots and verdicts.
+
+    python scripts/ablate.py configs/ablations/table3.yaml --framework torch
+
+The same command continues an interrupted grid; finished runs are not repeated. Runs that several cells, or several grids, have in
+common are trained once. docs/ablations.md says how to write a grid file.
+"""
+import argparse
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+from granvit.ablation.grid import Cell, compared_stores, expand, read_grid
+from granvit.ablation.machine import slots
+from granvit.ablation.run_cells import Launching, finished_seconds, run_cells, unique_runs
+from granvit.config import find_config
+from granvit.data.batch import Packer
+from granvit.data.leakage import check_leakage
+from granvit.demo.pretrained import compose_text
+from granvit.exit_status import exit_status
+from granvit.launch import RunLock, detect_launch
+from granvit.logs import to_console
+from granvit.train import train_command
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns 0, 1 if a cell failed, 2 after a mistake of the user."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["rank"]:  # this process is one rank of a cell's run
+        stage = arguments[1]
+        compose = compose_text if stage == "pretrain_text" else Packer.row
+        return train_command(stage, arguments[2:], compose, f"{sys.argv[0]} rank {stage}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("grid", type=Path, help="a grid file; configs/ablations/ has those of the paper's tables")
+    parser.add_argument("--framework", choices=("mindspore", "torch"), default="mindspore", help="default: %(default)s")
+    parser.add_argument("--jobs", type=_count, help="runs at the same time (default: as many as cores or accelerators allow)")
+    parser.add_argument("--ranks", type=_count, default=1, help="ranks of each run, under msrun or torchrun (default: 1)")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"),
+                        help="directory of all grids (default: %(default)s): runs in OUT/cells, reports in OUT/GRID")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="list the cells, their state and their commands; train nothing")
+    options = parser.parse_args(arguments)
+    to_console(0)
+    failures: list[str] = []
+    status = exit_status(lambda: failures.extend(_ablate(options)), [])
+    return status or int(bool(failures))
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1")
+    return number
+
+
+def _ablate(options: argparse.Namespace) -> list[str]:
+    """Runs the grid and writes its report. Returns the names of the cells that failed."""
+    path = find_config(options.grid)
+    grid = read_grid(path)
+    cells = expand(grid, options.framework, options.out)
+    runs = unique_runs(cells)
+    device = runs[0].config.runtime.device if runs else "cpu"
+    free = slots(options.framework, device, options.ranks, options.jobs)
+    launching = Launching(Path(sys.argv[0]).resolve(), options.framework, options.ranks, bind_cores=len(free) == 1)
+    if options.dry_run:
+        _list(cells, launching, len(free))
+        return []
+    if not runs:
+        raise ValueError(f"no cell of {path} can run: {cells[0].name}: {cells[0].problem}")
+    root = options.out / path.stem
+    lock = RunLock(root, detect_launch())
+    for held_out, sources in compared_stores(cells).items():
+        check_leakage(sorted(sources), held_out)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: children save and end
+    failed = run_cells(cells, launching, free)
+    problems = {}
+    for cell in cells:
+        reason = cell.problem or next((f"{run.stage}: {failed[run.key]}" for run in cell.runs if run.key in failed), None)
+        if reason is not None:
+            problems[cell] = reason
+            print(f"FAILED {cell.name}: {reason}", file=sys.stderr)
+    from granvit.ablation.report import write_report  # imported here: a rank of a run does not need matplotlib
+
+    command = shlex.join(["python", "scripts/ablate.py", str(options.grid), "--framework", options.framework])
+    print(write_report(grid, cells, problems, root, path.stem, command))
+    print(f"report.md, report.html, results.json and plots were written to {root}")
+    lock.release()
+    return [cell.name for cell in problems]
+
+
+def _list(cells: list[Cell], launching: Launching, jobs: int) -> None:
+    """--dry-run: every cell with its runs, what is missing, and the command of each run."""
+    runs = unique_runs(cells)
+    for cell in cells:
+        chain = " -> ".join(f"{run.directory.name}{'' if finished_seconds(run) is None else ' (finished)'}" for run in cell.runs)
+        print(f"{cell.name}: {chain}" + (f" -> cannot run: {cell.problem}" if cell.problem else ""))
+    print()
+    for run in runs:
+        if finished_seconds(run) is None:
+            print(shlex.join(launching.words(run)))
+    unfinished = sum(finished_seconds(run) is None for run in runs)
+    print(f"\n{len(cells)} cells, {len(runs)} different runs, {unfinished} of them not finished; {jobs} at a time")

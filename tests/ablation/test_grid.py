@@ -1,0 +1,138 @@
+"""Grid files: what is refused, which runs are shared, what a run's key depends on; and the grids that are shipped."""
+import shutil
+
+import pytest
+
+from granvit.ablation import machine
+from granvit.ablation.grid import compared_stores, expand, read_grid
+from granvit.ablation.machine import slots
+from granvit.ablation.run_cells import unique_runs
+from granvit.config import CONFIGS
+from granvit.data.store_writer import write_store
+from tests.ablation.conftest import grid_tree, write_grid
+from tests.conftest import random_record
+
+SHIPPED = sorted((CONFIGS / "ablations").glob("*.yaml"))
+
+
+def cells_of(tmp_path, tree: dict, framework="torch"):
+    return expand(read_grid(write_grid(tmp_path / "grid.yaml", tree)), framework, tmp_path / "out")
+
+
+A = {"stage1": []}  # a setting
+METRIC = "bbox2caption/exact_match"
+MISTAKES = [
+    ({"sedes": [1]}, "unknown key 'sedes'; did you mean 'seeds'"),
+    ({"stages": {"stage1": {"confg": "x"}}}, "unknown key 'stages.stage1.confg'; did you mean 'stages.stage1.config'"),
+    ({"directions": [{"metrc": "x"}]}, "unknown key 'directions.0.metrc'; did you mean 'directions.0.metric'"),
+    ({"settings": {"a": A, "b": {"stge1": []}}}, "settings.b: stage 'stge1' does not exist; did you mean 'stage1'"),
+    ({"settings": {"a": A, "b": {}}}, "settings.b: no stage"),
+    ({"settings": {"a": A}}, "settings: .*at least 2"),
+    ({"metrics": ["bbox2caption/exact_mach"]}, "did you mean 'bbox2caption/exact_match'"),
+    ({"stages": {"stage 1": {"config": "x"}}}, "the name 'stage 1' is also that of directories"),
+    ({"seeds": [0, 0]}, "seeds lists a value twice"),
+    ({"directions": [{"metric": METRIC, "above": "wth", "below": "with", "paper": ""}]}, "did you mean 'with'"),
+    ({"directions": [{"metric": METRIC, "above": "with", "below": "with", "paper": ""}]}, "the same setting"),
+    ({"settings": {"a": A, "b": {"stage1": ["distill.wait=1"]}}}, "'distill.wait'; did you mean 'distill.weight'"),
+    ({"settings": {"a": A, "b": {"stage1": ["seed=3"]}}}, "the grid sets seed"),
+    ({"settings": {"a": A, "b": {**A, "stage2": ["model.init_from=x"]}}}, "the grid sets model.init_from"),
+    ({"settings": {"a": A, "b": {"stage1": ["eval.source=null"]}}}, "settings.b: stage1 has no eval.source"),
+    ({"settings": {"a": A, "b": {"stage1": ["eval.tasks=[bbox2caption]"]}}}, "settings.b: .*lacks caption2bbox"),
+    ({"settings": {"a": A, "b": {"stage1": ["eval.images=3"]}}}, "settings 'a' and 'b' are evaluated differently"),
+    ({"settings": {"a": A, "b": {"stage1": ["distill.grid=3"]}}}, "settings.b.stage1: distill.grid 3"),
+    ({"stages": {"stage1": {"config": "configs/demo/stge1.yaml"}}, "settings": {"a": A, "b": A}}, "demo/stge1.yaml: no such"),
+]
+
+
+@pytest.mark.parametrize("change, message", MISTAKES)
+def test_a_mistake_in_a_grid_file_is_named(tmp_path, base, change, message):
+    with pytest.raises(ValueError, match=message):
+        cells_of(tmp_path, grid_tree(base, **({"directions": []} | change)))
+
+
+def test_cells_share_the_beginning_of_their_chains(tmp_path, base):
+    settings = {"one": A, "two": {**A, "stage2": []}, "other": {"stage1": ["distill.weight=0.5"], "stage2": []}}
+    cells = cells_of(tmp_path, grid_tree(base, settings=settings, directions=[]))
+    assert [(cell.setting, cell.seed) for cell in cells] == [(name, seed) for seed in (0, 1) for name in settings]
+    one, two, other = cells[:3]
+    assert one.runs[0].key == two.runs[0].key != other.runs[0].key
+    assert two.runs[1].key != other.runs[1].key  # equal configurations, but other runs before them
+    assert cells[3].runs[0].key != one.runs[0].key  # the seed
+    assert len(unique_runs(cells)) == 8
+    assert two.runs[1].config.model.init_from == two.runs[0].config.output
+    assert two.runs[0].config.model.init_from is None and two.runs[1].config.seed == 0
+    assert two.runs[0].directory.parent == tmp_path / "out" / "cells"
+
+
+def test_a_runs_key_depends_on_start_files_stores_and_framework(tmp_path, base):
+    """An equal grid has equal keys, in another directory too."""
+    store, weights = tmp_path / "store", tmp_path / "language"
+    write_store([random_record("a", 2, 1)], store)
+    weights.mkdir()
+    (weights / "tokenizer.json").write_text("{}")
+    own = [f"data.sources=[{{path: {store}}}]", f"model.weights_language={weights}"]
+    tree = grid_tree(base, settings={"a": {"stage1": own}, "b": {"stage1": [*own, "distill.weight=0"]}}, directions=[])
+
+    def key(framework="torch", folder=tmp_path):
+        return expand(read_grid(write_grid(tmp_path / "grid.yaml", tree)), framework, folder)[0].runs[0].key
+
+    first = key()
+    assert key() == first == key(folder=tmp_path / "elsewhere") != key("mindspore")
+    (weights / "tokenizer.json").write_text("{ }")
+    second = key()
+    shutil.rmtree(store)
+    write_store([random_record("a", 2, 2)], store)
+    assert len({first, second, key()}) == 3
+
+
+def test_a_missing_start_file_is_the_problem_of_its_cells_alone(tmp_path, base):
+    settings = {
+        "good": {"stage1": []},
+        "no weights": {"stage1": ["model.init=pretrained", "model.weights_vision=nowhere"]},
+        "no store": {"stage1": [], "stage2": ["data.sources=[{path: nothing}]"]},
+        "no run": {"stage1": ["model.init_from=no/run"]},
+    }
+    cells = cells_of(tmp_path, grid_tree(base, settings=settings, directions=[]))
+    problems = {cell.setting: cell.problem for cell in cells}
+    assert problems["good"] is None
+    assert problems["no weights"] == "stage1: model.weights_vision: no weights in nowhere"
+    assert problems["no store"].startswith("stage2: store nothing: no such directory")
+    assert problems["no run"] == "stage1: model.init_from no/run: no checkpoint there"
+    assert len(unique_runs(cells)) == 2  # of the good setting; the stage 1 of a cell that cannot end is not trained
+
+
+def test_every_training_store_of_a_chain_is_compared_with_the_held_out_one(tmp_path, base, stores):
+    write_store([random_record("a", 2, 1)], tmp_path / "second")
+    settings = {"a": {"stage1": []}, "b": {"stage1": [], "stage2": [f"data.sources=[{{path: {tmp_path / 'second'}}}]"]}}
+    cells = cells_of(tmp_path, grid_tree(base, settings=settings, directions=[]))
+    assert compared_stores(cells) == {stores["held"]: {stores["train"], str(tmp_path / "second")}}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_grid_expands(path, tmp_path, monkeypatch):
+    """With start files and stores stood in for: what is checked are its keys, names, chains and evaluation."""
+    monkeypatch.setattr("granvit.ablation.grid.start_files", lambda config, first: "")
+    grid = read_grid(path)
+    cells = expand(grid, "mindspore", tmp_path)
+    assert len(cells) == len(grid.seeds) * len(grid.settings) and not any(cell.problem for cell in cells)
+    demo = not path.stem.endswith("_paper")
+    assert all(entry.config.startswith("configs/demo/") == demo for entry in grid.stages.values())
+    assert demo == (path.with_stem(f"{path.stem}_paper") in SHIPPED)  # every grid at both sizes
+
+
+def test_runs_are_divided_over_cores_and_devices(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(8)))
+    for name in (machine.NPU[0], machine.GPU[0]):
+        monkeypatch.delenv(name, raising=False)
+    on_cpu = slots("mindspore", "auto", 2, None, tmp_path)
+    assert [sorted(slot.cores) for slot in on_cpu] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert all(not slot.environment for slot in on_cpu)
+    for number in range(4):
+        (tmp_path / f"davinci{number}").touch()
+    (tmp_path / "davinci_manager").touch()
+    on_npu = slots("mindspore", "auto", 2, None, tmp_path)
+    assert [slot.environment for slot in on_npu] == [{machine.NPU[0]: "0,1"}, {machine.NPU[0]: "2,3"}]
+    assert len(slots("mindspore", "cpu", 1, None, tmp_path)) == 8 and len(slots("torch", "auto", 1, None, tmp_path)) == 8
+    monkeypatch.setenv(machine.GPU[0], "3,5")
+    assert [slot.environment for slot in slots("torch", "cuda", 1, None)] == [{machine.GPU[0]: "3"}, {machine.GPU[0]: "5"}]
+    assert [len(slot.cores) for slot in slots("torch", "cpu", 1, 16)] == [1] * 16  # more jobs than cores share them
