@@ -112,7 +112,7 @@ class Trainer:
         if checkpoint is not None:
             self._resume(checkpoint)
         if engine.rank == 0:
-            self.output = Output(self.run_directory, self.step, steps, config.train.log_every)
+            self.output = Output(self.run_directory, -1 if checkpoint is None else self.step, steps, config.train.log_every)
         batches = self.loader.batches(self.step)
         stop = due = False
         try:
