@@ -15,8 +15,8 @@ from granvit.demo.times import KINDS, Times
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import withStroke
 
 SERIES = (  # score, label, colour, marker
     ("rouge_l", "Bbox2Caption, ROUGE-L", "#4a9fd8", "o"),
@@ -27,25 +27,26 @@ KIND_COLOURS = dict(zip(KINDS, ("#b8b8b8", "#8a8a8a", "#e69f00", "#3b75af", "#aa
 UNKNOWN = "#dddddd"
 
 
-def draw_cards(cards: Sequence[Card], columns: int, path: Path, side: int = 264) -> None:
-    """Draws cards in rows: the title above each picture, its answers below. `side` is the longer side of a picture in pixels; texts
-    are shortened to that width. The file has a palette of 256 colours."""
+def draw_cards(cards: Sequence[Card], columns: int, path: Path, side: int = 264, colours: int | None = None) -> None:
+    """Draws cards in rows: the title above each picture, its answers below. `side` is the longer side of a picture in pixels, to
+    which texts are shortened. The file has a palette of so many colours, or all of them."""
     gap, size = side // 20, round(side / 20)
     line, font, bold = round(1.45 * size), _font("DejaVuSans.ttf", size), _font("DejaVuSans-Bold.ttf", size)
-    answers = max(len(card.answers) for card in cards)
-    wide, tall = side + gap, line + side + answers * line + 2 * gap
-    image = Image.new("RGB", (columns * wide + gap, -(-len(cards) // columns) * tall + gap), "white")
+    rows = [cards[first : first + columns] for first in range(0, len(cards), columns)]
+    heights = [side + line * (1 + max(len(card.answers) for card in row)) + 2 * gap for row in rows]
+    image = Image.new("RGB", (columns * (side + gap) + gap, gap + sum(heights)), "white")
     draw = ImageDraw.Draw(image)
     for number, card in enumerate(cards):
-        left, top = gap + number % columns * wide, gap + number // columns * tall
+        left, top = gap + number % columns * (side + gap), gap + sum(heights[: number // columns])
         picture = Image.fromarray(card.picture_HW3)
         picture.thumbnail((side, side), Image.Resampling.LANCZOS)
         draw.text((left + side / 2, top), _shortened(card.title, bold, side), "#222222", bold, anchor="ma")
         image.paste(picture, (left + (side - picture.width) // 2, top + line + (side - picture.height) // 2))
         for row, answer in enumerate(card.answers):
             place = left + side / 2, top + line + side + gap // 3 + row * line
-            draw.text(place, _shortened(answer.marked, font, side), RIGHT_COLOUR if answer.right else WRONG_COLOUR, font, anchor="ma")
-    image.quantize(palette=image.reduce(2).quantize(256), dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
+            colour = RIGHT_COLOUR if answer.right else WRONG_COLOUR
+            draw.text(place, _shortened(answer.marked, font, side), colour, font, anchor="ma")
+    (image.quantize(colours) if colours else image).save(path, optimize=colours is not None)
 
 
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
@@ -66,7 +67,7 @@ def draw_curve(runs: dict[str, Run], path: Path) -> None:
     """Draws three scores with their intervals over the steps of stage 1 and, after them, of stage 2. Stage 1 with Caption2Bbox
     branches off at the end of stage 1; the guesser's scores are dotted lines."""
     border = runs["stage1"].last.step
-    stages = [(runs["stage1"], 0)] + [(runs["stage2"], border)] * ("stage2" in runs)
+    stages = [(runs["stage1"], 0), *((run, border) for name, run in runs.items() if name == "stage2")]
     figure, axes = plt.subplots(figsize=(7.2, 4.6), dpi=120)
     end = border
     at_border, at_end = [], []  # labels: height, text, colour
@@ -85,7 +86,7 @@ def draw_curve(runs: dict[str, Run], path: Path) -> None:
         if "stage1_mixed" in runs:
             branch = [(border + e.step, percent(e, score)) for e in runs["stage1_mixed"].evaluations if e.step]
             spans = [[p.value - p.low for _, p in branch], [p.high - p.value for _, p in branch]]
-            axes.plot([border, *(x for x, _ in branch)], [of_stage1, *(p.value for _, p in branch)], "--", color=colour, linewidth=1.4)
+            axes.plot([border, *(x for x, _ in branch)], [of_stage1, *(p.value for _, p in branch)], "--", color=colour)
             axes.errorbar([x for x, _ in branch], [p.value for _, p in branch], yerr=spans, fmt=marker, color=colour, capsize=3,
                           elinewidth=1, markersize=6, markerfacecolor="white")  # fmt: skip
             end = max(end, branch[-1][0])
@@ -105,12 +106,13 @@ def draw_curve(runs: dict[str, Run], path: Path) -> None:
     for (_, text, colour), height in zip(at_border, _spread([label[0] for label in at_border]), strict=True):
         axes.annotate(text, (border, height), xytext=(-7, 9), textcoords="offset points", color=colour, ha="right", va="center",
                       fontsize=9, path_effects=[withStroke(linewidth=3, foreground="white")])  # fmt: skip
-    handles = list(axes.get_legend_handles_labels()[0])
-    labels = [label for _, label, _, _ in SERIES]
-    for name, style in (("stage1_mixed", "--"), ("guesser", ":")):
-        if name in runs:
-            handles.append(Line2D([], [], color="#555555", linestyle=style))
-            labels.append(f"{NAMES[name]}{' (no image)' * (name == 'guesser')}")
+    handles, labels = axes.get_legend_handles_labels()
+    if "stage1_mixed" in runs:
+        handles.append(Line2D([], [], color="#555555", linestyle="--"))
+        labels.append(NAMES["stage1_mixed"])
+    if "guesser" in runs:
+        handles.append(Line2D([], [], color="#555555", linestyle=":"))
+        labels.append("guesser (no image)")
     axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=2, fontsize=9, frameon=False)
     axes.grid(alpha=0.3)
     figure.savefig(path, bbox_inches="tight")
@@ -137,8 +139,8 @@ def draw_components(pictures: Sequence[np.ndarray], before: np.ndarray, after: n
                     path: Path) -> None:  # fmt: skip
     """Draws a column per image: the image, and its patches in the colours `[B, g, g, 3]` before and after stage 1. `shares` are
     the shares of the variance of the three components, before and after."""
-    names = ["image"] + [f"{name}\n({share.sum():.0%} of\nthe variance)" for name, share in zip(("before", "after"), shares, strict=True)]
-    figure, grid = _picture_rows(names, len(pictures), above=0.06, right=0)
+    held = [f"({share.sum():.0%} of\nthe variance)" for share in shares]
+    figure, grid = _picture_rows(["image", f"before\n{held[0]}", f"after\n{held[1]}"], len(pictures), above=0.06, right=0)
     for column, picture in enumerate(pictures):
         grid[0, column].imshow(picture)
         for row, colours in ((1, before), (2, after)):
@@ -151,7 +153,7 @@ def draw_similarity(pictures: Sequence[np.ndarray], captions: Sequence[str], box
                     after: Sequence[np.ndarray], path: Path) -> None:  # fmt: skip
     """Draws a column per region: the image with the region's box (xyxy relative to the padded square), and the cosine of the
     region with every patch, `[g, g]`, before and after stage 1, on one scale for all."""
-    figure, grid = _picture_rows(["image", "before", "after"], len(pictures), above=0.5, right=0.75)
+    figure, grid = _picture_rows(["image", "before", "after"], len(pictures), above=0.5, right=0.85)
     low = np.floor(10 * min(np.min(before), np.min(after))) / 10
     for column, (picture, caption, box) in enumerate(zip(pictures, captions, boxes, strict=True)):
         grid[0, column].imshow(picture)
@@ -162,7 +164,7 @@ def draw_similarity(pictures: Sequence[np.ndarray], captions: Sequence[str], box
             x1, y1, x2, y2 = np.array(box) * side - 0.5
             for width, colour in ((4.5, "black"), (2, "white")):
                 grid[row, column].add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=width))
-    bar = figure.colorbar(shown, cax=figure.add_axes((0.94, 0.08, 0.013, 0.45)))
+    bar = figure.colorbar(shown, cax=figure.add_axes((0.945, 0.08, 0.012, 0.42)))
     bar.ax.tick_params(labelsize=8)
     bar.ax.set_title("cosine", fontsize=8)
     figure.savefig(path)
@@ -173,11 +175,10 @@ def _picture_rows(names: Sequence[str], columns: int, above: float, right: float
     """Square axes without ticks `[rows, columns]`, each row with its name on the left. `above` and `right` are free inches."""
     side, left, gap = 1.6, 1.1, 0.06
     width, height = left + columns * (side + gap) + right, above + len(names) * (side + gap)
-    figure, grid = plt.subplots(len(names), columns, figsize=(width, height), dpi=100, squeeze=False)
+    figure, grid = plt.subplots(len(names), columns, figsize=(width, height), dpi=100, squeeze=False,
+                                subplot_kw={"xticks": [], "yticks": []})  # fmt: skip
     figure.subplots_adjust(left=left / width, right=1 - (right + gap) / width, top=1 - above / height, bottom=gap / height,
                            wspace=gap / side, hspace=gap / side)  # fmt: skip
-    for axes in grid.flat:
-        axes.set(xticks=[], yticks=[])
     for name, axes in zip(names, grid[:, 0], strict=True):
         axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
     return figure, grid

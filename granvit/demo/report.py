@@ -2,9 +2,10 @@
 import os
 import platform
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -48,8 +49,8 @@ from granvit.stages import Task
 SHOWN = 12  # pictures of a random sample
 WORST_SHOWN = 10
 FEATURES_SHOWN, FEATURES_FITTED = 6, 24  # images whose features are shown, and to which the components are fitted
-FRAMEWORKS: dict[Framework, str] = {"mindspore": "MindSpore", "torch": "PyTorch"}
-LEGEND = (f"Green with {RIGHT_SIGN}: right. Orange-red with {WRONG_SIGN}: wrong. ")
+FRAMEWORKS = {"mindspore": "MindSpore", "torch": "PyTorch"}
+LEGEND = f"Green with {RIGHT_SIGN}: right. Orange-red with {WRONG_SIGN}: wrong. "
 
 
 def machine() -> str:
@@ -63,10 +64,12 @@ def machine() -> str:
     return f"{len(os.sched_getaffinity(0))} CPU core(s) ({model}), {platform.system()}, Python {platform.python_version()}"
 
 
-def write_report(root: Path, framework: Framework, seconds: dict[str, float]) -> Path:
-    """Writes report.md, report.html and the pictures into `root` from the runs that have been evaluated; at least stage 1 must be.
+def write_report(root: Path, framework: str, seconds: dict[str, float]) -> Path:
+    """Writes report.md, report.html and the pictures into `root`, from what has been evaluated so far.
 
-    `seconds` is the time that each finished part took, from the start of its process to its end. Returns the path of report.md.
+    `framework` (mindspore or torch) computes the features. `seconds` is the time that each finished part took, from the start of
+    its process to its end. Returns the path of report.md. `ValueError` if stage 1 was not evaluated, or if an earlier version
+    wrote the evaluations.
     """
     runs = read_runs(root)
     store = Store(root / "data" / "heldout")
@@ -78,7 +81,7 @@ def write_report(root: Path, framework: Framework, seconds: dict[str, float]) ->
         *_curve(root, runs),
         *_captions(root, runs, records),
         *_boxes(root, runs, records),
-        *_features(root, framework, runs, list(records.values())),
+        *_features(root, cast(Framework, framework), runs, list(records.values())),
         *_times(root, runs, times, seconds),
         *_training(root, runs),
         *_command(root, framework, runs),
@@ -90,23 +93,23 @@ def write_report(root: Path, framework: Framework, seconds: dict[str, float]) ->
     return path
 
 
-def _head(title: str, framework: Framework, runs: dict[str, Run], times: Times) -> list[Block]:
+def _head(title: str, framework: str, runs: dict[str, Run], times: Times) -> list[Block]:
     """What was run, the table, how to read it, and the aims."""
     stage1 = runs["stage1"]
     asked = predictions(stage1.last, "bbox2caption")
     images = len({prediction["record"] for prediction in asked})
-    finished = len(runs) == len(RUNS) and all(run.finished for run in runs.values())
+    unfinished = [run for run in runs.values() if not run.finished]
+    missing = [f"{NAMES[run.name]} is at step {run.trained} of {run.config.train.steps}" for run in unfinished]
+    missing += [f"{NAMES[name]} has no evaluation yet" for name in RUNS if name not in runs]
     facts = [f"{FRAMEWORKS[framework]}, seed {stage1.config.seed}, {machine()}."]
     if times.began is not None:
         end = max(part.spans[-1].end for part in times.parts.values())
-        facts.append(f"Training began on {_date(times.began)}"
-                     + (f"; with the data it took {end / 60:.1f} minutes." if finished else "."))  # fmt: skip
+        took = "" if missing or times.left_out else f"; with the data it took {end / 60:.1f} minutes"
+        facts.append(f"Training began on {_date(times.began)}{took}.")
     facts.append(f"Held-out: {len(asked)} questions of each task about {images} images.")
-    missing = [f"{NAMES[name]} is at step {run.trained} of {run.config.train.steps}" for name, run in runs.items() if not run.finished]
-    missing += [f"{NAMES[name]} has no evaluation yet" for name in RUNS if name not in runs]
     if missing:
         facts.append(f"The demo is not finished: {'; '.join(missing)}. What needs these runs is still to come.")
-    cells = [
+    cells: list[list[str | Cell]] = [
         [row_title, *(_cell(percent(column.evaluation, score)) for column in columns(runs))]
         for score, (_, row_title) in ROWS.items()
     ]  # fmt: skip
@@ -119,8 +122,8 @@ def _head(title: str, framework: Framework, runs: dict[str, Run], times: Times) 
              "training did not use."),
         Items(facts),
         Table(["%", *(column.title for column in columns(runs))], cells),
-        Text("In brackets: 95% interval (bootstrap over the images; questions about one image stay together). It says how much a "
-             "number depends on the choice of held-out images, not how much it differs between seeds."),
+        Text("With each number stands its 95% interval (bootstrap over the images; questions about one image stay together). It "
+             "says how much the number depends on the choice of held-out images, not how much it differs between seeds."),
         Items(_column_notes(runs)),
         Table(["Aim", "This run", ""], [[aim.text, aim.reached, marks[aim.met]] for aim in aims(runs)]),
     ]  # fmt: skip
@@ -144,10 +147,10 @@ def _column_notes(runs: dict[str, Run]) -> list[str]:
     notes = {
         "guesser": "Guesser: the same decoder, trained on both tasks without the image. It shows what the question alone gives "
         "away; the size and shape of a box already say much.",
-        "stage1": "After stage 1: encoder and projector were trained on Bbox2Caption. Caption2Bbox was not asked in training.",
-        "stage1_mixed": "Stage 1 with Caption2Bbox: stage 1 continued with both tasks, the decoder still frozen. According to Fig. 4 "
-        "of the paper a frozen decoder hardly learns to write boxes, and the captions suffer; hence the two stages.",
-        "stage2": "After stage 2: starts from stage 1; projector and decoder were trained on Caption2Bbox and a little "
+        "stage1": "Stage 1: encoder and projector were trained on Bbox2Caption. Caption2Bbox was not asked in training.",
+        "stage1_mixed": "Stage 1 with Caption2Bbox: stage 1 continued with both tasks, the decoder still frozen. In the paper "
+        "(Fig. 4(a)) a frozen decoder reaches 13% ACC@IoU0.5, far less than in stage 2; hence the two stages.",
+        "stage2": "Stage 2 starts from stage 1; projector and decoder were trained on Caption2Bbox and a little "
         "Bbox2Caption.",
     }
     return [start, *(note for name, note in notes.items() if name in runs)]
@@ -181,13 +184,12 @@ def _box_cards(runs: dict[str, Run], records: dict[str, ImageRecord]) -> list[Ca
 def _captions(root: Path, runs: dict[str, Run], records: dict[str, ImageRecord]) -> list[Block]:
     """Bbox2Caption: a random sample, and the worst answers after stage 1."""
     run = runs["stage1"]
-    lowest = worst(run.last, "bbox2caption", WORST_SHOWN)
+    lowest, cards = worst(run.last, "bbox2caption", WORST_SHOWN), _caption_cards(runs, records)
     return [
         Heading(2, "What is inside the box? (Bbox2Caption)"),
-        Text(f"{SHOWN} held-out pictures, drawn at random by the seed, whatever the answers. The black box is the one asked about; "
-             f"above the answers stands the true caption. {LEGEND}Right is an exact match."),
-        _gallery(root, "bbox2caption.png", "Held-out pictures with a box, its true caption, and the answers",
-                 _caption_cards(runs, records)),
+        Text(f"{len(cards)} held-out pictures, drawn at random by the seed, whatever the answers. The black box is the one asked "
+             f"about; the bold line is the true caption. {LEGEND}Right is an exact match."),
+        _gallery(root, "bbox2caption.png", "Held-out pictures with a box, its true caption, and the answers", cards),
         Heading(3, f"The {len(lowest)} worst answers {_after(run)}"),
         Text(_worst_note(run, "bbox2caption")),
         _gallery(root, "bbox2caption_worst.png", "The worst captions, each with its picture and the true caption",
@@ -201,13 +203,13 @@ def _boxes(root: Path, runs: dict[str, Run], records: dict[str, ImageRecord]) ->
     run = runs.get("stage2")
     if run is None:
         return [*blocks, Text("Still to come, with stage 2.")]
-    lowest = worst(run.last, "caption2bbox", WORST_SHOWN)
+    lowest, cards = worst(run.last, "caption2bbox", WORST_SHOWN), _box_cards(runs, records)
     return [
         *blocks,
-        Text(f"{SHOWN} held-out pictures, drawn at random by the seed, whatever the answers. Above the answers stands the caption "
+        Text(f"{len(cards)} held-out pictures, drawn at random by the seed, whatever the answers. The bold line is the caption "
              f"asked for. The black box is the true one, the coloured box the answer {_after(run)}. {LEGEND}Right is an "
              "intersection over union (IoU) of at least 0.5."),
-        _gallery(root, "caption2bbox.png", "Held-out pictures with the true and the answered box", _box_cards(runs, records)),
+        _gallery(root, "caption2bbox.png", "Held-out pictures with the true and the answered box", cards),
         Heading(3, f"The {len(lowest)} worst answers {_after(run)}"),
         Text(_worst_note(run, "caption2bbox")),
         _gallery(root, "caption2bbox_worst.png", "The worst boxes, each with its picture and the true box",
@@ -237,7 +239,7 @@ def _draw_small(root: Path, runs: dict[str, Run], records: dict[str, ImageRecord
     """The README's picture: the first four pictures of each random sample. Only after stage 2."""
     if "stage2" in runs:
         cards = [*_caption_cards(runs, records)[:4], *_box_cards(runs, records)[:4]]
-        draw_cards(cards, 4, root / "answers_small.png", side=200)
+        draw_cards(cards, 4, root / "answers_small.png", side=200, colours=256)
 
 
 def _features(root: Path, framework: Framework, runs: dict[str, Run], records: Sequence[ImageRecord]) -> list[Block]:
@@ -252,30 +254,32 @@ def _features(root: Path, framework: Framework, runs: dict[str, Run], records: S
     fitted = [usable[number] for number in order]
     shown = fitted[:FEATURES_SHOWN]
     found = [patch_features(framework, root / where, level, vision, fitted) for where in (Path("pretrained", "vision"), "stage1")]
-    coloured = [component_colours(features.patches_BggC) for features in found]
+    before, after = found
+    (colours_before, share_before), (colours_after, share_after) = (component_colours(each.patches_BggC) for each in found)
     pictures = [draw_boxes(record, []) for record in shown]
-    draw_components(pictures, coloured[0][0], coloured[1][0], [share for _, share in coloured], root / "features_pca.png")
-    regions = [record.regions[0] for record in shown]
-    maps = [[similarity_map(features.regions_BKC[b, 0], features.patches_BggC[b]) for b in range(len(shown))] for features in found]
-    boxes = [box_to_features(region.box, record.width, record.height, vision) for region, record in zip(regions, shown, strict=True)]
-    boxed = [draw_boxes(record, [(region.box, TRUE_COLOUR)]) for region, record in zip(regions, shown, strict=True)]
-    draw_similarity(boxed, [region.caption for region in regions], boxes, *maps, root / "features_similarity.png")
-    grid, after = vision.grid, f"step {checkpoint.step} of stage 1"
+    draw_components(pictures, colours_before, colours_after, (share_before, share_after), root / "features_pca.png")
+    maps = [[similarity_map(each.regions_BKC[b, 0], each.patches_BggC[b]) for b in range(len(shown))] for each in (before, after)]
+    boxes = [record.regions[0].box for record in shown]
+    on_map = [box_to_features(box, record.width, record.height, vision) for box, record in zip(boxes, shown, strict=True)]
+    boxed = [draw_boxes(record, [(box, TRUE_COLOUR)]) for box, record in zip(boxes, shown, strict=True)]
+    captions = [record.regions[0].caption for record in shown]
+    draw_similarity(boxed, captions, on_map, maps[0], maps[1], root / "features_similarity.png")
+    grid, step = vision.grid, f"step {checkpoint.step} of stage 1"
     return [
         *blocks,
-        Text(f"Features of the {grid} x {grid} patches of held-out pictures, which were drawn at random by the seed: before, from the "
-             f"start weights (pretrained/vision), and after {after}. They are the features that the projector reads (level "
-             f"{level})."),
+        Text(f"Features of the {grid} x {grid} patches of held-out pictures, which were drawn at random by the seed: before, "
+             f"from the start weights (pretrained/vision), and after {step}. They are the features that the projector reads "
+             f"(level {level})."),
         Picture("features_pca.png", f"{len(shown)} pictures, and below each its patches coloured by principal components, before "
                 "and after",
                 f"The first three principal components of the patch features as red, green and blue. They are fitted for each "
                 f"encoder by itself, to all patches of {len(fitted)} pictures, so colours of one row can be compared with each "
                 "other and not with the other row. Sign: the channel with the largest weight counts positive. Scale: the 2nd "
                 "percentile is dark, the 98th bright."),
-        Picture("features_similarity.png", f"{len(shown)} regions, and below each the cosine of the region with every patch, before "
-                "and after",
-                f"Cosine of a region's feature (mean over {CELLS} x {CELLS} ROIAlign cells) with the feature of every patch of its "
-                "picture. The region is the first one that the data lists for the picture. One scale for all maps."),
+        Picture("features_similarity.png", f"{len(shown)} regions, and below each the cosine of the region with every patch, "
+                "before and after",
+                f"Cosine of a region's feature (mean over {CELLS} x {CELLS} ROIAlign cells) with the feature of every patch of "
+                "its picture. The region is the first one that the data lists for the picture. One scale for all maps."),
     ]  # fmt: skip
 
 
@@ -290,7 +294,8 @@ def _times(root: Path, runs: dict[str, Run], times: Times, seconds: dict[str, fl
         if all(span.kind is None for span in part.spans):
             continue
         step = "" if part.step_seconds is None else f"{part.step_seconds:.3f}"
-        rows.append([NAMES[name], f"{part.spans[-1].end - part.spans[0].start:.0f}", *(f"{part.of_kind(k):.0f}" for k in KINDS), step])
+        in_all = f"{part.spans[-1].end - part.spans[0].start:.0f}"
+        rows.append([NAMES[name], in_all, *(f"{part.of_kind(kind):.0f}" for kind in KINDS), step])
     return [
         *blocks,
         Picture("times.png", "The demo's parts as bars over the seconds since the start; the table has the numbers",
@@ -308,20 +313,21 @@ def _training(root: Path, runs: dict[str, Run]) -> list[Block]:
     for name, run in runs.items():
         spec = run.config.stage_spec
         mix = ", ".join(f"{task} {share:g}" for task, share in spec.mix.items() if share)
+        mix += " (image tokens set to zero)" if name == "guesser" else ""
         steps = str(run.trained) if run.finished else f"{run.trained} of {run.config.train.steps}"
-        rows.append([NAMES[name], ", ".join(sorted(spec.trains)), mix + " (image tokens set to zero)" * (name == "guesser"), steps,
-                     str(run.config.train.global_batch)])  # fmt: skip
+        rows.append([NAMES[name], ", ".join(sorted(spec.trains)), mix, steps, str(run.config.train.global_batch)])
     counts = {split: Store(root / "data" / split).records for split in ("train", "heldout")}
     return [
         Heading(2, "What was trained, and on what"),
         Table(["Run", "Trained parts", "Questions, with their shares", "Steps", "Rows a step"], rows),
         Text(f"A row is one picture with questions about it. Data: {counts['train']} training and {counts['heldout']} held-out "
-             f"scenes, drawn onto photographs of which the two splits share none (granvit/demo/scenes.py). The start weights are a "
-             "small encoder and decoder that are shipped with the code. They never saw Caption2Bbox, nor a question about a region "
-             "of an image; python scripts/demo.py pretrain makes them from nothing."),
+             "scenes, drawn onto photographs of which the two splits share none (granvit/demo/scenes.py). The start weights are "
+             "a small encoder and decoder that are shipped with the code. They never saw Caption2Bbox, nor a question about a "
+             "region of an image; python scripts/demo.py pretrain makes them from nothing."),
     ]  # fmt: skip
 
 
-def _command(root: Path, framework: Framework, runs: dict[str, Run]) -> list[Block]:
-    command = ["python", "scripts/demo.py", "--framework", framework, "--seed", str(runs["stage1"].config.seed), "--out", str(root)]
+def _command(root: Path, framework: str, runs: dict[str, Run]) -> list[Block]:
+    seed = str(runs["stage1"].config.seed)
+    command = ["python", "scripts/demo.py", "--framework", framework, "--seed", seed, "--out", str(root)]
     return [Heading(2, "Run it again"), Code(shlex.join(command))]

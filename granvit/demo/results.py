@@ -1,4 +1,5 @@
-"""What the demo's report shows of the runs' evaluations: scores with intervals, aims, and the answers that are shown as pictures."""
+"""What the demo's report shows of the evaluations: scores with intervals, aims, and the answers that are shown as pictures."""
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,8 @@ Prediction = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the demo: its configuration, its evaluations in order of steps (at least one), and the last step it trained."""
+    """One run of the demo: its configuration, its evaluations in order of steps (at least one), and the
+    last step that it trained."""
 
     name: str
     path: Path
@@ -78,8 +80,8 @@ def _read_run(name: str, path: Path) -> Run:
             if task in evaluation.table and (missing := set(names) - evaluation.table[task].keys()):
                 file = evaluation_file(path, evaluation.step)
                 raise ValueError(f"{file}: no score {min(missing)} of {task}; an earlier version wrote it, choose another --out")
-    steps = [record["step"] for _, record in read_metrics(path / "metrics.jsonl", evaluations[-1].step)]
-    return Run(name, path, load_config(path / "config.yaml"), evaluations, max(steps, default=evaluations[-1].step))
+    trained = [record["step"] for _, record in read_metrics(path / "metrics.jsonl", sys.maxsize)]
+    return Run(name, path, load_config(path / "config.yaml"), evaluations, max(trained, default=evaluations[-1].step))
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,12 @@ follow the times of the first step, the other steps and the evaluations. Not in 
 which the framework is loaded, and those after its last one, in which the process ends.
 """
 import re
+import sys
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+
+import numpy as np
 
 from granvit.logs import read_metrics
 
@@ -51,7 +54,7 @@ class Times:
 
 
 def read_times(root: Path, names: list[str], seconds: dict[str, float]) -> Times:
-    """The times of the runs `names` in `root`. `seconds` is what the process of each finished part took, from its start to its end.
+    """The times of the runs `names` in `root`. `seconds` is what the process of each finished part took, start and end included.
 
     A run that was interrupted and resumed is left out. The part `data` has no log; it is drawn before the first run.
     """
@@ -61,8 +64,8 @@ def read_times(root: Path, names: list[str], seconds: dict[str, float]) -> Times
         written = (lines[-1][0] - lines[0][0]).total_seconds() if lines else 0.0
         if not lines:
             left_out.append(f"{name}: it has no log")
-        elif written > seconds.get(name, written) + 1:  # a line's time is rounded, and clocks differ
-            left_out.append(f"{name}: it was interrupted and resumed, and its log covers more than the {seconds[name]:.0f} s of its end")
+        elif written > seconds.get(name, written) + 1:  # 1 s: the two clocks differ
+            left_out.append(f"{name}: it was interrupted and resumed, so that its log covers more than one process")
         else:
             logs[name] = lines
     if not logs:
@@ -93,7 +96,7 @@ def _split(lines: list[tuple[datetime, str]], began: datetime, metrics: Path, se
     for time, (_, text) in zip(at, lines, strict=True):
         if match := _EVALUATED.match(text):
             evaluated[int(match[1])] = time
-    of_step = {record["step"]: record["seconds"] for _, record in read_metrics(metrics, 10**12) if "seconds" in record}
+    of_step = {record["step"]: record["seconds"] for _, record in read_metrics(metrics, sys.maxsize) if "seconds" in record}
     spans, now, done = [], at[max(set_up - 1, 0)], 0
     if seconds is not None and seconds > at[-1] - at[0]:
         spans.append(Span(at[0] - (seconds - (at[-1] - at[0])), at[0], KINDS[0]))
@@ -114,12 +117,13 @@ def _split(lines: list[tuple[datetime, str]], began: datetime, metrics: Path, se
 
 def _without_breaks(parts: dict[str, PartTimes]) -> dict[str, PartTimes]:
     """The parts with the first start at 0 and without long times in which none is active (the demo was continued later)."""
-    shift, reached = 0.0, None
+    shift, reached = 0.0, -np.inf
     moved = {}
     for name, part in parts.items():
-        start = part.spans[0].start
-        if reached is None or start > reached + _BREAK:
-            shift += start - (reached or 0.0)
-        reached = max(start if reached is None else reached, part.spans[-1].end)
-        moved[name] = PartTimes([Span(s.start - shift, s.end - shift, s.kind) for s in part.spans], part.step_seconds, part.running)
+        start, end = part.spans[0].start, part.spans[-1].end
+        if start > reached + _BREAK:
+            shift = start if reached == -np.inf else shift + start - reached
+        reached = max(reached, end)
+        spans = [Span(span.start - shift, span.end - shift, span.kind) for span in part.spans]
+        moved[name] = PartTimes(spans, part.step_seconds, part.running)
     return moved
