@@ -15,7 +15,7 @@ from granvit.demo.results import RIGHT, START, Prediction, Run, answer_to
 RIGHT_COLOUR, WRONG_COLOUR, TRUE_COLOUR = "#00805e", "#c8400a", "#111111"  # the first two differ for the colour-blind too
 RIGHT_SIGN, WRONG_SIGN = "✓", "✗"
 SIDE = 320  # pixels, the longer side of a card's picture
-_LINE, _RIM = 3, 2  # pixels: a box's line, and the white rim on both sides of it
+_LINE, _RIM = 4, 2  # pixels: a box's line, and the white rim on both sides of it
 
 
 @dataclass(frozen=True)

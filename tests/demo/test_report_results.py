@@ -83,9 +83,12 @@ def test_runs_columns_and_aims(tmp_path):
     runs = read_runs(tmp_path)
     assert columns(runs)[-1].title == "stage 2, step 4 of 8" and not runs["stage2"].finished
     assert [aim.met for aim in aims(runs)] == [True, None, None, None]  # an unfinished run meets nothing
-    write_run(tmp_path, "stage1_mixed", {8: right(0.9, 4)})
+    write_run(tmp_path, "stage1_mixed", {8: right(0.2, 4)})  # more than a quarter of stage 2's, and less than all of it
     write_run(tmp_path, "guesser", {8: right(0.5, 5)})
-    (tmp_path / "stage2" / "eval" / "step_0000008.json").write_text(json.dumps(evaluation(8, right(0.2, 6))))
+    file = tmp_path / "stage2" / "eval" / "step_0000008.json"
+    file.write_text(json.dumps(evaluation(8, right(1, 6))))
+    assert [aim.met for aim in aims(read_runs(tmp_path))] == [True, False, True, False]
+    file.write_text(json.dumps(evaluation(8, right(0, 6))))
     assert [aim.met for aim in aims(read_runs(tmp_path))] == [True, False, False, False]
 
 
