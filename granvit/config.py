@@ -158,7 +158,8 @@ class DistillSection(Strict):
 
 
 class EvalSection(Strict):
-    """Evaluation on the held-out store `source`, every `every` steps (0: never) and at the end of the run.
+    """Evaluation on the held-out store `source`, every `every` steps (0: never) and at the end of the run; with `start` also of
+    the start weights, as step 0.
 
     It computes the training loss on about `rows` rows (rounded up to whole global batches; 0: no loss), and generates and scores
     answers to the questions of `tasks` about `images` images (no tasks: no answers). `batch` is the number of questions that one
@@ -166,6 +167,7 @@ class EvalSection(Strict):
 
     source: str | None = None
     every: int = Field(0, ge=0)
+    start: bool = False
     rows: int = Field(256, ge=0)
     images: int = Field(256, gt=0)
     batch: int = Field(8, gt=0)

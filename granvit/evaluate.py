@@ -39,7 +39,8 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates one run on `eval.source`. Call it with the number of the step that was just trained; all ranks must call it.
+    """Evaluates one run on `eval.source`. Call it with the number of the step that was just trained (0: the start
+    weights); all ranks must call it.
 
     The held-out losses have the loss terms and task shares of the training, over about `eval.rows` rows: the same rows at every
     step, for every seed and any number of ranks. Losses of tasks that the store does not hold are left out, and so are answers
@@ -49,7 +50,7 @@ class Evaluator:
     def __init__(self, engine: TrainEngine, config: RunConfig, vision: VisionConfig, chat: Chat, run: Path,
                  compose: Compose = Packer.row):  # fmt: skip
         self.engine, self.config, self.vision, self.chat, self.run = engine, config, vision, chat, run
-        self.settings = config.eval.model_dump(mode="json", exclude={"every", "batch"})
+        self.settings = config.eval.model_dump(mode="json", exclude={"every", "start", "batch"})
         assert config.eval.source is not None
         store = Store(config.eval.source)
         self.answers = store.kind == REGIONS and bool(config.eval.tasks)
@@ -185,7 +186,7 @@ def _held_out_rows(config: RunConfig, mix: dict, vision: VisionConfig, chat: Cha
 
 
 def forget_evaluations(run: Path, after_step: int) -> None:
-    """Deletes the saved evaluations of steps after `after_step`, the step from which a run is resumed."""
+    """Deletes the saved evaluations of steps after `after_step`, the step from which a run is resumed (-1: all of them)."""
     for step in evaluated_steps(run):
         if step > after_step:
             evaluation_file(run, step).unlink()

@@ -191,7 +191,7 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
     evaluator = None
     if config.eval.source:
         if launch.rank == 0:
-            forget_evaluations(run, 0 if checkpoint is None else checkpoint.step)
+            forget_evaluations(run, -1 if checkpoint is None else checkpoint.step)
         evaluator = together(ranks, lambda: Evaluator(engine, config, vision, chat, run, compose))
 
     # 5. Train.

@@ -112,12 +112,11 @@ class Trainer:
         if checkpoint is not None:
             self._resume(checkpoint)
         if engine.rank == 0:
-            self.output = Output(self.run_directory, self.step, steps, config.train.log_every)
+            self.output = Output(self.run_directory, -1 if checkpoint is None else self.step, steps, config.train.log_every)
         batches = self.loader.batches(self.step)
         stop = due = False
         try:
-            if checkpoint is not None:
-                self._evaluate()  # if the run was interrupted between this checkpoint and its evaluation
+            self._evaluate()  # of the start weights, or if the run was interrupted between this checkpoint and its evaluation
             for step in range(self.step + 1, steps + 1):
                 began = time.perf_counter()
                 micro_batches = next(batches)
@@ -230,6 +229,8 @@ class Trainer:
         """Evaluates the model if that is due after the current step. An evaluation that was saved before is not repeated."""
         every = self.config.eval.every
         due = self.step == self.loader.steps or (every and self.step % every == 0)
+        if self.step == 0:
+            due = self.config.eval.start
         if self.evaluate is None or not due:
             return
         found = self.evaluate(self.step)

@@ -190,7 +190,7 @@ def test_a_kept_evaluation_of_other_settings_or_of_a_later_step_is_made_again(st
         engine = Parrot(chat, "no")
         return engine, Evaluator(engine, run_config(data=ROOM, eval=settings), vision, chat, tmp_path)
 
-    other, no_matter = {"images": 1}, {"batch": 1, "every": 9}
+    other, no_matter = {"images": 1}, {"batch": 1, "every": 9, "start": True}
     for changed, made in (({}, True), ({}, False), (no_matter, False), (other, True), (other, False)):
         engine, evaluate = evaluator(**changed)
         evaluate(5)

@@ -345,24 +345,26 @@ class Evaluations:
         return self.kept.setdefault(step, Evaluation(step, {}, {"bbox2caption": {"samples": 1.0}}, {"loss": step / 3}, []))
 
 
-@pytest.mark.parametrize("every, dies_in_step, dies_in_evaluation", [(4, None, None), (4, 5, None), (3, None, 6), (2, None, 9)])
-def test_evaluations_are_made_once_and_their_lines_survive_a_crash(tmp_path, every, dies_in_step, dies_in_evaluation):
+@pytest.mark.parametrize("every, dies_in_step, dies_in_evaluation, start", [
+    (4, None, None, False), (4, 5, None, True), (3, None, 6, False), (2, None, 9, False), (4, 2, None, True),
+])  # fmt: skip
+def test_evaluations_are_made_once_and_their_lines_survive_a_crash(tmp_path, every, dies_in_step, dies_in_evaluation, start):
     """Step 5: after the evaluation of step 4, whose metrics line the resumed run deletes. 6 and 9: between checkpoint and
-    evaluation."""
+    evaluation. Step 2: after the evaluation of the start weights (step 0), before the first checkpoint."""
 
     def crash(step, batch):
         if step == dies_in_step:
             raise KeyboardInterrupt
         return batch
 
-    config, evaluate = configuration(eval={"source": "held", "every": every}), Evaluations(dies_in_evaluation)
+    config, evaluate = configuration(eval={"source": "held", "every": every, "start": start}), Evaluations(dies_in_evaluation)
     trainer, checkpoint = trainer_in(tmp_path, config, crash, evaluate=evaluate)
     if dies_in_step or dies_in_evaluation:
         with pytest.raises(KeyboardInterrupt):
             trainer.run(None)
         trainer, checkpoint = trainer_in(tmp_path, config, evaluate=evaluate)
     trainer.run(checkpoint)
-    expected = []
+    expected = [(0, True)] * start
     for step in range(1, STEPS + 1):
         expected += [(step, False)] + [(step, True)] * (step % every == 0 or step == STEPS)
     assert [(line["step"], "held_out" in line) for line in metrics(tmp_path)] == expected
@@ -371,7 +373,7 @@ def test_evaluations_are_made_once_and_their_lines_survive_a_crash(tmp_path, eve
     assert line["held_out"] == {"loss": line["step"] / 3, "bbox2caption": {"samples": 1.0}}
     progress = trainer.output.progress
     assert progress.held_out == STEPS / 3
-    assert not progress.recent or f"  held-out {STEPS / 3:.4f}  " in progress.line(metrics(tmp_path)[0])
+    assert not progress.recent or f"  held-out {STEPS / 3:.4f}  " in progress.line(metrics(tmp_path)[start])
     before = metrics(tmp_path)
     trainer, checkpoint = trainer_in(tmp_path, config, evaluate=evaluate)
     trainer.run(checkpoint)

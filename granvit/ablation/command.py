@@ -17,7 +17,7 @@ from granvit.ablation.run_cells import Launching, finished_seconds, run_cells, u
 from granvit.config import find_config
 from granvit.data.batch import Packer
 from granvit.data.leakage import check_leakage
-from granvit.demo.pretrained import compose_text
+from granvit.demo.text_maps import compose_text
 from granvit.exit_status import exit_status
 from granvit.launch import RunLock, detect_launch
 from granvit.logs import to_console

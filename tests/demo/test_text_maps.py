@@ -1,23 +1,14 @@
-"""The demo's pretrained pair: text maps match the annotations, the right tokens are supervised, transformers loads exports."""
-import json
-from types import SimpleNamespace
-
+"""The demo's text maps: they match the annotations, and the right tokens are supervised."""
 import numpy as np
 import pytest
-import torch
-from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM, SiglipVisionModel
 
 from granvit.config import Bucket, language_config, vision_config
 from granvit.data.batch import Packer, Question
 from granvit.data.chat import Chat, train_tokenizer
 from granvit.data.images import box_to_square
 from granvit.data.prompts import question_text
-from granvit.demo import pretrained
-from granvit.demo.pretrained import GROUND, WHERE, compose_text, place, publish_language, publish_vision, text_map
 from granvit.demo.scenes import scene
-from granvit.init import initial_values
-from granvit.models import language_shapes, vision_shapes
+from granvit.demo.text_maps import GROUND, WHERE, compose_text, place, text_map
 
 VISION, LANGUAGE = vision_config("demo-vision"), language_config("demo-language")
 RECORDS = [scene("train", 0, index) for index in range(30)]
@@ -59,8 +50,11 @@ def test_a_row_asks_the_regions_of_its_map_and_where_they_are(chat):
         question, answer = _turn(row, segment, chat)
         assert question.startswith(WHERE + region.caption)
         top, bottom, left, right = (int(word) for word in answer.split()[1::2])
+        shown = np.array(cells).reshape(grid, grid)[top:bottom, left:right]
+        words = {chat.decode([token]).strip() for token in shown.ravel()} - {GROUND}
+        assert words <= set(region.caption.replace('"', " ").split()), (region.caption, shown)
         box = box_to_square(region.box, record.width, record.height)
-        np.testing.assert_allclose(np.array([left, top, right, bottom]) / grid, box, atol=0.5 / grid)
+        np.testing.assert_allclose(np.array([left, top, right, bottom]) / grid, box, atol=0.7 / grid)
     assert row.segments_BS.max() == 8
 
 
@@ -69,22 +63,3 @@ def _turn(row, segment: int, chat: Chat) -> tuple[str, str]:
     text = chat.tokenizer.decode(row.token_ids_BS[0][row.segments_BS[0] == segment], skip_special_tokens=True)
     own = (row.segments_BS[0][row.answer_positions_BA[0]] == segment) & (row.answer_weights_BA[0] > 0)
     return text, chat.decode(row.answer_targets_BA[0][own].tolist()).strip()
-
-
-def test_the_pair_is_shipped_as_transformers_reads_it(monkeypatch, tmp_path, chat):
-    """transformers loads tensors from the published directories that equal those of the run."""
-    weights = initial_values(vision_shapes(VISION) | language_shapes(LANGUAGE), 1)
-    checkpoint = SimpleNamespace(tensors=lambda group: iter(weights.items()))
-    monkeypatch.setattr(pretrained, "newest_checkpoint", lambda run: checkpoint)
-    chat.tokenizer.save(str(tmp_path / "tokenizer.json"))
-    publish_vision(tmp_path, VISION, tmp_path / "vision")
-    publish_language(tmp_path, LANGUAGE, tmp_path / "tokenizer.json", tmp_path / "language")
-    for folder, kind, prefix in (("vision", SiglipVisionModel, "vision."), ("language", AutoModelForCausalLM, "language.")):
-        model, report = kind.from_pretrained(tmp_path / folder, output_loading_info=True, dtype=torch.float32)
-        assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
-        theirs = {name.removeprefix("vision_model."): value for name, value in model.state_dict().items()}
-        for name, value in weights.items():
-            if name.startswith(prefix):
-                np.testing.assert_array_equal(theirs[name.removeprefix(prefix)].numpy(), value)
-    assert json.loads((tmp_path / "language" / "config.json").read_text())["vocab_size"] == LANGUAGE.vocab
-    assert len(load_file(tmp_path / "vision" / "model.safetensors")) == 16 * VISION.layers + 5
