@@ -72,9 +72,9 @@ def caption_card(record: ImageRecord, asked: Prediction, runs: dict[str, Run]) -
 
 
 def worst_caption_card(record: ImageRecord, asked: Prediction, run: Run) -> Card:
-    """Bbox2Caption: the box in the question, and the caption by one run with its ROUGE-L."""
+    """Bbox2Caption: the box in the question, and the caption by one run with its ROUGE-L in brackets."""
     answer = _caption_answer(run.label, asked)
-    text = f"{answer.text} (ROUGE-L {asked['scores']['rouge_l']:.2f})"
+    text = f"{answer.text} ({asked['scores']['rouge_l']:.2f})"
     return _caption_card(record, asked, [Answer(answer.run, text, answer.right)])
 
 

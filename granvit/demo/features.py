@@ -3,8 +3,11 @@
 Layout letters: B images, K regions per image, N patches, g patches along a side, C width, R image side.
 """
 import importlib
+import logging
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +34,23 @@ class Features:
     regions_BKC: np.ndarray
 
 
+def features_of(framework: Framework, directories: Sequence[Path], level: Level, vision: VisionConfig,
+                records: Sequence[ImageRecord]) -> list[Features]:  # fmt: skip
+    """`patch_features` of each encoder in `directories`, computed in a process that ends with this call.
+
+    The demo starts training runs after its first report. A framework in the demo's own process would keep threads and hundreds
+    of megabytes meanwhile, and set environment variables that the runs inherit.
+    """
+    # The warnings are about weights of a run that are no part of its encoder.
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=logging.disable, initargs=(logging.WARNING,)) as pool:
+        futures = [pool.submit(patch_features, framework, directory, level, vision, records) for directory in directories]
+        return [future.result() for future in futures]
+
+
 def patch_features(framework: Framework, directory: Path, level: Level, vision: VisionConfig,
                    records: Sequence[ImageRecord]) -> Features:  # fmt: skip
     """Features of the encoder in `directory` (a run or a publisher's directory) on the records' images, each with at least one
-    region, in one batch on the CPU.
+    region, in one batch on the CPU. MindSpore's process stays in PyNative mode.
 
     A `RegionEncoder` averages the features under boxes. A box without extent at the centre of a patch gives the feature of that
     patch, and ROIAlign with `CELLS` x `CELLS` cells is that of as many parts of the box with one cell each.
@@ -51,29 +67,15 @@ def patch_features(framework: Framework, directory: Path, level: Level, vision: 
     crop_size = vision.patch_size  # one ROIAlign cell for each box; the crops themselves are not needed
     encoder = load_region_encoder(framework, directory, level, crop_size, None, "cpu")
     crops_BK3rr = np.zeros((*boxes_BK4.shape[:2], 3, crop_size, crop_size), np.uint8)
-    with _Eager(framework):
-        found_BKC = encoder.features(pixels_B3RR, boxes_BK4, crops_BK3rr)[0]
+    if framework == "mindspore":  # compiling the graph takes longer than the one batch
+        mindspore = importlib.import_module("mindspore")
+        mindspore.set_context(mode=mindspore.PYNATIVE_MODE)
+    found_BKC = encoder.features(pixels_B3RR, boxes_BK4, crops_BK3rr)[0]
     patches_BggC = found_BKC[:, : grid**2].reshape(len(records), grid, grid, -1)
     regions_BKC = found_BKC[:, grid**2 :].reshape(len(records), most, CELLS**2, -1).mean(2)
     if not np.isfinite(found_BKC).all():
         raise ValueError(f"{directory}: its features are not finite; the weights are damaged")
     return Features(patches_BggC, regions_BKC)
-
-
-class _Eager:
-    """MindSpore's PyNative mode: compiling the graph takes longer than the one batch of an encoder. PyTorch is eager anyway."""
-
-    def __init__(self, framework: Framework):
-        self.mindspore = importlib.import_module("mindspore") if framework == "mindspore" else None
-
-    def __enter__(self) -> None:
-        if self.mindspore is not None:
-            self.mode = self.mindspore.get_context("mode")
-            self.mindspore.set_context(mode=self.mindspore.PYNATIVE_MODE)
-
-    def __exit__(self, *error: object) -> None:
-        if self.mindspore is not None:
-            self.mindspore.set_context(mode=self.mode)
 
 
 def _parts(box: Box) -> list[Box]:

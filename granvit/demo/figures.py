@@ -28,12 +28,13 @@ UNKNOWN = "#dddddd"
 
 
 def draw_cards(cards: Sequence[Card], columns: int, path: Path, side: int = 264, colours: int | None = None) -> None:
-    """Draws cards in rows: the title above each picture, its answers below. `side` is the longer side of a picture in pixels, to
-    which texts are shortened. The file has a palette of so many colours, or all of them."""
+    """Draws cards in rows: the title above each picture, its answers below. `side` is the longer side of a picture in pixels. A
+    title is shortened to it, an answer is wrapped to two lines. The file has a palette of so many colours, or all of them."""
     gap, size = side // 20, round(side / 20)
     line, font, bold = round(1.45 * size), _font("DejaVuSans.ttf", size), _font("DejaVuSans-Bold.ttf", size)
-    rows = [cards[first : first + columns] for first in range(0, len(cards), columns)]
-    heights = [side + line * (1 + max(len(card.answers) for card in row)) + 2 * gap for row in rows]
+    texts = [[(part, answer.right) for answer in card.answers for part in _wrapped(answer.marked, font, side)] for card in cards]
+    rows = [texts[first : first + columns] for first in range(0, len(cards), columns)]
+    heights = [side + line * (1 + max(map(len, row))) + 2 * gap for row in rows]
     image = Image.new("RGB", (columns * (side + gap) + gap, gap + sum(heights)), "white")
     draw = ImageDraw.Draw(image)
     for number, card in enumerate(cards):
@@ -42,15 +43,23 @@ def draw_cards(cards: Sequence[Card], columns: int, path: Path, side: int = 264,
         picture.thumbnail((side, side), Image.Resampling.LANCZOS)
         draw.text((left + side / 2, top), _shortened(card.title, bold, side), "#222222", bold, anchor="ma")
         image.paste(picture, (left + (side - picture.width) // 2, top + line + (side - picture.height) // 2))
-        for row, answer in enumerate(card.answers):
+        for row, (text, right) in enumerate(texts[number]):
             place = left + side / 2, top + line + side + gap // 3 + row * line
-            colour = RIGHT_COLOUR if answer.right else WRONG_COLOUR
-            draw.text(place, _shortened(answer.marked, font, side), colour, font, anchor="ma")
+            draw.text(place, text, RIGHT_COLOUR if right else WRONG_COLOUR, font, anchor="ma")
     (image.quantize(colours) if colours else image).save(path, optimize=colours is not None)
 
 
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """The text on at most two lines of `width` pixels, broken between words; the rest is cut with an ellipsis."""
+    words = text.split()
+    fitting = [count for count in range(1, len(words) + 1) if font.getlength(" ".join(words[:count])) <= width]
+    first = max(fitting, default=1)
+    parts = [" ".join(words[:first]), " ".join(words[first:])]
+    return [_shortened(part, font, width) for part in parts if part]
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:

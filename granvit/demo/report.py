@@ -23,7 +23,7 @@ from granvit.demo.answers import (
     draw_boxes,
     worst_caption_card,
 )
-from granvit.demo.features import CELLS, component_colours, patch_features, similarity_map
+from granvit.demo.features import CELLS, component_colours, features_of, similarity_map
 from granvit.demo.figures import draw_cards, draw_components, draw_curve, draw_similarity, draw_times
 from granvit.demo.page import Block, Cell, Code, Gallery, Heading, Items, Picture, Table, Text, to_html, to_markdown
 from granvit.demo.results import (
@@ -123,7 +123,8 @@ def _head(title: str, framework: str, runs: dict[str, Run], times: Times) -> lis
         Items(facts),
         Table(["%", *(column.title for column in columns(runs))], cells),
         Text("With each number stands its 95% interval (bootstrap over the images; questions about one image stay together). It "
-             "says how much the number depends on the choice of held-out images, not how much it differs between seeds."),
+             "says how much the number depends on the choice of held-out images, not how much it differs between seeds. If all "
+             "answers score the same, it has no width."),
         Items(_column_notes(runs)),
         Table(["Aim", "This run", ""], [[aim.text, aim.reached, marks[aim.met]] for aim in aims(runs)]),
     ]  # fmt: skip
@@ -223,10 +224,11 @@ def _after(run: Run) -> str:
 
 def _worst_note(run: Run, task: Task) -> str:
     own, name = predictions(run.last, task), {"rouge_l": "ROUGE-L", "mean_iou": "IoU"}[WORST[task]]
+    order = "Lowest ROUGE-L (in brackets) first." if task == "bbox2caption" else "Lowest IoU first."
     zero = sum(prediction["scores"][WORST[task]] == 0 for prediction in own)
     of_all = f" Of all {len(own)} answers {zero} have the {name} 0."
     ties = f" If more than {WORST_SHOWN} are equally bad, those are shown that come first in the store."
-    return f"Lowest {name} first.{of_all if zero else ''}{ties}"
+    return f"{order}{of_all if zero else ''}{ties}"
 
 
 def _gallery(root: Path, name: str, alt: str, cards: Sequence[Card]) -> Gallery:
@@ -253,8 +255,7 @@ def _features(root: Path, framework: Framework, runs: dict[str, Run], records: S
     order = np.random.default_rng(runs["stage1"].config.seed).permutation(len(usable))[:FEATURES_FITTED]
     fitted = [usable[number] for number in order]
     shown = fitted[:FEATURES_SHOWN]
-    found = [patch_features(framework, root / where, level, vision, fitted) for where in (Path("pretrained", "vision"), "stage1")]
-    before, after = found
+    before, after = found = features_of(framework, [root / "pretrained" / "vision", root / "stage1"], level, vision, fitted)
     (colours_before, share_before), (colours_after, share_after) = (component_colours(each.patches_BggC) for each in found)
     pictures = [draw_boxes(record, []) for record in shown]
     draw_components(pictures, colours_before, colours_after, (share_before, share_after), root / "features_pca.png")

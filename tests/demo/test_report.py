@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from granvit.demo import features, report
-from granvit.demo.figures import _spread
+from granvit.demo.figures import _font, _spread, _wrapped
 from granvit.demo.page import escape_markdown
 from granvit.demo.report import write_report
 from tests.demo.toy_demo import IMAGES, ODD, REGIONS, evaluation, right, write_demo, write_run
@@ -54,9 +54,11 @@ class StubEncoder:
 
 
 def _stub(patch: pytest.MonkeyPatch) -> None:
-    """A checkpoint of stage 1 that is there, and a stub for the encoders."""
+    """A checkpoint of stage 1 that is there, and a stub for the encoders, in this process."""
     patch.setattr(report, "newest_checkpoint", lambda run: SimpleNamespace(vision=VISION, step=8))
     patch.setattr(features, "load_region_encoder", lambda *arguments: StubEncoder())
+    patch.setattr(report, "features_of", lambda framework, directories, *arguments:
+                  [features.patch_features(framework, directory, *arguments) for directory in directories])  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +167,14 @@ def test_labels_are_moved_apart_and_keep_their_order():
     assert placed[4] == 90 and np.mean(placed[:1] + placed[3:4]) == pytest.approx(50.5)
     in_order = [placed[i] for i in np.argsort(heights)]
     assert (np.diff(in_order) >= 4 - 1e-9).all()
+
+
+def test_answers_are_wrapped_to_two_lines_of_the_pictures_width():
+    font, width = _font("DejaVuSans.ttf", 13), 200
+    assert _wrapped("✓ stage 1: a cup", font, width) == ["✓ stage 1: a cup"]
+    text = '✗ stage 1: the word "exit" in white (0.00)'
+    lines = _wrapped(text, font, width)
+    assert len(lines) == 2 and " ".join(lines) == text
+    for long in (text * 3, "x" * 90, f"short {'x' * 90}"):
+        lines = _wrapped(long, font, width)
+        assert 1 <= len(lines) <= 2 and lines[-1].endswith("…") and max(map(font.getlength, lines)) <= width

@@ -1,23 +1,29 @@
 """Features of the demo's report against the encoder itself, an eigendecomposition, and loops."""
+import sys
+
 import numpy as np
 import pytest
 
 from granvit.data.images import box_to_square, decode, to_square
 from granvit.data.store import MAX_PIXELS
-from granvit.demo.features import CELLS, component_colours, patch_features, similarity_map
+from granvit.demo.features import CELLS, component_colours, features_of, similarity_map
 from granvit.models import vision_shapes
 from tests.demo.toy_demo import RECORDS
 from tests.probe.conftest import VISION, values, write_encoder
 
 
-def test_features_are_those_of_every_patch_and_of_regions_by_roi_align(tmp_path):
+def test_features_are_those_of_every_patch_and_of_regions_by_roi_align(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     from pt_granvit import load_encoder
     from tests.probe.test_features import pooled
 
-    write_encoder(tmp_path / "encoder", VISION, values(vision_shapes(VISION), 1))
+    for name, seed in (("encoder", 1), ("other", 2)):
+        write_encoder(tmp_path / name, VISION, values(vision_shapes(VISION), seed))
     records = RECORDS[:3]
-    found = patch_features("torch", tmp_path / "encoder", "penultimate", VISION, records)
+    monkeypatch.delitem(sys.modules, "pt_granvit.probe", raising=False)
+    found, again = features_of("torch", [tmp_path / "encoder", tmp_path / "other"], "penultimate", VISION, records)
+    assert "pt_granvit.probe" not in sys.modules  # they were computed in another process
+    assert not np.allclose(found.patches_BggC, again.patches_BggC)  # each directory has its own features
     encoder = load_encoder(tmp_path / "encoder", device="cpu")
     for b, record in enumerate(records):
         pixels = torch.from_numpy(to_square(decode(record.image, MAX_PIXELS), VISION)[None])
