@@ -1,64 +1,56 @@
-"""The demo's report: report.md with a table and pictures, made from the evaluations and metrics of the demo's runs."""
-import json
+"""The demo's report: report.md and report.html with a table and pictures, made from what the demo's runs have written so far."""
 import os
 import platform
-import textwrap
+import shlex
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import cast
 
-import matplotlib
 import numpy as np
-from PIL import Image
 
 from granvit.checkpoint.run import newest_checkpoint
-from granvit.config import load_config
-from granvit.data.images import decode
-from granvit.data.prompts import parse_box
+from granvit.data.images import box_to_features
 from granvit.data.records import ImageRecord
-from granvit.data.store import MAX_PIXELS, Store
-from granvit.evaluate import Evaluation, evaluated_steps, evaluation_file, read_evaluation
-from granvit.metrics import SCORES, iou
+from granvit.data.store import Store
+from granvit.demo.answers import (
+    RIGHT_SIGN,
+    TRUE_COLOUR,
+    WRONG_SIGN,
+    Card,
+    box_card,
+    caption_card,
+    draw_boxes,
+    worst_caption_card,
+)
+from granvit.demo.features import CELLS, component_colours, features_of, similarity_map
+from granvit.demo.figures import draw_cards, draw_components, draw_curve, draw_similarity, draw_times
+from granvit.demo.page import Block, Cell, Code, Gallery, Heading, Items, Picture, Table, Text, to_html, to_markdown
+from granvit.demo.results import (
+    NAMES,
+    ROWS,
+    RUNS,
+    WORST,
+    Percent,
+    Prediction,
+    Run,
+    aims,
+    columns,
+    percent,
+    predictions,
+    random_sample,
+    read_runs,
+    worst,
+)
+from granvit.demo.times import KINDS, Times, read_times
+from granvit.launch import Framework
+from granvit.stages import Task
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.patches import Rectangle
-
-PREDICTED, TRUE = "#14c414", "#f02020"
-COLUMNS = ("guesser", "stage1", "stage1_mixed", "stage2")
-TITLES = {
-    "guesser": "guesser (no image)",
-    "stage1": "after stage 1",
-    "stage1_mixed": "stage 1 with Caption2Bbox",
-    "stage2": "after stage 2",
-}
-
-ROWS = {
-    "rouge_l": "Bbox2Caption, ROUGE-L",
-    "rouge_l_ascii": "the same over rouge-score's own tokens (a-z, 0-9)",
-    "exact_match": "Bbox2Caption, exact match",
-    "acc_iou50": "Caption2Bbox, ACC@IoU0.5",
-    "unparsable": "Caption2Bbox, unparsable answers",
-}
-
-
-def percent(evaluation: Evaluation, score: str) -> float:
-    """The mean of a score, which belongs to Bbox2Caption or to Caption2Bbox, in percent."""
-    return 100 * (evaluation.table["bbox2caption"] | evaluation.table["caption2bbox"])[score]
-
-
-def evaluations(run: Path) -> list[Evaluation]:
-    """A run's evaluations in order of steps. `ValueError` if it has none, or if one lacks a score (of an earlier version)."""
-    found = [read_evaluation(evaluation_file(run, step)) for step in evaluated_steps(run)]
-    if not found:
-        raise ValueError(f"{run}: no evaluation in {run / 'eval'}; `python scripts/demo.py` makes it")
-    for evaluation in found:
-        for task, names in SCORES.items():
-            if task in evaluation.table and (missing := set(names) - evaluation.table[task].keys()):
-                file = evaluation_file(run, evaluation.step)
-                raise ValueError(f"{file}: no score {min(missing)} of {task}; an earlier version wrote it, choose another --out")
-    return found
+SHOWN = 12  # pictures of a random sample
+WORST_SHOWN = 10
+FEATURES_SHOWN, FEATURES_FITTED = 6, 24  # images whose features are shown, and to which the components are fitted
+FRAMEWORKS = {"mindspore": "MindSpore", "torch": "PyTorch"}
+LEGEND = f"Green with {RIGHT_SIGN}: right. Orange-red with {WRONG_SIGN}: wrong. "
 
 
 def machine() -> str:
@@ -73,224 +65,270 @@ def machine() -> str:
 
 
 def write_report(root: Path, framework: str, seconds: dict[str, float]) -> Path:
-    """Writes report.md and its pictures into `root`; `seconds` is the time that each part took. Returns the report's path."""
-    runs = {name: evaluations(root / name) for name in COLUMNS}
-    last = {name: found[-1] for name, found in runs.items()}
-    _draw_curve(root, runs, root / "figure4a.png")
-    source = load_config(root / "stage1" / "config.yaml").eval.source
-    assert source is not None
-    store = Store(source)
+    """Writes report.md, report.html and the pictures into `root`, from what has been evaluated so far.
+
+    `framework` (mindspore or torch) computes the features. `seconds` is the time that each finished part took, from the start of
+    its process to its end. Returns the path of report.md. `ValueError` if stage 1 was not evaluated, or if an earlier version
+    wrote the evaluations.
+    """
+    runs = read_runs(root)
+    store = Store(root / "data" / "heldout")
     records = {record.id: record for record in map(store.record, range(store.records)) if isinstance(record, ImageRecord)}
-    _draw_boxes(records, last, root / "caption2bbox.png")
-    _draw_captions(records, last, root / "bbox2caption.png")
-    _draw_small(records, last, root / "answers_small.png")
+    times = read_times(root, list(runs), seconds)
+    title = f"GranViT's demo: {FRAMEWORKS[framework]}, seed {runs['stage1'].config.seed}"
+    blocks = [
+        *_head(title, framework, runs, times),
+        *_curve(root, runs),
+        *_captions(root, runs, records),
+        *_boxes(root, runs, records),
+        *_features(root, cast(Framework, framework), runs, list(records.values())),
+        *_times(root, runs, times, seconds),
+        *_training(root, runs),
+        *_command(root, framework, runs),
+    ]
+    _draw_small(root, runs, records)
     path = root / "report.md"
-    path.write_text(_text(root, last, framework, seconds))
+    path.write_text(to_markdown(blocks))
+    path.with_suffix(".html").write_text(to_html(title, blocks, root))
     return path
 
 
-def _text(root: Path, last: dict[str, Evaluation], framework: str, seconds: dict[str, float]) -> str:
-    parts = ("pretrain_text", "pretrain_image", *COLUMNS)
-    checkpoints = {name: newest_checkpoint(root / name) for name in parts}
-    configs = {name: checkpoint.config for name, checkpoint in checkpoints.items() if checkpoint is not None}
-    stores = {split: Store(root / "data" / split) for split in ("train", "heldout")}
-    row = lambda name, values: f"| {name} | " + " | ".join(f"{value:.1f}" for value in values) + " |"  # noqa: E731
-    stage1, mixed, stage2, guesser = (last[name] for name in ("stage1", "stage1_mixed", "stage2", "guesser"))
-    samples = int(stage1.table["bbox2caption"]["samples"])
-    lines = [
-        "# GranViT's demo",
-        "",
-        f"One run, seed {configs['stage1'].seed}, {framework}, {machine()}. Held-out: {samples} questions of each task about "
-        f"{samples // 4} images whose backgrounds come from photographs that training did not use.",
-        "",
-        "| % | " + " | ".join(TITLES[name] for name in COLUMNS) + " |",
-        "|---|" + "---|" * len(COLUMNS),
-        *(row(title, [percent(last[name], score) for name in COLUMNS]) for score, title in ROWS.items()),
-        "",
-        f"- Exact match of Bbox2Caption after stage 1: {percent(stage1, 'exact_match'):.1f}% against the guesser's "
-        f"{percent(guesser, 'exact_match'):.1f}% (aim: at least 3 times).",
-        f"- ACC@IoU0.5 after stage 2: {percent(stage2, 'acc_iou50'):.1f}% (aim: at least 20%). After stage 1 continued with "
-        f"Caption2Bbox, with a frozen decoder: {percent(mixed, 'acc_iou50'):.1f}% (aim: at most a quarter of it). The guesser: "
-        f"{percent(guesser, 'acc_iou50'):.1f}%.",
-        "",
-        "Stage 2 starts from the plain stage 1, which was not trained on Caption2Bbox, so its ACC@IoU0.5 is no test. The next "
-        "column shows what a frozen decoder can learn of Caption2Bbox, as the paper's Fig. 4 does.",
-        "",
-        "The guesser is the baseline: the same decoder, fully trained on the same questions for as many steps as stage 1, with "
-        "zeros in place of the image tokens. It sees only the question; the size and shape of a box already say much.",
-        "",
-        "![scores over training steps, like the paper's Fig. 4(a)](figure4a.png)",
-        "",
-        "## Caption2Bbox on held-out images: predicted green, true red",
-        "![boxes](caption2bbox.png)",
-        "",
-        "## Bbox2Caption on held-out images",
-        "![captions](bbox2caption.png)",
-        "",
-        "## Training of the parts",
-        f"Data: {stores['train'].records} training and {stores['heldout'].records} held-out scenes of four "
-        "objects (granvit/demo/scenes.py).",
-        "",
-        "| Part | Trained | Questions | Steps | Rows a step |",
-        "|---|---|---|---|---|",
-    ]
-    content = {
-        "pretrain_text": "Bbox2Caption, global captions, and in which rows and columns an object is, about text maps in place "
-        "of images",
-        "pretrain_image": "global captions of whole images (no region question)",
-    }
-    for name, config in configs.items():
-        spec = config.stage_spec
-        steps = json.loads((root / name / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-        mix = content.get(name) or ", ".join(f"{task} {share:g}" for task, share in spec.mix.items() if share)
-        mix += " (image tokens zeroed)" if name == "guesser" else ""
-        lines.append(f"| {name} | {', '.join(sorted(spec.trains))} | {mix} | {steps} | {config.train.global_batch} |")
-    lines += ["", "## Time", "", "| Part | Seconds |", "|---|---|"]
-    lines += [f"| {name} | {value:.0f} |" for name, value in seconds.items()]
-    lines += [f"| together | {sum(seconds.values()):.0f} |", ""]
-    return "\n".join(lines)
+def _head(title: str, framework: str, runs: dict[str, Run], times: Times) -> list[Block]:
+    """What was run, the table, how to read it, and the aims."""
+    stage1 = runs["stage1"]
+    asked = predictions(stage1.last, "bbox2caption")
+    images = len({prediction["record"] for prediction in asked})
+    unfinished = [run for run in runs.values() if not run.finished]
+    missing = [f"{NAMES[run.name]} is at step {run.trained} of {run.config.train.steps}" for run in unfinished]
+    missing += [f"{NAMES[name]} has no evaluation yet" for name in RUNS if name not in runs]
+    facts = [f"{FRAMEWORKS[framework]}, seed {stage1.config.seed}, {machine()}."]
+    if times.began is not None:
+        end = max(part.spans[-1].end for part in times.parts.values())
+        took = "" if missing or times.left_out else f"; with the data it took {end / 60:.1f} minutes"
+        facts.append(f"Training began on {_date(times.began)}{took}.")
+    facts.append(f"Held-out: {len(asked)} questions of each task about {images} images.")
+    if missing:
+        facts.append(f"The demo is not finished: {'; '.join(missing)}. What needs these runs is still to come.")
+    cells: list[list[str | Cell]] = [
+        [row_title, *(_cell(percent(column.evaluation, score)) for column in columns(runs))]
+        for score, (_, row_title) in ROWS.items()
+    ]  # fmt: skip
+    marks = {None: "still to come", True: f"{RIGHT_SIGN} met", False: f"{WRONG_SIGN} not met"}
+    return [
+        Heading(1, title),
+        Text("A tiny GranViT is trained in the paper's two stages, on pictures made for it: in stage 1 the encoder, until the "
+             "frozen decoder can say what is inside a box (Bbox2Caption); in stage 2 the decoder, until it finds in the frozen "
+             "encoder's features where something is (Caption2Bbox). All scores are of held-out pictures, on photographs that "
+             "training did not use."),
+        Items(facts),
+        Table(["%", *(column.title for column in columns(runs))], cells),
+        Text("With each number stands its 95% interval (bootstrap over the images; questions about one image stay together). It "
+             "says how much the number depends on the choice of held-out images, not how much it differs between seeds. If all "
+             "answers score the same, it has no width."),
+        Items(_column_notes(runs)),
+        Table(["Aim", "This run", ""], [[aim.text, aim.reached, marks[aim.met]] for aim in aims(runs)]),
+    ]  # fmt: skip
 
 
-def _draw_curve(root: Path, runs: dict[str, list[Evaluation]], path: Path) -> None:
-    """Draws three scores over the steps of stage 1 and then stage 2; the guesser's scores are dotted lines."""
-    first, second = runs["stage1"], runs["stage2"]
-    border = first[-1].step
-    steps = [e.step for e in first] + [border + e.step for e in second]
-    points = [*first, *second]
-    figure, axes = plt.subplots(figsize=(8, 4.8), dpi=130)
-    series = (
-        ("Bbox2Caption ROUGE-L", "rouge_l", "#c0392b", "o"),
-        ("Bbox2Caption exact match", "exact_match", "#e08e0b", "^"),
-        ("Caption2Bbox ACC@IoU0.5", "acc_iou50", "#1f5fbf", "s"),
+def _date(time: datetime) -> str:
+    return f"{time.day} {time:%B %Y}, {time:%H:%M}"
+
+
+def _cell(score: Percent) -> Cell:
+    return Cell(f"{score.value:.1f}", f"{score.low:.1f} to {score.high:.1f}")
+
+
+def _column_notes(runs: dict[str, Run]) -> list[str]:
+    """How to read the columns that the table has."""
+    start = (
+        "Start weights: the pretrained encoder and decoder with a new projector between them, before any training."
+        if runs["stage1"].evaluations[0].step == 0
+        else "Start weights: no column, because stage 1 was not evaluated before its first step (eval.start)."
     )
-    for label, key, colour, marker in series:
-        values = [percent(evaluation, key) for evaluation in points]
-        axes.plot(steps, values, color=colour, marker=marker, label=label, linewidth=2, markersize=6)
-        floor = percent(runs["guesser"][-1], key)
-        axes.axhline(floor, color=colour, linestyle=":", linewidth=1.4)
-        lower = floor == min(floor, *(percent(runs["guesser"][-1], other) for _, other, *_ in series))
-        axes.annotate(f"guesser {floor:.1f}", (1.005, floor), xycoords=("axes fraction", "data"), color=colour, fontsize=8,
-                      va="top" if lower else "bottom")  # fmt: skip
-        for at in (len(first) - 1, len(points) - 1):
-            close_above = any(0 < percent(points[at], other) - values[at] < 8 for _, other, *_ in series)
-            lift = -14 if close_above and values[at] > 5 else 7  # points; labels of values up to 5 stay above, clear of the axis
-            axes.annotate(f"{values[at]:.1f}", (steps[at], values[at]), textcoords="offset points", xytext=(-4, lift), ha="right",
-                          color=colour, fontsize=9)  # fmt: skip
-    axes.axvspan(0, border, color="#f3f0e6", zorder=0)
-    axes.axvspan(border, steps[-1], color="#e8eef5", zorder=0)
-    for x, text in ((border / 2, "stage 1"), ((border + steps[-1]) / 2, "stage 2")):
-        axes.annotate(text, (x, 1.015), xycoords=("data", "axes fraction"), ha="center", fontsize=10)
-    frozen = "optimizer steps (stage 1: decoder frozen, stage 2: encoder frozen)"
-    axes.set(xlim=(0, steps[-1]), ylim=(0, 100), xlabel=frozen, ylabel="% on held-out images")
-    axes.legend(loc="upper left", fontsize=8, framealpha=0.9)
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    notes = {
+        "guesser": "Guesser: the same decoder, trained on both tasks without the image. It shows what the question alone gives "
+        "away; the size and shape of a box already say much.",
+        "stage1": "Stage 1: encoder and projector were trained on Bbox2Caption. Caption2Bbox was not asked in training.",
+        "stage1_mixed": "Stage 1 with Caption2Bbox: stage 1 continued with both tasks, the decoder still frozen. In the paper "
+        "(Fig. 4(a)) a frozen decoder reaches 13% ACC@IoU0.5, far less than in stage 2; hence the two stages.",
+        "stage2": "Stage 2 starts from stage 1; projector and decoder were trained on Caption2Bbox and a little "
+        "Bbox2Caption.",
+    }
+    return [start, *(note for name, note in notes.items() if name in runs)]
 
 
-def _answers(evaluation: Evaluation, task: str) -> dict[tuple[str, str], dict[str, Any]]:
-    """(record, question) -> prediction, for one task."""
-    return {(p["record"], p["question"]): p for p in evaluation.predictions if p["task"] == task}
+def _curve(root: Path, runs: dict[str, Run]) -> list[Block]:
+    draw_curve(runs, root / "figure4a.png")
+    caption = "Bars and bands: 95% intervals over images."
+    if "stage1_mixed" in runs:
+        caption += " Dashed, with open marks: stage 1 continued with Caption2Bbox mixed in, a branch that stage 2 does not use."
+    if "guesser" in runs:
+        caption += " Dotted: the guesser."
+    alt = "Scores in percent over the optimizer steps of stage 1 and stage 2; the table has the last values"
+    return [Heading(2, "Scores along the training, as in Fig. 4(a) of the paper"), Picture("figure4a.png", alt, caption)]
 
 
-def _show(axes: plt.Axes, record: ImageRecord) -> np.ndarray:
-    pixels = decode(record.image, MAX_PIXELS)
-    axes.imshow(pixels, interpolation="bicubic")
-    axes.axis("off")
-    return np.tile([record.width, record.height], 2)
+def _sample(run: Run, runs: dict[str, Run], task: Task) -> list[Prediction]:
+    """The random sample of a task: the same questions for every report of a demo."""
+    return random_sample(run.last, task, SHOWN, runs["stage1"].config.seed)
 
 
-def _rectangle(axes: plt.Axes, box: Sequence[float], scale: np.ndarray, colour: str) -> None:
-    x1, y1, x2, y2 = np.array(box) * scale - 0.5
-    axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="white", linewidth=4.5))
-    axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=2.5))
+def _caption_cards(runs: dict[str, Run], records: dict[str, ImageRecord]) -> list[Card]:
+    return [caption_card(records[asked["record"]], asked, runs) for asked in _sample(runs["stage1"], runs, "bbox2caption")]
 
 
-def _one_per_image(evaluation: Evaluation, task: str, count: int) -> list[dict[str, Any]]:
-    """One question about each of the first `count` images: question i mod n of the n about image i, whatever its score."""
-    by_image: dict[str, list[dict[str, Any]]] = {}
-    for prediction in evaluation.predictions:
-        if prediction["task"] == task:
-            by_image.setdefault(prediction["record"], []).append(prediction)
-    return [questions[i % len(questions)] for i, questions in enumerate(by_image.values())][:count]
+def _box_cards(runs: dict[str, Run], records: dict[str, ImageRecord]) -> list[Card]:
+    asked = _sample(runs["stage2"], runs, "caption2bbox")
+    return [box_card(records[each["record"]], each, runs["stage2"], runs.get("stage1_mixed")) for each in asked]
 
 
-def _draw_boxes(records: dict[str, ImageRecord], last: dict[str, Evaluation], path: Path) -> None:
-    """Draws Caption2Bbox answers: for each image, the answer of `stage1_mixed` above that of `stage2`."""
-    columns, rows = 4, 2
-    chosen = _one_per_image(last["stage2"], "caption2bbox", columns * rows)
-    figure, grid = plt.subplots(2 * rows, columns, figsize=(3.3 * columns, 7.2 * rows), dpi=100)
-    for number, sample in enumerate(chosen):
-        for line, name in enumerate(("stage1_mixed", "stage2")):
-            axes = grid[2 * (number // columns) + line, number % columns]
-            _draw_boxes_of_one(axes, records[sample["record"]], sample, last, name, fontsize=11)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+def _captions(root: Path, runs: dict[str, Run], records: dict[str, ImageRecord]) -> list[Block]:
+    """Bbox2Caption: a random sample, and the worst answers after stage 1."""
+    run = runs["stage1"]
+    lowest, cards = worst(run.last, "bbox2caption", WORST_SHOWN), _caption_cards(runs, records)
+    return [
+        Heading(2, "What is inside the box? (Bbox2Caption)"),
+        Text(f"{len(cards)} held-out pictures, drawn at random by the seed, whatever the answers. The black box is the one asked "
+             f"about; the bold line is the true caption. {LEGEND}Right is an exact match."),
+        _gallery(root, "bbox2caption.png", "Held-out pictures with a box, its true caption, and the answers", cards),
+        Heading(3, f"The {len(lowest)} worst answers {_after(run)}"),
+        Text(_worst_note(run, "bbox2caption")),
+        _gallery(root, "bbox2caption_worst.png", "The worst captions, each with its picture and the true caption",
+                 [worst_caption_card(records[asked["record"]], asked, run) for asked in lowest]),
+    ]  # fmt: skip
 
 
-def _draw_boxes_of_one(axes: plt.Axes, record: ImageRecord, sample: dict[str, Any], last: dict[str, Evaluation], name: str,
-                       fontsize: float) -> None:  # fmt: skip
-    """Draws the image with the true box and the box answered by run `name`; the title has the caption and the IoU."""
-    answer = _answers(last[name], "caption2bbox")[sample["record"], sample["question"]]["answer"]
-    scale = _show(axes, record)
-    _rectangle(axes, sample["box"], scale, TRUE)
-    predicted = parse_box(answer)
-    if predicted is None:
-        outcome = "no box"
-    else:
-        _rectangle(axes, predicted, scale, PREDICTED)
-        outcome = f"IoU {iou(predicted, sample['box']):.2f}"
-    caption = next(region.caption for region in record.regions if region.box == tuple(sample["box"]))
-    axes.set_title(f"{caption}\n{TITLES[name]}: {outcome}", fontsize=fontsize)
+def _boxes(root: Path, runs: dict[str, Run], records: dict[str, ImageRecord]) -> list[Block]:
+    """Caption2Bbox: a random sample, and the worst answers after stage 2."""
+    blocks: list[Block] = [Heading(2, "Where is it? (Caption2Bbox)")]
+    run = runs.get("stage2")
+    if run is None:
+        return [*blocks, Text("Still to come, with stage 2.")]
+    lowest, cards = worst(run.last, "caption2bbox", WORST_SHOWN), _box_cards(runs, records)
+    return [
+        *blocks,
+        Text(f"{len(cards)} held-out pictures, drawn at random by the seed, whatever the answers. The bold line is the caption "
+             f"asked for. The black box is the true one, the coloured box the answer {_after(run)}. {LEGEND}Right is an "
+             "intersection over union (IoU) of at least 0.5."),
+        _gallery(root, "caption2bbox.png", "Held-out pictures with the true and the answered box", cards),
+        Heading(3, f"The {len(lowest)} worst answers {_after(run)}"),
+        Text(_worst_note(run, "caption2bbox")),
+        _gallery(root, "caption2bbox_worst.png", "The worst boxes, each with its picture and the true box",
+                 [box_card(records[asked["record"]], asked, run) for asked in lowest]),
+    ]  # fmt: skip
 
 
-def _draw_captions(records: dict[str, ImageRecord], last: dict[str, Evaluation], path: Path) -> None:
-    """Draws Bbox2Caption answers: the box in the question, and the captions by the guesser, stage 1 and stage 2."""
-    columns, rows = 4, 3
-    chosen = _one_per_image(last["stage1"], "bbox2caption", columns * rows)
-    figure, grid = plt.subplots(rows, columns, figsize=(3.3 * columns, 4.3 * rows), dpi=100)
-    for sample, axes in zip(chosen, grid.flat, strict=True):
-        _draw_captions_of_one(axes, records[sample["record"]], sample, last, fontsize=9.5, width=48)
-    figure.subplots_adjust(left=0.01, right=0.99, top=0.97, bottom=0.07, wspace=0.06, hspace=0.36)
-    figure.savefig(path)
-    plt.close(figure)
+def _after(run: Run) -> str:
+    return f"after {run.label}"
 
 
-def _draw_captions_of_one(axes: plt.Axes, record: ImageRecord, sample: dict[str, Any], last: dict[str, Evaluation],
-                          fontsize: float, width: int) -> None:  # fmt: skip
-    """Draws the image with the box in the question, its true caption as title, and three answers below it.
-
-    Answers are shortened to `width` characters; an exact match is green.
-    """
-    scale = _show(axes, record)
-    _rectangle(axes, sample["box"], scale, TRUE)
-    axes.set_title(sample["reference"], fontsize=fontsize + 2.5, color=TRUE)
-    for line, name in enumerate(("guesser", "stage1", "stage2")):
-        prediction = _answers(last[name], "bbox2caption")[sample["record"], sample["question"]]
-        right = prediction["answer"].strip() == sample["reference"]
-        text = textwrap.shorten(f"{TITLES[name].partition(' (')[0]}: {prediction['answer']}", width)
-        axes.annotate(text, (0.5, -0.05 - 0.08 * line), xycoords="axes fraction", ha="center", va="top", fontsize=fontsize,
-                      color=PREDICTED if right else "black")  # fmt: skip
+def _worst_note(run: Run, task: Task) -> str:
+    own, name = predictions(run.last, task), {"rouge_l": "ROUGE-L", "mean_iou": "IoU"}[WORST[task]]
+    order = "Lowest ROUGE-L (in brackets) first." if task == "bbox2caption" else "Lowest IoU first."
+    zero = sum(prediction["scores"][WORST[task]] == 0 for prediction in own)
+    of_all = f" Of all {len(own)} answers {zero} have the {name} 0."
+    ties = f" If more than {WORST_SHOWN} are equally bad, those are shown that come first in the store."
+    return f"{order}{of_all if zero else ''}{ties}"
 
 
-def _draw_small(records: dict[str, ImageRecord], last: dict[str, Evaluation], path: Path) -> None:
-    """The README's picture: Bbox2Caption about the first four images, Caption2Bbox after stage 2 about the next four.
+def _gallery(root: Path, name: str, alt: str, cards: Sequence[Card]) -> Gallery:
+    columns_drawn = 4 if len(cards) > WORST_SHOWN else 5
+    draw_cards(cards, columns_drawn, root / name)
+    return Gallery(name, alt, cards, columns_drawn)
 
-    A palette of 256 colours keeps the file under 200 KB.
-    """
-    columns = 4
-    captions = _one_per_image(last["stage1"], "bbox2caption", columns)
-    boxes = _one_per_image(last["stage2"], "caption2bbox", 2 * columns)[columns:]
-    figure, grid = plt.subplots(2, columns, figsize=(2.7 * columns, 6.9), dpi=80)
-    for sample, axes in zip(captions, grid[0], strict=True):
-        _draw_captions_of_one(axes, records[sample["record"]], sample, last, fontsize=8.5, width=44)
-    for sample, axes in zip(boxes, grid[1], strict=True):
-        _draw_boxes_of_one(axes, records[sample["record"]], sample, last, "stage2", fontsize=9)
-    figure.subplots_adjust(left=0.01, right=0.99, top=0.96, bottom=0.01, wspace=0.06, hspace=0.4)
-    canvas = figure.canvas
-    assert isinstance(canvas, FigureCanvasAgg)
-    canvas.draw()
-    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).quantize(256).save(path, optimize=True)
-    plt.close(figure)
+
+def _draw_small(root: Path, runs: dict[str, Run], records: dict[str, ImageRecord]) -> None:
+    """The README's picture: the first four pictures of each random sample. Only after stage 2."""
+    if "stage2" in runs:
+        cards = [*_caption_cards(runs, records)[:4], *_box_cards(runs, records)[:4]]
+        draw_cards(cards, 4, root / "answers_small.png", side=200, colours=256)
+
+
+def _features(root: Path, framework: Framework, runs: dict[str, Run], records: Sequence[ImageRecord]) -> list[Block]:
+    """Principal components of patch features, and region similarity maps, of the start encoder and after stage 1."""
+    blocks: list[Block] = [Heading(2, "What stage 1 changed in the encoder")]
+    checkpoint = newest_checkpoint(root / "stage1")
+    if checkpoint is None:
+        return [*blocks, Text("Still to come, with the checkpoint of stage 1.")]
+    vision, level = checkpoint.vision, checkpoint.vision.level
+    usable = [record for record in records if record.regions]
+    order = np.random.default_rng(runs["stage1"].config.seed).permutation(len(usable))[:FEATURES_FITTED]
+    fitted = [usable[number] for number in order]
+    shown = fitted[:FEATURES_SHOWN]
+    before, after = found = features_of(framework, [root / "pretrained" / "vision", root / "stage1"], level, vision, fitted)
+    (colours_before, share_before), (colours_after, share_after) = (component_colours(each.patches_BggC) for each in found)
+    pictures = [draw_boxes(record, []) for record in shown]
+    draw_components(pictures, colours_before, colours_after, (share_before, share_after), root / "features_pca.png")
+    maps = [[similarity_map(each.regions_BKC[b, 0], each.patches_BggC[b]) for b in range(len(shown))] for each in (before, after)]
+    boxes = [record.regions[0].box for record in shown]
+    on_map = [box_to_features(box, record.width, record.height, vision) for box, record in zip(boxes, shown, strict=True)]
+    boxed = [draw_boxes(record, [(box, TRUE_COLOUR)]) for box, record in zip(boxes, shown, strict=True)]
+    captions = [record.regions[0].caption for record in shown]
+    draw_similarity(boxed, captions, on_map, maps[0], maps[1], root / "features_similarity.png")
+    grid, step = vision.grid, f"step {checkpoint.step} of stage 1"
+    return [
+        *blocks,
+        Text(f"Features of the {grid} x {grid} patches of held-out pictures, which were drawn at random by the seed: before, "
+             f"from the start weights (pretrained/vision), and after {step}. They are the features that the projector reads "
+             f"(level {level})."),
+        Picture("features_pca.png", f"{len(shown)} pictures, and below each its patches coloured by principal components, before "
+                "and after",
+                f"The first three principal components of the patch features as red, green and blue. They are fitted for each "
+                f"encoder by itself, to all patches of {len(fitted)} pictures, so colours of one row can be compared with each "
+                "other and not with the other row. Sign: the channel with the largest weight counts positive. Scale: the 2nd "
+                "percentile is dark, the 98th bright."),
+        Picture("features_similarity.png", f"{len(shown)} regions, and below each the cosine of the region with every patch, "
+                "before and after",
+                f"Cosine of a region's feature (mean over {CELLS} x {CELLS} ROIAlign cells) with the feature of every patch of "
+                "its picture. The region is the first one that the data lists for the picture. One scale for all maps."),
+    ]  # fmt: skip
+
+
+def _times(root: Path, runs: dict[str, Run], times: Times, seconds: dict[str, float]) -> list[Block]:
+    blocks: list[Block] = [Heading(2, "Where the time went")]
+    left_out = [Items([f"Not shown: {reason}." for reason in times.left_out])] if times.left_out else []
+    if not times.parts:
+        return [*blocks, *left_out]
+    draw_times(times, root / "times.png")
+    rows = []
+    for name, part in times.parts.items():
+        if all(span.kind is None for span in part.spans):
+            continue
+        step = "" if part.step_seconds is None else f"{part.step_seconds:.3f}"
+        in_all = f"{part.spans[-1].end - part.spans[0].start:.0f}"
+        rows.append([NAMES[name], in_all, *(f"{part.of_kind(kind):.0f}" for kind in KINDS), step])
+    return [
+        *blocks,
+        Picture("times.png", "The demo's parts as bars over the seconds since the start; the table has the numbers",
+                "Parts that run at the same time share the cores. The log tells when a part's training was set up and ended; the "
+                "seconds outside of it (loading the framework before, ending the process after) are drawn at the beginning. The "
+                "first evaluation compiles the generation of answers, which counts as evaluation."),
+        Table(["Seconds", "In all", *KINDS, "One step"], rows),
+        *([Text(f"Making the data took {seconds['data']:.0f} s.")] if "data" in seconds else []),
+        *left_out,
+    ]  # fmt: skip
+
+
+def _training(root: Path, runs: dict[str, Run]) -> list[Block]:
+    rows = []
+    for name, run in runs.items():
+        spec = run.config.stage_spec
+        mix = ", ".join(f"{task} {share:g}" for task, share in spec.mix.items() if share)
+        mix += " (image tokens set to zero)" if name == "guesser" else ""
+        steps = str(run.trained) if run.finished else f"{run.trained} of {run.config.train.steps}"
+        rows.append([NAMES[name], ", ".join(sorted(spec.trains)), mix, steps, str(run.config.train.global_batch)])
+    counts = {split: Store(root / "data" / split).records for split in ("train", "heldout")}
+    return [
+        Heading(2, "What was trained, and on what"),
+        Table(["Run", "Trained parts", "Questions, with their shares", "Steps", "Rows a step"], rows),
+        Text(f"A row is one picture with questions about it. Data: {counts['train']} training and {counts['heldout']} held-out "
+             "scenes, drawn onto photographs of which the two splits share none (granvit/demo/scenes.py). The start weights are "
+             "a small encoder and decoder that are shipped with the code. They never saw Caption2Bbox, nor a question about a "
+             "region of an image; python scripts/demo.py pretrain makes them from nothing."),
+    ]  # fmt: skip
+
+
+def _command(root: Path, framework: str, runs: dict[str, Run]) -> list[Block]:
+    seed = str(runs["stage1"].config.seed)
+    command = ["python", "scripts/demo.py", "--framework", framework, "--seed", seed, "--out", str(root)]
+    return [Heading(2, "Run it again"), Code(shlex.join(command))]
