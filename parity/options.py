@@ -127,6 +127,7 @@ NOT_IN_THE_GRAPH = {
     "run.model.init": "where start weights come from (tests/test_stages.py)",
     "run.data.mix": "selects questions (tests/data/test_sampler.py)",
     "run.eval.tasks": "selects the questions of an evaluation (tests/test_metrics.py)",
+    "run.eval.start": "whether an evaluation precedes the first step (tests/test_metrics.py)",
     "run.train.freeze": "covered by the factors `vision`, `projector`, `language`",
     "run.optimizer.schedule": "the learning rate is an input of the graph (tests/test_core.py)",
     "run.runtime.compute": "chosen by --precision; on CPU MindSpore computes only in float32",
