@@ -38,7 +38,7 @@ class Demo(Parts):
     plan = Plan(
         root=Path("runs/demo"),
         after={"data": None, "stage1": "data", "stage2": "stage1", "stage1_mixed": "stage1", "guesser": "data"},
-        seconds={"data": 15, "stage1": 170, "stage2": 240, "stage1_mixed": 100, "guesser": 140},
+        seconds={"data": 20, "stage1": 220, "stage2": 600, "stage1_mixed": 150, "guesser": 200},
         ranks={"stage1": 2},
     )
 
