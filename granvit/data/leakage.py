@@ -206,4 +206,4 @@ def check_leakage(sources: Sequence[str], held_out: str) -> None:
     for source in dict.fromkeys(sources):
         found = shared_images(Store(source), ours)
         if found is not None:
-            raise ValueError(f"held-out store {held_out} {found}. Build a held-out store without them, or name another eval.source")
+            raise ValueError(f"held-out store {held_out} {found}. Build one without them, or name another eval.source")

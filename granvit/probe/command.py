@@ -3,8 +3,9 @@
     python scripts/probe.py ENCODER [ENCODER ...] --source STORE [--framework mindspore|torch] [--out DIR]
 
 An ENCODER is a run's directory (its newest checkpoint) or one checkpoint, a publisher's directory, or an exported one. All are
-compared on the same regions of STORE, a region store that was not trained on; name the start encoder first: the table has the
-difference of each other encoder to the first. Scores (docs/probe.md explains them), each with a 95% interval over images:
+compared on the same regions of STORE, a region store. A STORE that shares images with the training data of a run, or of the runs
+that it started from, is refused. Name the start encoder first: the table has the difference of each other encoder to the first.
+Scores (docs/probe.md explains them), each with a 95% interval over images:
 
   kNN, linear probe      classes of regions from the frozen encoder's mean ROIAlign feature; trained on half of the images
   region-crop agreement  cosine of a region's ROIAlign features with the features of its own crop, relative to other crops
@@ -31,6 +32,7 @@ from granvit.logs import log, to_console
 from granvit.models import LEVELS, Level, VisionConfig
 from granvit.probe.caption_loss import caption_losses, check_projector
 from granvit.probe.features import RegionFeatures, compute_features, load_region_encoder
+from granvit.probe.leakage import not_held_out
 from granvit.probe.report import Probe, markdown, write_report
 from granvit.probe.sample import LAST_WORD, TRAIN_IMAGES, WHOLE, Sample, Split, choose, size_groups, split
 from granvit.probe.scores import (
@@ -89,6 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of split, choice of regions and bootstrap (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "npu"), default="auto", help="default: %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on cpu, else bfloat16")
+    parser.add_argument("--allow-leakage", action="store_true",
+                        help="go on although a run, or one that it started from, was trained on images of STORE, or its training "
+                        "data cannot be compared with STORE; the report says so")  # fmt: skip
     parser.add_argument("--no-loss", action="store_true", help="do not compute the Bbox2Caption loss of runs")
     options = parser.parse_args(arguments)
     to_console(0)
@@ -111,7 +116,7 @@ def _probe(options: argparse.Namespace) -> None:
     groups = size_groups(sample.area_R, *options.sizes)
     log.info(f"{len(sample.images)} images, {len(sample.captions_R)} regions, {len(division.names)} classes")
     scores: dict[str, dict[tuple[str, str], Score]] = {}
-    facts: list[str] = []
+    facts = _check_held_out(candidates, sample.store, options.allow_leakage)
     for candidate, level in zip(candidates, levels, strict=True):
         crop_size = options.crop_size or candidate.vision.covered_pixels
         encoder = load_region_encoder(options.framework, candidate.path, level, crop_size, options.dtype, options.device)
@@ -132,7 +137,6 @@ def _probe(options: argparse.Namespace) -> None:
                                              regions=losses.questions)  # fmt: skip
             if losses.skipped:
                 facts.append(f"{candidate.name}: {losses.skipped} regions do not fit into its longest row; they have no loss")
-        facts += _trained_on(candidate, sample.store)
         scores[candidate.name] = found
     settings = vars(options) | {"encoders": [str(path) for path in options.encoders], "out": str(options.out), "device": device,
                                 "dtype": dtype, "sizes": list(options.sizes), "level": list(levels),
@@ -239,13 +243,26 @@ def _step(candidate: Candidate) -> str:
     return "" if candidate.checkpoint is None else f" after step {candidate.checkpoint.step}"
 
 
-def _trained_on(candidate: Candidate, store: Store) -> list[str]:
-    """A line if the run was trained on the store that it is probed on."""
-    known = {} if candidate.checkpoint is None else candidate.checkpoint.fingerprints
-    if store.fingerprint not in {value for key, value in known.items() if key.startswith("store ")}:
-        return []
-    log.warning(f"{candidate.path} was trained on {store.path}: its scores are not those of held-out images")
-    return [f"{candidate.name} WAS TRAINED ON THIS STORE: its scores are not those of held-out images"]
+def _check_held_out(candidates: Sequence[Candidate], store: Store, allowed: bool) -> list[str]:
+    """Lines that say of each encoder whether the store is held out from its training. `ValueError` if a run was trained on an
+    image of the store, or its training data cannot be compared with the store, unless this is `allowed` (see --allow-leakage)."""
+    reasons = not_held_out([candidate.checkpoint for candidate in candidates if candidate.checkpoint is not None], store)
+    found = [reason for of_one in reasons.values() for reason in of_one]
+    more = f" (and {len(found) - 1} more reasons)" if len(found) > 1 else ""
+    if found and not allowed:
+        raise ValueError(f"{found[0]}{more}. Name a --source of other images; with --allow-leakage the probe goes on and its "
+                         "report says so")  # fmt: skip
+    lines = []
+    for candidate in candidates:
+        if candidate.checkpoint is None:
+            lines.append(f"{candidate.name}: not a run, so its training data are unknown and were not compared with the store")
+        elif own := reasons[candidate.checkpoint.path]:
+            lines += [f"{candidate.name}: NOT KNOWN TO BE HELD-OUT IMAGES (--allow-leakage): {reason}" for reason in own]
+        else:
+            lines.append(f"{candidate.name}: its training data, and those of the runs before it, share no image with the store")
+    if found:
+        log.warning(f"--allow-leakage: {found[0]}{more}")
+    return lines
 
 
 def _sample_facts(sample: Sample, division: Split, groups: dict[str, np.ndarray], options: argparse.Namespace) -> list[str]:

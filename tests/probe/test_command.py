@@ -100,9 +100,9 @@ def test_the_loss_is_that_of_an_evaluation_of_all_questions(reported, encoders, 
 
 
 @pytest.mark.parametrize("level", ["penultimate", "final"])
-def test_an_export_for_transformers_scores_what_its_run_scores(level, regions, tmp_path):
+def test_an_export_for_transformers_scores_what_its_run_scores(level, regions, trained_on, tmp_path):
     vision = VisionConfig(**{**VISION.model_dump(exclude={"built_level"}), "level": level})
-    write_run(tmp_path / "run", vision)
+    write_run(tmp_path / "run", vision, trained_on)
     top = ["--top", "blank"] if level == "penultimate" else []
     assert export_command([str(tmp_path / "run"), str(tmp_path / "export"), "--as", "encoder", *top]) == 0
     trees = []
@@ -123,17 +123,6 @@ def refusal(capsys, status: int) -> str:
     assert status == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     return line
-
-
-def test_a_run_trained_on_the_store_is_named(encoders, regions, tmp_path, capsys):
-    shutil.copytree(encoders / "run", tmp_path / "run")
-    path = newest_checkpoint(tmp_path / "run").path / "state.json"
-    state = json.loads(path.read_text())
-    del state["sha256"]
-    state["fingerprints"] = {"tokenizer": "x", f"store {regions.path}": regions.fingerprint}
-    path.write_text(json.dumps({"sha256": state_digest(state)} | state))
-    assert probe(tmp_path, ["run"], regions.path, tmp_path / "out", "--no-loss") == 0
-    assert "run WAS TRAINED ON THIS STORE" in capsys.readouterr().out
 
 
 def test_a_projector_of_another_width_is_refused_with_both_numbers(encoders, regions, tmp_path, capsys):
