@@ -16,7 +16,8 @@ DIR gets report.html with a plot, report.md and probe.json. Exit status: 0 done,
 import argparse
 import importlib.util
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +30,9 @@ from granvit.data.store import Store
 from granvit.exit_status import exit_status
 from granvit.launch import load_engine_class
 from granvit.logs import log, to_console
+from granvit.memory import is_out_of_memory
 from granvit.models import LEVELS, Level, VisionConfig
-from granvit.probe.caption_loss import caption_losses, check_projector
+from granvit.probe.caption_loss import CaptionLosses, caption_losses, check_projector
 from granvit.probe.features import RegionFeatures, compute_features, load_region_encoder
 from granvit.probe.leakage import not_held_out
 from granvit.probe.report import Probe, markdown, write_report
@@ -116,12 +118,14 @@ def _probe(options: argparse.Namespace) -> None:
     groups = size_groups(sample.area_R, *options.sizes)
     log.info(f"{len(sample.images)} images, {len(sample.captions_R)} regions, {len(division.names)} classes")
     scores: dict[str, dict[tuple[str, str], Score]] = {}
+    losses_of: dict[str, CaptionLosses] = {}
     facts = _check_held_out(candidates, sample.store, options.allow_leakage)
     for candidate, level in zip(candidates, levels, strict=True):
         crop_size = options.crop_size or candidate.vision.covered_pixels
         encoder = load_region_encoder(options.framework, candidate.path, level, crop_size, options.dtype, options.device)
         progress = Progress(f"{candidate.name}: features", len(sample.images))
-        features = compute_features(encoder, candidate.vision, crop_size, sample, options.batch, progress)
+        with memory_errors(progress.what, _smaller_features(options)):
+            features = compute_features(encoder, candidate.vision, crop_size, sample, options.batch, progress)
         device, dtype = encoder.device, encoder.dtype_name
         del encoder  # its memory, before a run's whole model is loaded
         found, penalty = _scores(features, sample, division, groups, options.seed)
@@ -131,19 +135,26 @@ def _probe(options: argparse.Namespace) -> None:
         )
         if candidate.checkpoint is not None and candidate.chat is not None:
             progress = Progress(f"{candidate.name}: Bbox2Caption loss", len(sample.images))
-            losses = caption_losses(candidate.checkpoint, candidate.chat, Engine, sample, device, dtype, progress)
+            with memory_errors(progress.what, SMALLER_LOSS):
+                losses = caption_losses(candidate.checkpoint, candidate.chat, Engine, sample, device, dtype, progress)
+            losses_of[candidate.name] = losses
             per_token = lambda loss, tokens: loss / tokens  # noqa: E731
             found["loss", "all"] = bootstrap(per_token, losses.image_N, losses.loss_N, losses.tokens_N, seed=options.seed,
                                              regions=losses.questions)  # fmt: skip
-            if losses.skipped:
-                facts.append(f"{candidate.name}: {losses.skipped} regions do not fit into its longest row; they have no loss")
+            if losses.too_long:
+                facts.append(f"{candidate.name}: {losses.too_long} regions have no loss: they do not fit into its longest row")
+            if losses.unusable:
+                facts.append(f"{candidate.name}: {losses.unusable} regions have no loss: their images are above its "
+                             "data.max_pixels")  # fmt: skip
         scores[candidate.name] = found
     settings = vars(options) | {"encoders": [str(path) for path in options.encoders], "out": str(options.out), "device": device,
                                 "dtype": dtype, "sizes": list(options.sizes), "level": list(levels),
                                 "store": sample.store.fingerprint, "classes": list(division.names)}  # fmt: skip
     facts = [*_sample_facts(sample, division, groups, options), *facts]
     facts.append(f"{options.framework} on {device}, {dtype}")
-    probe = Probe(tuple(names), scores, tuple(facts), settings)
+    unpaired = unpaired_losses(names, losses_of)
+    facts += [f"No difference of the Bbox2Caption losses of {name} and {names[0]}: {why}" for name, why in unpaired.items()]
+    probe = Probe(tuple(names), scores, tuple(facts), settings, unpaired)
     write_report(probe, options.out)
     print(markdown(probe))
     log.info(f"{options.out / 'report.html'}, report.md and probe.json were written; {time.monotonic() - started:.0f} s")
@@ -158,6 +169,44 @@ def _check_options(options: argparse.Namespace) -> None:
         raise ValueError(f"--sizes {small:g} {large:g}: expected two areas relative to the image, 0 <= SMALL <= LARGE <= 1")
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("the report's plot needs matplotlib: pip install -e '.[demo]'")
+
+
+def _smaller_features(options: argparse.Namespace) -> str:
+    """What to do if memory runs out while features are computed."""
+    smaller = [f"--batch {options.batch // 2}"] if options.batch > 1 else []
+    smaller += [f"--regions {options.regions // 2}"] if options.regions > 1 else []
+    return f"take {' or '.join(smaller)}" if smaller else "--batch and --regions are 1 already; take a smaller --crop-size"
+
+
+SMALLER_LOSS = "it is computed one row at a time, so --batch does not matter; --no-loss leaves it out"
+
+
+@contextmanager
+def memory_errors(what: str, remedy: str) -> Iterator[None]:
+    """Turns an out-of-memory error into a `ValueError` of one line: during what it happened, and the remedy."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message = (str(error).strip() or "MemoryError").splitlines()[0]
+        raise ValueError(f"{what}: out of memory ({message}): {remedy}") from error
+
+
+def unpaired_losses(names: Sequence[str], losses_of: Mapping[str, CaptionLosses]) -> dict[str, str]:
+    """Why the Bbox2Caption loss of an encoder cannot be compared with that of the first, by name; comparable ones are absent."""
+    first, found = losses_of.get(names[0]), {}
+    for name in names[1:]:
+        own = losses_of.get(name)
+        if own is None:
+            continue
+        if first is None:
+            found[name] = f"{names[0]} has no loss"
+        elif own.tokenizer != first.tokenizer:
+            found[name] = "their tokenizers or chat templates differ, so their tokens are not the same"
+        elif differing := int((own.asked_R != first.asked_R).sum()):
+            found[name] = f"they are not of the same regions: {differing} regions have a loss in only one of the two"
+    return found
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

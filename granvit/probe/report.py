@@ -3,7 +3,7 @@ import html
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,27 +45,29 @@ QUANTITIES = (
 @dataclass(frozen=True)
 class Probe:
     """All results. `scores` maps an encoder's name to its scores by (key of the quantity, group of regions); `facts` are the
-    lines about store, classes and settings below the table; `settings` is what probe.json records of them."""
+    lines about store, classes and settings below the table; `settings` is what probe.json records of them. `unpaired` has, by name,
+    why an encoder's caption loss cannot be compared with that of the first."""
 
     encoders: tuple[str, ...]
     scores: dict[str, dict[tuple[str, str], Score]]
     facts: tuple[str, ...]
     settings: dict[str, Any]
+    unpaired: dict[str, str] = field(default_factory=dict)
+
+    def difference(self, quantity: Quantity, scores: Sequence[Score | None], number: int) -> tuple[float, float, float] | None:
+        """The score of encoder `number` minus that of the first, with its interval. None for the first, and where either is
+        missing or cannot be compared."""
+        first, own = scores[0], scores[number]
+        if number == 0 or first is None or own is None:
+            return None
+        unpaired = quantity.key == "loss" and self.encoders[number] in self.unpaired
+        return None if unpaired else own.minus(first)
 
     def rows(self) -> list[tuple[Quantity, str, list[Score | None]]]:
         """Every quantity and group that an encoder has, with the scores of all encoders (None: not computed)."""
         groups = dict.fromkeys(key for found in self.scores.values() for key in found)
         return [(quantity, group, [self.scores[name].get((quantity.key, group)) for name in self.encoders])
                 for quantity in QUANTITIES for key, group in groups if key == quantity.key]  # fmt: skip
-
-
-def difference(scores: Sequence[Score | None], number: int) -> tuple[float, float, float] | None:
-    """The score of encoder `number` minus that of the first, with its interval. None for the first, and where either is missing
-    or was computed on other regions."""
-    first, own = scores[0], scores[number]
-    if number == 0 or first is None or own is None or (first.regions, first.images) != (own.regions, own.images):
-        return None
-    return own.minus(first)
 
 
 def _cells(probe: Probe) -> tuple[list[str], list[list[str]]]:
@@ -82,7 +84,7 @@ def _cells(probe: Probe) -> tuple[list[str], list[list[str]]]:
             else:
                 cells.append(f"{quantity.show(score.value)} [{', '.join(map(quantity.show, score.interval))}]")
         for number in range(1, len(scores)):
-            found = difference(scores, number)
+            found = probe.difference(quantity, scores, number)
             if found is None:
                 cells.append("-")
             else:
@@ -165,7 +167,7 @@ def _tree(probe: Probe) -> dict[str, Any]:
         for number, (name, score) in enumerate(zip(probe.encoders, scores, strict=True)):
             if score is None:
                 continue
-            found = difference(scores, number)
+            found = probe.difference(quantity, scores, number)
             entry = {"score": quantity.key, "group": group, "regions": score.regions, "images": score.images,
                      "value": score.value, "low": score.interval[0], "high": score.interval[1]}  # fmt: skip
             if found is not None:

@@ -13,9 +13,8 @@ from granvit.data.store_writer import write_store
 from granvit.evaluate import Evaluator
 from granvit.launch import load_engine_class
 from granvit.models import VisionConfig, vision_shapes
-from granvit.probe.caption_loss import caption_losses
+from granvit.probe import command
 from granvit.probe.command import main, short_names
-from granvit.probe.sample import choose
 from tests.conftest import random_record
 from tests.probe.conftest import VISION, values, write_encoder, write_run
 
@@ -92,11 +91,6 @@ def test_the_loss_is_that_of_an_evaluation_of_all_questions(reported, encoders, 
     mine = by_key(reported[1], "run")["loss", "all"]
     assert found.held_out["questions"] == mine["regions"] == 66
     assert mine["value"] == pytest.approx(found.held_out["loss_caption"], rel=1e-5)
-    sample = choose(regions, 5, 8, 0)
-    short = checkpoint.model_copy(update={"config": config.model_copy(update={"data": config.data.model_copy(
-        update={"buckets": (config.data.buckets[0].model_copy(update={"answers": 15}),)})})})  # fmt: skip
-    losses = caption_losses(short, chat, Engine, sample, "cpu", "float32", lambda images: None)
-    assert losses.skipped > 0 and losses.questions + losses.skipped == len(sample.captions_R)
 
 
 @pytest.mark.parametrize("level", ["penultimate", "final"])
@@ -157,6 +151,16 @@ def test_what_is_no_model_and_no_region_store_is_refused(encoders, regions, chat
 ])  # fmt: skip
 def test_options_that_do_not_fit_are_refused(encoders, regions, tmp_path, capsys, options, named):
     assert named in refusal(capsys, probe(encoders, ["start"], regions.path, tmp_path / "out", *options))
+
+
+def test_out_of_memory_names_the_batch(encoders, regions, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(command, "compute_features", full)
+    assert "--batch 4 or --regions 4" in refusal(capsys, probe(encoders, ["start"], regions.path, tmp_path / "out"))
+    line = refusal(capsys, probe(encoders, ["start"], regions.path, tmp_path / "out", "--batch", "1", "--regions", "1"))
+    assert "--crop-size" in line
 
 
 def test_damaged_weights_are_refused(encoders, regions, tmp_path, capsys):
