@@ -50,7 +50,11 @@ def test_encoders_of_several_widths_are_side_by_side(reported):
         assert "minus_first" not in entry
         other = scores["run"][key]
         assert other["minus_first"]["value"] == pytest.approx(other["value"] - entry["value"])
-        assert entry["low"] <= entry["value"] <= entry["high"]
+        if entry["images"] < 20:  # no interval
+            assert entry["low"] is entry["high"] is other["minus_first"]["low"] is None
+        else:
+            assert entry["low"] <= entry["value"] <= entry["high"]
+    assert {entry["images"] < 20 for entry in scores["start"].values()} == {True, False}
     assert scores["start"]["nearest", "all"]["value"] > 0.6  # of three colours
     markdown, page = (out / "report.md").read_text(), (out / "report.html").read_text()
     assert "| start | run | wide | constant | run minus start |" in markdown
@@ -73,7 +77,9 @@ def test_both_frameworks_give_the_same_numbers(reported, encoders, regions, tmp_
         theirs = by_key(reported[1], name)
         for key, entry in by_key(tree, name).items():
             for part in ("value", "low", "high"):
-                assert entry[part] == pytest.approx(theirs[key][part], rel=1e-4, abs=1e-4), (name, key, part)
+                expected = theirs[key][part]  # None: too few images for an interval
+                close = expected if expected is None else pytest.approx(expected, rel=1e-4, abs=1e-4)
+                assert entry[part] == close, (name, key, part)
             assert entry["regions"] == theirs[key]["regions"]
 
 
