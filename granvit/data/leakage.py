@@ -181,7 +181,7 @@ def shared_images(trained: Store, held_out: Store) -> str | None:
 
 def _digest(found: np.ndarray) -> str:
     """Sixteen hex digits of a hash over the fingerprints of a store."""
-    return hashlib.blake2b(memoryview(found.view(np.uint8)), digest_size=8).hexdigest()
+    return hashlib.blake2b(found.view(np.uint8).data, digest_size=8).hexdigest()
 
 
 def _keep(store: Store, name: str, text: str) -> None:
