@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from granvit.probe.scores import FEWEST_IMAGES, Score
 
 STYLE = (
@@ -146,7 +148,7 @@ def _plot(probe: Probe) -> str:
                 drawn = [(x, score) for x, score in points if score is not None]
                 shift = (number - (len(probe.encoders) - 1) / 2) * 0.6 / len(probe.encoders)
                 values = [score.value * quantity.scale for _, score in drawn]
-                limits = [score.interval if score.has_interval else (score.value, score.value) for _, score in drawn]
+                limits = [score.interval if score.has_interval else (np.nan, np.nan) for _, score in drawn]
                 ends = [(low * quantity.scale, high * quantity.scale) for low, high in limits]
                 spans = [[max(v - low, 0) for v, (low, _) in zip(values, ends, strict=True)],
                          [max(high - v, 0) for v, (_, high) in zip(values, ends, strict=True)]]  # fmt: skip
