@@ -1,6 +1,7 @@
 """The runs that led to a checkpoint, found through `model.init_from`, with their losses and evaluations."""
 from collections import deque
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from granvit.checkpoint.run import Checkpoint, newest_checkpoint
@@ -30,21 +31,31 @@ class PastRun:
         return self.checkpoint.path.parents[1]
 
 
+def chain(checkpoint: Checkpoint) -> tuple[list[Checkpoint], str | None]:
+    """The newest checkpoints of the runs that led to a checkpoint, oldest first, and the checkpoint itself; and the value of
+    `init_from` that has no checkpoint (None: all have).
+
+    `ValueError` if a run descends from itself or a checkpoint is damaged.
+    """
+    found = [checkpoint]
+    while (origin := found[0].config.model.init_from) is not None:
+        if Path(origin).resolve() in (one.path.parents[1].resolve() for one in found):
+            raise ValueError(f"{found[0].path}: model.init_from {origin} leads back to a run that started from it")
+        parent = newest_checkpoint(origin)
+        if parent is None:
+            return found, origin
+        found.insert(0, parent)
+    return found, None
+
+
 def history(checkpoint: Checkpoint) -> tuple[list[PastRun], str | None]:
-    """The runs that led to a checkpoint, oldest first, and the value of `init_from` that has no checkpoint (None: all have).
+    """The runs of the `chain` that led to a checkpoint, and the value of `init_from` that has no checkpoint (None: all have).
 
     `ValueError` if a run descends from itself or a file is damaged.
     """
-    runs = [_past(checkpoint)]
-    while (origin := runs[0].checkpoint.config.model.init_from) is not None:
-        child = runs[0].checkpoint
-        if Path(origin).resolve() in (run.directory.resolve() for run in runs):
-            raise ValueError(f"{child.path}: model.init_from {origin} leads back to a run that started from it")
-        parent = newest_checkpoint(origin)
-        if parent is None:
-            return runs, origin
-        runs.insert(0, _past(parent, went_on=not _hands_over(parent, child)))
-    return runs, None
+    found, missing = chain(checkpoint)
+    went_on = [not _hands_over(parent, child) for parent, child in pairwise(found)]
+    return [_past(one, went) for one, went in zip(found, [*went_on, False], strict=True)], missing
 
 
 def _hands_over(parent: Checkpoint, child: Checkpoint) -> bool:
@@ -57,7 +68,7 @@ def _hands_over(parent: Checkpoint, child: Checkpoint) -> bool:
     return all(parent.parts[part].hash == child.parts[part].start for part in comparable)
 
 
-def _past(checkpoint: Checkpoint, went_on: bool = False) -> PastRun:
+def _past(checkpoint: Checkpoint, went_on: bool) -> PastRun:
     run = checkpoint.path.parents[1]
     records = (record for _, record in read_metrics(run / "metrics.jsonl", checkpoint.step))
     # Records without losses are of skipped steps or evaluations.

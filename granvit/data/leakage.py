@@ -10,7 +10,8 @@ Two fingerprints of each image are compared:
 An image whose neighbouring grey values are mostly equal (a blank page, a plain background with one small object) has bits that
 say nothing. Such an image is compared by its pixels alone.
 
-Fingerprints are computed once per store, and kept in STORE/fingerprints, or in `~/.cache/granvit` if the store is read-only.
+Fingerprints are computed once per store, and kept in STORE/fingerprints, or in `~/.cache/granvit` if the store is read-only. That
+two stores share no image is kept there too, for the held-out store, under a hash of the fingerprints of both.
 """
 import errno
 import hashlib
@@ -54,7 +55,7 @@ def fingerprints(store: Store) -> np.ndarray:
     bytes), `bits` (uint16 `[16]`) and `state` (`NO_IMAGE`, `FLAT`, `STRUCTURED` or `DAMAGED`)."""
     shares = list(pairwise([*range(0, store.records, _SHARE), store.records]))
     name = f"fingerprints-{store.fingerprint}-{SIDE}-{STEP:g}-{STRUCTURE:g}.bin"
-    for folder in (store.path / "fingerprints", Path("~/.cache/granvit").expanduser()):
+    for folder in _folders(store):
         path = folder / name
         try:
             if not path.exists():
@@ -71,6 +72,11 @@ def fingerprints(store: Store) -> np.ndarray:
             raise ValueError(f"{path}: {len(found)} fingerprints of {store.records} records; delete the file")
         return found
     raise ValueError(f"fingerprints of {store.path}: neither {store.path} nor ~/.cache/granvit is writable")
+
+
+def _folders(store: Store) -> tuple[Path, Path]:
+    """The directories for what is computed about a store; the second is for a read-only store."""
+    return store.path / "fingerprints", Path("~/.cache/granvit").expanduser()
 
 
 def _make(store: Store, first: int, last: int) -> Iterator[bytes]:
@@ -140,32 +146,64 @@ def find_leaks(trained: np.ndarray, held_out: np.ndarray) -> list[Leak]:
     return [found[index] for index in sorted(found)]
 
 
-def check_leakage(sources: Sequence[str], held_out: str) -> None:
-    """`ValueError` if an image of the store `held_out` is equal, or nearly equal, to one of the stores `sources`.
+def shared_images(trained: Store, held_out: Store) -> str | None:
+    """What `held_out` shares with the store `trained`, which is trained on, as the predicate of a sentence about `held_out`. None
+    if no image of one is equal, or nearly equal, to one of the other; this result is kept and not computed again.
 
-    Training images that cannot be decoded are counted in the log: training leaves them out too. `ValueError` also for a held-out
-    image that cannot be decoded.
+    Training images that cannot be decoded are counted in the log: training leaves them out too. `ValueError` for a held-out image
+    that cannot be decoded.
     """
-    ours = Store(held_out)
-    own = fingerprints(ours)
+    if trained.path.resolve() == held_out.path.resolve():
+        return "is also trained on"
+    own = fingerprints(held_out)
     if damaged := np.flatnonzero(own["state"] == DAMAGED).tolist():
-        raise ValueError(f"held-out store {held_out}: image {damaged[0]} cannot be decoded; build the store again")
+        raise ValueError(f"held-out store {held_out.path}: image {damaged[0]} cannot be decoded; build the store again")
+    theirs = fingerprints(trained)
+    if count := int((theirs["state"] == DAMAGED).sum()):
+        log.warning(f"store {trained.path}: {count} images cannot be decoded and were not compared with {held_out.path}")
+    passed = f"passed-{_digest(own)}-{_digest(theirs)}-{NEAR}"
+    if any((folder / passed).exists() for folder in _folders(held_out)):
+        return None
+    leaks = find_leaks(theirs, own)
+    if not leaks:
+        _keep(held_out, passed, f"{held_out.path} shares no image with {trained.path}\n")
+        return None
+    named = [
+        f"{held_out.record(leak.held_out).id} {'equals' if leak.distance is None else 'is nearly'} "
+        f"{trained.record(leak.trained).id}" + ("" if leak.distance is None else f" ({leak.distance} of 256 bits differ)")
+        for leak in leaks[:NAMED]
+    ]
+    more = f", and {len(leaks) - NAMED} more" if len(leaks) > NAMED else ""
+    return (
+        f"shares {len(leaks)} of its {held_out.records} images with {trained.path}, which is trained on: {'; '.join(named)}{more}"
+    )
+
+
+def _digest(found: np.ndarray) -> str:
+    """Sixteen hex digits of a hash over the fingerprints of a store."""
+    return hashlib.blake2b(found.view(np.uint8).data, digest_size=8).hexdigest()
+
+
+def _keep(store: Store, name: str, text: str) -> None:
+    """Writes a small file about a store. It appears complete or not at all."""
+    for folder in _folders(store):
+        temporary = folder / f".{name}.{os.getpid()}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(text)
+            os.replace(temporary, folder / name)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+    log.warning(f"neither {store.path} nor ~/.cache/granvit is writable: its comparison with training images is not kept")
+
+
+def check_leakage(sources: Sequence[str], held_out: str) -> None:
+    """`ValueError` if an image of the store `held_out` is equal, or nearly equal, to one of the stores `sources` (see
+    `shared_images`)."""
+    ours = Store(held_out)
     for source in dict.fromkeys(sources):
-        if Path(source).resolve() == Path(held_out).resolve():
-            raise ValueError(f"held-out store {held_out} is also trained on; name a store of other images as eval.source")
-        store = Store(source)
-        theirs = fingerprints(store)
-        if count := int((theirs["state"] == DAMAGED).sum()):
-            log.warning(f"store {source}: {count} images cannot be decoded and were not compared with {held_out}")
-        leaks = find_leaks(theirs, own)
-        if leaks:
-            named = [
-                f"{ours.record(leak.held_out).id} {'equals' if leak.distance is None else 'is nearly'} "
-                f"{store.record(leak.trained).id}" + ("" if leak.distance is None else f" ({leak.distance} of 256 bits differ)")
-                for leak in leaks[:NAMED]
-            ]
-            more = f", and {len(leaks) - NAMED} more" if len(leaks) > NAMED else ""
-            raise ValueError(
-                f"held-out store {held_out} shares {len(leaks)} of its {ours.records} images with {source}, which is trained "
-                f"on: {'; '.join(named)}{more}. Build a held-out store without them"
-            )
+        found = shared_images(Store(source), ours)
+        if found is not None:
+            raise ValueError(f"held-out store {held_out} {found}. Build one without them, or name another eval.source")

@@ -3,8 +3,9 @@
     python scripts/probe.py ENCODER [ENCODER ...] --source STORE [--framework mindspore|torch] [--out DIR]
 
 An ENCODER is a run's directory (its newest checkpoint) or one checkpoint, a publisher's directory, or an exported one. All are
-compared on the same regions of STORE, a region store that was not trained on; name the start encoder first: the table has the
-difference of each other encoder to the first. Scores (docs/probe.md explains them), each with a 95% interval over images:
+compared on the same regions of STORE, a region store. A STORE that shares images with the training data of a run, or of the runs
+that it started from, is refused. Name the start encoder first: the table has the difference of each other encoder to the first.
+Scores (docs/probe.md explains them), each with a 95% interval over images:
 
   kNN, linear probe      classes of regions from the frozen encoder's mean ROIAlign feature; trained on half of the images
   region-crop agreement  cosine of a region's ROIAlign features with the features of its own crop, relative to other crops
@@ -15,7 +16,8 @@ DIR gets report.html with a plot, report.md and probe.json. Exit status: 0 done,
 import argparse
 import importlib.util
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +30,11 @@ from granvit.data.store import Store
 from granvit.exit_status import exit_status
 from granvit.launch import load_engine_class
 from granvit.logs import log, to_console
+from granvit.memory import is_out_of_memory
 from granvit.models import LEVELS, Level, VisionConfig
-from granvit.probe.caption_loss import caption_losses, check_projector
+from granvit.probe.caption_loss import CaptionLosses, caption_losses, check_projector
 from granvit.probe.features import RegionFeatures, compute_features, load_region_encoder
+from granvit.probe.leakage import not_held_out
 from granvit.probe.report import Probe, markdown, write_report
 from granvit.probe.sample import LAST_WORD, TRAIN_IMAGES, WHOLE, Sample, Split, choose, size_groups, split
 from granvit.probe.scores import (
@@ -89,6 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of split, choice of regions and bootstrap (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "npu"), default="auto", help="default: %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on cpu, else bfloat16")
+    parser.add_argument("--allow-leakage", action="store_true",
+                        help="go on although a run, or one that it started from, was trained on images of STORE, or its training "
+                        "data cannot be compared with STORE; the report says so")  # fmt: skip
     parser.add_argument("--no-loss", action="store_true", help="do not compute the Bbox2Caption loss of runs")
     options = parser.parse_args(arguments)
     to_console(0)
@@ -111,12 +118,14 @@ def _probe(options: argparse.Namespace) -> None:
     groups = size_groups(sample.area_R, *options.sizes)
     log.info(f"{len(sample.images)} images, {len(sample.captions_R)} regions, {len(division.names)} classes")
     scores: dict[str, dict[tuple[str, str], Score]] = {}
-    facts: list[str] = []
+    losses_of: dict[str, CaptionLosses] = {}
+    facts = _check_held_out(candidates, sample.store, options.allow_leakage)
     for candidate, level in zip(candidates, levels, strict=True):
         crop_size = options.crop_size or candidate.vision.covered_pixels
         encoder = load_region_encoder(options.framework, candidate.path, level, crop_size, options.dtype, options.device)
         progress = Progress(f"{candidate.name}: features", len(sample.images))
-        features = compute_features(encoder, candidate.vision, crop_size, sample, options.batch, progress)
+        with memory_errors(progress.what, _smaller_features(options)):
+            features = compute_features(encoder, candidate.vision, crop_size, sample, options.batch, progress)
         device, dtype = encoder.device, encoder.dtype_name
         del encoder  # its memory, before a run's whole model is loaded
         found, penalty = _scores(features, sample, division, groups, options.seed)
@@ -126,20 +135,26 @@ def _probe(options: argparse.Namespace) -> None:
         )
         if candidate.checkpoint is not None and candidate.chat is not None:
             progress = Progress(f"{candidate.name}: Bbox2Caption loss", len(sample.images))
-            losses = caption_losses(candidate.checkpoint, candidate.chat, Engine, sample, device, dtype, progress)
+            with memory_errors(progress.what, SMALLER_LOSS):
+                losses = caption_losses(candidate.checkpoint, candidate.chat, Engine, sample, device, dtype, progress)
+            losses_of[candidate.name] = losses
             per_token = lambda loss, tokens: loss / tokens  # noqa: E731
             found["loss", "all"] = bootstrap(per_token, losses.image_N, losses.loss_N, losses.tokens_N, seed=options.seed,
                                              regions=losses.questions)  # fmt: skip
-            if losses.skipped:
-                facts.append(f"{candidate.name}: {losses.skipped} regions do not fit into its longest row; they have no loss")
-        facts += _trained_on(candidate, sample.store)
+            if losses.too_long:
+                facts.append(f"{candidate.name}: {losses.too_long} regions have no loss: they do not fit into its longest row")
+            if losses.unusable:
+                facts.append(f"{candidate.name}: {losses.unusable} regions have no loss: their images are above its "
+                             "data.max_pixels")  # fmt: skip
         scores[candidate.name] = found
     settings = vars(options) | {"encoders": [str(path) for path in options.encoders], "out": str(options.out), "device": device,
                                 "dtype": dtype, "sizes": list(options.sizes), "level": list(levels),
                                 "store": sample.store.fingerprint, "classes": list(division.names)}  # fmt: skip
     facts = [*_sample_facts(sample, division, groups, options), *facts]
     facts.append(f"{options.framework} on {device}, {dtype}")
-    probe = Probe(tuple(names), scores, tuple(facts), settings)
+    unpaired = unpaired_losses(names, losses_of)
+    facts += [f"No difference of the Bbox2Caption losses of {name} and {names[0]}: {why}" for name, why in unpaired.items()]
+    probe = Probe(tuple(names), scores, tuple(facts), settings, unpaired)
     write_report(probe, options.out)
     print(markdown(probe))
     log.info(f"{options.out / 'report.html'}, report.md and probe.json were written; {time.monotonic() - started:.0f} s")
@@ -154,6 +169,44 @@ def _check_options(options: argparse.Namespace) -> None:
         raise ValueError(f"--sizes {small:g} {large:g}: expected two areas relative to the image, 0 <= SMALL <= LARGE <= 1")
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("the report's plot needs matplotlib: pip install -e '.[demo]'")
+
+
+def _smaller_features(options: argparse.Namespace) -> str:
+    """What to do if memory runs out while features are computed."""
+    smaller = [f"--batch {options.batch // 2}"] if options.batch > 1 else []
+    smaller += [f"--regions {options.regions // 2}"] if options.regions > 1 else []
+    return f"take {' or '.join(smaller)}" if smaller else "--batch and --regions are 1 already; take a smaller --crop-size"
+
+
+SMALLER_LOSS = "it is computed one row at a time, so --batch does not matter; --no-loss leaves it out"
+
+
+@contextmanager
+def memory_errors(what: str, remedy: str) -> Iterator[None]:
+    """Turns an out-of-memory error into a `ValueError` of one line: during what it happened, and the remedy."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message = (str(error).strip() or "MemoryError").splitlines()[0]
+        raise ValueError(f"{what}: out of memory ({message}): {remedy}") from error
+
+
+def unpaired_losses(names: Sequence[str], losses_of: Mapping[str, CaptionLosses]) -> dict[str, str]:
+    """Why the Bbox2Caption loss of an encoder cannot be compared with that of the first, by name; comparable ones are absent."""
+    first, found = losses_of.get(names[0]), {}
+    for name in names[1:]:
+        own = losses_of.get(name)
+        if own is None:
+            continue
+        if first is None:
+            found[name] = f"{names[0]} has no loss"
+        elif own.tokenizer != first.tokenizer:
+            found[name] = "their tokenizers or chat templates differ, so their tokens are not the same"
+        elif differing := int((own.asked_R != first.asked_R).sum()):
+            found[name] = f"they are not of the same regions: {differing} regions have a loss in only one of the two"
+    return found
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
@@ -239,13 +292,26 @@ def _step(candidate: Candidate) -> str:
     return "" if candidate.checkpoint is None else f" after step {candidate.checkpoint.step}"
 
 
-def _trained_on(candidate: Candidate, store: Store) -> list[str]:
-    """A line if the run was trained on the store that it is probed on."""
-    known = {} if candidate.checkpoint is None else candidate.checkpoint.fingerprints
-    if store.fingerprint not in {value for key, value in known.items() if key.startswith("store ")}:
-        return []
-    log.warning(f"{candidate.path} was trained on {store.path}: its scores are not those of held-out images")
-    return [f"{candidate.name} WAS TRAINED ON THIS STORE: its scores are not those of held-out images"]
+def _check_held_out(candidates: Sequence[Candidate], store: Store, allowed: bool) -> list[str]:
+    """Lines that say of each encoder whether the store is held out from its training. `ValueError` if a run was trained on an
+    image of the store, or its training data cannot be compared with the store, unless this is `allowed` (see --allow-leakage)."""
+    reasons = not_held_out([candidate.checkpoint for candidate in candidates if candidate.checkpoint is not None], store)
+    found = [reason for of_one in reasons.values() for reason in of_one]
+    more = f" (and {len(found) - 1} more reasons)" if len(found) > 1 else ""
+    if found and not allowed:
+        raise ValueError(f"{found[0]}{more}. Name a --source of other images; with --allow-leakage the probe goes on and its "
+                         "report says so")  # fmt: skip
+    lines = []
+    for candidate in candidates:
+        if candidate.checkpoint is None:
+            lines.append(f"{candidate.name}: not a run, so its training data are unknown and were not compared with the store")
+        elif own := reasons[candidate.checkpoint.path]:
+            lines += [f"{candidate.name}: NOT KNOWN TO BE HELD-OUT IMAGES (--allow-leakage): {reason}" for reason in own]
+        else:
+            lines.append(f"{candidate.name}: its training data, and those of the runs before it, share no image with the store")
+    if found:
+        log.warning(f"--allow-leakage: {found[0]}{more}")
+    return lines
 
 
 def _sample_facts(sample: Sample, division: Split, groups: dict[str, np.ndarray], options: argparse.Namespace) -> list[str]:

@@ -3,11 +3,13 @@ import html
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from granvit.probe.scores import Score
+import numpy as np
+
+from granvit.probe.scores import FEWEST_IMAGES, Score
 
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}"
@@ -45,27 +47,29 @@ QUANTITIES = (
 @dataclass(frozen=True)
 class Probe:
     """All results. `scores` maps an encoder's name to its scores by (key of the quantity, group of regions); `facts` are the
-    lines about store, classes and settings below the table; `settings` is what probe.json records of them."""
+    lines about store, classes and settings below the table; `settings` is what probe.json records of them. `unpaired` has the
+    reason why an encoder's caption loss cannot be compared with that of the first, by name."""
 
     encoders: tuple[str, ...]
     scores: dict[str, dict[tuple[str, str], Score]]
     facts: tuple[str, ...]
     settings: dict[str, Any]
+    unpaired: dict[str, str] = field(default_factory=dict)
+
+    def difference(self, quantity: Quantity, scores: Sequence[Score | None], number: int) -> tuple[float, float, float] | None:
+        """The score of encoder `number` minus that of the first, with its interval. None for the first, and where either is
+        missing or cannot be compared."""
+        first, own = scores[0], scores[number]
+        if number == 0 or first is None or own is None:
+            return None
+        unpaired = quantity.key == "loss" and self.encoders[number] in self.unpaired
+        return None if unpaired else own.minus(first)
 
     def rows(self) -> list[tuple[Quantity, str, list[Score | None]]]:
         """Every quantity and group that an encoder has, with the scores of all encoders (None: not computed)."""
         groups = dict.fromkeys(key for found in self.scores.values() for key in found)
         return [(quantity, group, [self.scores[name].get((quantity.key, group)) for name in self.encoders])
                 for quantity in QUANTITIES for key, group in groups if key == quantity.key]  # fmt: skip
-
-
-def difference(scores: Sequence[Score | None], number: int) -> tuple[float, float, float] | None:
-    """The score of encoder `number` minus that of the first, with its interval. None for the first, and where either is missing
-    or was computed on other regions."""
-    first, own = scores[0], scores[number]
-    if number == 0 or first is None or own is None or (first.regions, first.images) != (own.regions, own.images):
-        return None
-    return own.minus(first)
 
 
 def _cells(probe: Probe) -> tuple[list[str], list[list[str]]]:
@@ -80,14 +84,16 @@ def _cells(probe: Probe) -> tuple[list[str], list[list[str]]]:
             if score is None:
                 cells.append("-")
             else:
-                cells.append(f"{quantity.show(score.value)} [{', '.join(map(quantity.show, score.interval))}]")
+                limits = ", ".join(map(quantity.show, score.interval)) if score.has_interval else "-"
+                cells.append(f"{quantity.show(score.value)} [{limits}]")
         for number in range(1, len(scores)):
-            found = difference(scores, number)
+            found = probe.difference(quantity, scores, number)
             if found is None:
                 cells.append("-")
             else:
                 value, low, high = (quantity.show(part, signed=True) for part in found)
-                cells.append(f"{value} [{low}, {high}]")
+                own = scores[number]
+                cells.append(f"{value} [{low}, {high}]" if own is not None and own.has_interval else f"{value} [-]")
         rows.append(cells)
     return header, rows
 
@@ -96,11 +102,19 @@ NOTE = ("In brackets: 95% intervals, bootstrap over images. A difference is comp
         "for both encoders; if its interval holds 0, the probe does not tell the two apart.")  # fmt: skip
 
 
+def _note(probe: Probe) -> str:
+    """`NOTE`, and why scores have no interval, if some have none."""
+    without = [score for *_, scores in probe.rows() for score in scores if score is not None and not score.has_interval]
+    if not without:
+        return NOTE
+    return f"{NOTE} [-]: the score is over fewer than {FEWEST_IMAGES} images, too few for an interval."
+
+
 def markdown(probe: Probe) -> str:
     """The table, and the facts below it."""
     header, rows = _cells(probe)
     row = lambda cells: f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"  # noqa: E731
-    lines = [row(header), "|---|" + "---:|" * (len(header) - 1), *map(row, rows), "", NOTE, ""]
+    lines = [row(header), "|---|" + "---:|" * (len(header) - 1), *map(row, rows), "", _note(probe), ""]
     return "\n".join([*lines, *(f"- {fact}" for fact in probe.facts), ""])
 
 
@@ -111,7 +125,7 @@ def _page(probe: Probe) -> str:
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Region probe</title><style>{STYLE}</style>'
         f"<h1>Region probe</h1>{_plot(probe)}<table>{cells('th', header)}{''.join(cells('td', row) for row in rows)}</table>"
-        f"<p>{html.escape(NOTE)}</p><ul>{facts}</ul></html>\n"
+        f"<p>{html.escape(_note(probe))}</p><ul>{facts}</ul></html>\n"
     )
 
 
@@ -134,7 +148,8 @@ def _plot(probe: Probe) -> str:
                 drawn = [(x, score) for x, score in points if score is not None]
                 shift = (number - (len(probe.encoders) - 1) / 2) * 0.6 / len(probe.encoders)
                 values = [score.value * quantity.scale for _, score in drawn]
-                ends = [[limit * quantity.scale for limit in score.interval] for _, score in drawn]
+                limits = [score.interval if score.has_interval else (np.nan, np.nan) for _, score in drawn]
+                ends = [(low * quantity.scale, high * quantity.scale) for low, high in limits]
                 spans = [[max(v - low, 0) for v, (low, _) in zip(values, ends, strict=True)],
                          [max(high - v, 0) for v, (_, high) in zip(values, ends, strict=True)]]  # fmt: skip
                 axes.errorbar([x + shift for x, _ in drawn], values, yerr=spans, fmt="o", capsize=4, label=name,
@@ -159,17 +174,22 @@ def _count(scores: Sequence[Score | None]) -> str:
 
 
 def _tree(probe: Probe) -> dict[str, Any]:
-    """The content of probe.json: settings, and for each encoder a list of scores, not scaled."""
+    """The content of probe.json: settings, and for each encoder a list of scores, not scaled; `low` and `high` are null without
+    an interval."""
     tree: dict[str, Any] = {"settings": probe.settings, "encoders": {name: [] for name in probe.encoders}}
     for quantity, group, scores in probe.rows():
         for number, (name, score) in enumerate(zip(probe.encoders, scores, strict=True)):
             if score is None:
                 continue
-            found = difference(scores, number)
+            found = probe.difference(quantity, scores, number)
+            low, high = score.interval if score.has_interval else (None, None)
             entry = {"score": quantity.key, "group": group, "regions": score.regions, "images": score.images,
-                     "value": score.value, "low": score.interval[0], "high": score.interval[1]}  # fmt: skip
+                     "value": score.value, "low": low, "high": high}  # fmt: skip
             if found is not None:
-                entry["minus_first"] = dict(zip(("value", "low", "high"), found, strict=True))
+                value, low, high = found if score.has_interval else (found[0], None, None)
+                entry["minus_first"] = {"value": value, "low": low, "high": high}
+            elif quantity.key == "loss" and name in probe.unpaired:
+                entry["no_difference"] = probe.unpaired[name]
             tree["encoders"][name].append(entry)
     return tree
 

@@ -14,6 +14,7 @@ from granvit.data.records import ImageRecord
 from granvit.data.store import REGIONS, Store
 
 TRAIN_IMAGES = 3  # a class needs regions in so many training images
+FEWEST = 2 * TRAIN_IMAGES - 1  # images: with fewer, one half is too small
 WHOLE, LAST_WORD = "caption", "last-word"  # the values of `--label` that are not regular expressions
 
 
@@ -116,26 +117,33 @@ class Split:
 def split(sample: Sample, rule: str, seed: int) -> Split:
     """Labels the regions and divides the images at random (`seed`) into two halves, for training and for testing.
 
-    A class is kept if it has regions in at least `TRAIN_IMAGES` images of the training half and in one of the test half.
-    `ValueError` if there are no test images, fewer than two classes, or fewer images than classes.
+    A class is kept if it has regions in at least `TRAIN_IMAGES` images of the training half and in one of the test half. The
+    training half is the larger one if their number is odd. `ValueError` if the training half has fewer than `TRAIN_IMAGES` images
+    or fewer images than there are classes, if there are fewer than two classes, or no test images.
     """
     count, path = len(sample.images), sample.store.path
-    if count < 2:
-        raise ValueError(f"store {path}: one image with regions leaves none to test on; raise --images or name a larger store")
+    if count < FEWEST:
+        few = "one image" if count == 1 else f"{count} images"
+        raise ValueError(
+            f"store {path}: {few} with regions; the probe needs at least {FEWEST}: one half trains, and a class needs "
+            f"{TRAIN_IMAGES} training images; the other half tests. Raise --images or name a larger store"
+        )
+    training = (count + 1) // 2
     found = labels(sample.captions_R, rule)
     in_training = np.zeros(count, bool)
-    in_training[np.random.default_rng(seed).permutation(count)[: (count + 1) // 2]] = True
+    in_training[np.random.default_rng(seed).permutation(count)[:training]] = True
     in_half = {half: Counter(name for name, image in set(zip(found, sample.image_R.tolist(), strict=True))
                              if in_training[image] == half) for half in (True, False)}  # fmt: skip
     distinct = [name for name in dict.fromkeys(found) if name is not None]
     names = sorted(name for name in distinct if in_half[True][name] >= TRAIN_IMAGES and in_half[False][name] >= 1)
-    if len(names) < 2 or len(names) > count:
+    if len(names) < 2 or len(names) > training:
         examples = ", ".join(repr(name) for name in distinct[:3])
-        few = "fewer images than classes" if len(distinct) > count else "too few regions per class"
+        few = "fewer images than classes" if len(distinct) > training else "too few regions per class"
         raise ValueError(
-            f"store {path}: {few}: --label {rule} gives {len(distinct)} classes ({examples}, ...) in {count} images, and "
-            f"{len(names)} of them have regions in {TRAIN_IMAGES} training images and a test image; at least 2 and at most as "
-            f"many as images are needed: raise --images, name a larger store, or take coarser classes, as in --label {LAST_WORD}"
+            f"store {path}: {few}: --label {rule} gives {len(distinct)} classes ({examples}, ...) in {count} images, {training} "
+            f"of them for training, and {len(names)} classes have regions in {TRAIN_IMAGES} training images and a test image; at "
+            f"least 2 and at most {training} classes can be probed: raise --images, name a larger store, or take coarser "
+            f"classes, as in --label {LAST_WORD}"
         )
     index = {name: number for number, name in enumerate(names)}
     class_R = np.array([-1 if name is None else index.get(name, -1) for name in found])

@@ -6,6 +6,7 @@ import numpy as np
 
 NEIGHBOURS = 5
 DRAWS = 1000  # bootstrap samples
+FEWEST_IMAGES = 20  # no interval is stated for fewer: with 20 the bootstrap's is one of about 93% instead of 95%
 RIDGES = 10.0 ** np.arange(-4, 3)  # penalties tried, relative to the number of training regions
 COLLAPSED = 1e-4  # if 1 - cosine of mismatched pairs is below this, all features are taken to be one vector
 _CHUNK = 1024  # test regions whose similarities are computed at a time
@@ -19,6 +20,11 @@ class Score:
     images: int
     value: float
     draws_D: np.ndarray
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether there are images enough for an interval to be stated."""
+        return self.images >= FEWEST_IMAGES
 
     @property
     def interval(self) -> tuple[float, float]:

@@ -138,6 +138,22 @@ def test_fingerprints_are_kept_and_damaged_records_are_said(tmp_path, monkeypatc
         check_leakage([trained, good], good)
 
 
+def test_a_passed_check_is_kept_for_these_images_alone(tmp_path, monkeypatch):
+    trained = store(tmp_path / "trained", record("a", picture(1)), record("b", picture(2)))
+    held_out = store(tmp_path / "held", record("c", picture(3)))
+    check_leakage([trained], held_out)
+    searched = []
+    monkeypatch.setattr(leakage, "find_leaks", lambda *found: searched.append(found) or find_leaks(*found))
+    check_leakage([trained], held_out)
+    assert not searched
+    for path, seed in ((store(tmp_path / "more", record("d", picture(4))), 4), (trained, 1)):
+        copied = store(tmp_path / f"held{seed}", record("c", picture(seed)))
+        for _ in range(2):  # a failed check is not kept
+            with pytest.raises(ValueError, match="c equals"):
+                check_leakage([path], copied)
+    assert len(searched) == 4
+
+
 def test_conversations_without_an_image_have_nothing_to_compare(tmp_path):
     trees = [spoken("talk", "hello", "hello"), spoken("seen", "<image>\nwhat?", "a thing", image="seen.png")]
     build_conversations(*write_spoken(tmp_path, trees), tmp_path / "talks")

@@ -47,6 +47,14 @@ def regions(tmp_path_factory):
     return Store(path)
 
 
+@pytest.fixture(scope="session")
+def trained_on(tmp_path_factory):
+    """Eight other images."""
+    path = tmp_path_factory.mktemp("probed") / "trained_on"
+    write_store([coloured(f"t{i}", 1000 + i, 1) for i in range(8)], path)
+    return Store(path)
+
+
 def values(shapes, seed: int) -> dict[str, np.ndarray]:
     """Start weights that are large enough for the features of two images to differ."""
     rng = np.random.default_rng(seed)
@@ -58,16 +66,23 @@ def write_encoder(path, vision, tensors) -> None:
     write_pretrained(path, vision, None, vision_shapes(vision), tensors.items())
 
 
-def write_run(path, vision: VisionConfig) -> None:
-    """A run's directory with a checkpoint after step 2, of random weights."""
-    config = run_config(output=str(path), data={"buckets": [{"length": 420, "answers": 100}]})
-    writer = CheckpointWriter(path, config, vision, LANGUAGE)
+def write_run(path, vision: VisionConfig, trained_on: Store, recorded: str | None = None, init_from=None) -> None:
+    """A run's directory with a checkpoint after step 2, of random weights. `recorded` is the fingerprint of the training store in
+    the checkpoint (default: the true one)."""
+    model = {"vision": "tiny-vision", "language": "tiny-language", "init": "random"}
+    config = run_config(
+        output=str(path),
+        model=model | ({} if init_from is None else {"init_from": str(init_from)}),
+        data={"buckets": [{"length": 420, "answers": 100}], "sources": [{"path": str(trained_on.path)}]},
+    )
+    fingerprints = {f"store {trained_on.path}": recorded or trained_on.fingerprint}
+    writer = CheckpointWriter(path, config, vision, LANGUAGE, fingerprints=fingerprints)
     start = values(parameter_shapes(vision, LANGUAGE), 3)
     writer.save(ToyEngine(config, vision, LANGUAGE, writer.record_start(start.items())), 2, {"questions": 8, "skipped": 0})
 
 
 @pytest.fixture(scope="session")
-def encoders(tmp_path_factory):
+def encoders(tmp_path_factory, trained_on):
     """Directories: `start`, `wide` (another width and patch size), `constant` (one vector for every patch), `run`."""
     folder = tmp_path_factory.mktemp("encoders")
     write_encoder(folder / "start", VISION, values(vision_shapes(VISION), 1))
@@ -75,5 +90,5 @@ def encoders(tmp_path_factory):
     zeros = {name: np.zeros(shape, np.float32) for name, shape in vision_shapes(VISION).items()}
     zeros["vision.embeddings.patch_embedding.bias"] = np.arange(1, VISION.width + 1, dtype=np.float32)
     write_encoder(folder / "constant", VISION, zeros)
-    write_run(folder / "run", VISION)
+    write_run(folder / "run", VISION, trained_on)
     return folder

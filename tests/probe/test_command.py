@@ -13,9 +13,8 @@ from granvit.data.store_writer import write_store
 from granvit.evaluate import Evaluator
 from granvit.launch import load_engine_class
 from granvit.models import VisionConfig, vision_shapes
-from granvit.probe.caption_loss import caption_losses
+from granvit.probe import command
 from granvit.probe.command import main, short_names
-from granvit.probe.sample import choose
 from tests.conftest import random_record
 from tests.probe.conftest import VISION, values, write_encoder, write_run
 
@@ -51,7 +50,11 @@ def test_encoders_of_several_widths_are_side_by_side(reported):
         assert "minus_first" not in entry
         other = scores["run"][key]
         assert other["minus_first"]["value"] == pytest.approx(other["value"] - entry["value"])
-        assert entry["low"] <= entry["value"] <= entry["high"]
+        if entry["images"] < 20:  # no interval
+            assert entry["low"] is entry["high"] is other["minus_first"]["low"] is None
+        else:
+            assert entry["low"] <= entry["value"] <= entry["high"]
+    assert {entry["images"] < 20 for entry in scores["start"].values()} == {True, False}
     assert scores["start"]["nearest", "all"]["value"] > 0.6  # of three colours
     markdown, page = (out / "report.md").read_text(), (out / "report.html").read_text()
     assert "| start | run | wide | constant | run minus start |" in markdown
@@ -74,7 +77,9 @@ def test_both_frameworks_give_the_same_numbers(reported, encoders, regions, tmp_
         theirs = by_key(reported[1], name)
         for key, entry in by_key(tree, name).items():
             for part in ("value", "low", "high"):
-                assert entry[part] == pytest.approx(theirs[key][part], rel=1e-4, abs=1e-4), (name, key, part)
+                expected = theirs[key][part]  # None: too few images for an interval
+                close = expected if expected is None else pytest.approx(expected, rel=1e-4, abs=1e-4)
+                assert entry[part] == close, (name, key, part)
             assert entry["regions"] == theirs[key]["regions"]
 
 
@@ -92,17 +97,12 @@ def test_the_loss_is_that_of_an_evaluation_of_all_questions(reported, encoders, 
     mine = by_key(reported[1], "run")["loss", "all"]
     assert found.held_out["questions"] == mine["regions"] == 66
     assert mine["value"] == pytest.approx(found.held_out["loss_caption"], rel=1e-5)
-    sample = choose(regions, 5, 8, 0)
-    short = checkpoint.model_copy(update={"config": config.model_copy(update={"data": config.data.model_copy(
-        update={"buckets": (config.data.buckets[0].model_copy(update={"answers": 15}),)})})})  # fmt: skip
-    losses = caption_losses(short, chat, Engine, sample, "cpu", "float32", lambda images: None)
-    assert losses.skipped > 0 and losses.questions + losses.skipped == len(sample.captions_R)
 
 
 @pytest.mark.parametrize("level", ["penultimate", "final"])
-def test_an_export_for_transformers_scores_what_its_run_scores(level, regions, tmp_path):
+def test_an_export_for_transformers_scores_what_its_run_scores(level, regions, trained_on, tmp_path):
     vision = VisionConfig(**{**VISION.model_dump(exclude={"built_level"}), "level": level})
-    write_run(tmp_path / "run", vision)
+    write_run(tmp_path / "run", vision, trained_on)
     top = ["--top", "blank"] if level == "penultimate" else []
     assert export_command([str(tmp_path / "run"), str(tmp_path / "export"), "--as", "encoder", *top]) == 0
     trees = []
@@ -123,17 +123,6 @@ def refusal(capsys, status: int) -> str:
     assert status == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     return line
-
-
-def test_a_run_trained_on_the_store_is_named(encoders, regions, tmp_path, capsys):
-    shutil.copytree(encoders / "run", tmp_path / "run")
-    path = newest_checkpoint(tmp_path / "run").path / "state.json"
-    state = json.loads(path.read_text())
-    del state["sha256"]
-    state["fingerprints"] = {"tokenizer": "x", f"store {regions.path}": regions.fingerprint}
-    path.write_text(json.dumps({"sha256": state_digest(state)} | state))
-    assert probe(tmp_path, ["run"], regions.path, tmp_path / "out", "--no-loss") == 0
-    assert "run WAS TRAINED ON THIS STORE" in capsys.readouterr().out
 
 
 def test_a_projector_of_another_width_is_refused_with_both_numbers(encoders, regions, tmp_path, capsys):
@@ -168,6 +157,16 @@ def test_what_is_no_model_and_no_region_store_is_refused(encoders, regions, chat
 ])  # fmt: skip
 def test_options_that_do_not_fit_are_refused(encoders, regions, tmp_path, capsys, options, named):
     assert named in refusal(capsys, probe(encoders, ["start"], regions.path, tmp_path / "out", *options))
+
+
+def test_out_of_memory_names_the_batch(encoders, regions, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(command, "compute_features", full)
+    assert "--batch 4 or --regions 4" in refusal(capsys, probe(encoders, ["start"], regions.path, tmp_path / "out"))
+    line = refusal(capsys, probe(encoders, ["start"], regions.path, tmp_path / "out", "--batch", "1", "--regions", "1"))
+    assert "--crop-size" in line
 
 
 def test_damaged_weights_are_refused(encoders, regions, tmp_path, capsys):

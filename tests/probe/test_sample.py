@@ -1,7 +1,10 @@
 """The choice of regions, their classes, the split by image, and groups by size."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from granvit.data.records import Region
 from granvit.data.store import Store
 from granvit.data.store_writer import write_store
 from granvit.probe.sample import choose, labels, size_groups, split
@@ -54,10 +57,20 @@ def test_captions_that_are_no_classes_are_refused_with_counts(tmp_path):
     write_store([random_record(f"i{i}", 4, i) for i in range(6)], tmp_path / "unique")
     sample = choose(Store(tmp_path / "unique"), 100, 8, 0)
     with pytest.raises(ValueError, match=r"fewer images than classes: --label caption gives 24 classes \('i0-0.* in 6 images.*"
-                       r"0 of them.*--label last-word"):  # fmt: skip
+                       r"0 classes have.*--label last-word"):  # fmt: skip
         split(sample, "caption", 0)
-    with pytest.raises(ValueError, match="one image with regions leaves none to test on"):
-        split(choose(Store(tmp_path / "unique"), 1, 8, 0), "caption", 0)
+    for images, few in ((1, "one image"), (4, "4 images")):
+        with pytest.raises(ValueError, match=f"{few} with regions; the probe needs at least 5: .*Raise --images"):
+            split(choose(Store(tmp_path / "unique"), images, 8, 0), "caption", 0)
+
+
+def test_as_many_training_images_as_classes_are_needed(tmp_path):
+    """Every image has a region of each of four classes: with 7 images 4 train, with 6 there are 3."""
+    regions = tuple(Region((0, 0, 0.5, 0.5), caption) for caption in ("cat", "dog", "cow", "hen"))
+    write_store([replace(random_record(f"i{i}", 1, i), regions=regions) for i in range(7)], tmp_path / "zoo")
+    assert len(split(choose(Store(tmp_path / "zoo"), 7, 8, 0), "caption", 0).names) == 4
+    with pytest.raises(ValueError, match=r"fewer images than classes.* 4 classes .* in 6 images, 3 of them for training"):
+        split(choose(Store(tmp_path / "zoo"), 6, 8, 0), "caption", 0)
 
 
 def test_stores_without_regions_are_refused(tmp_path, chat_store):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from granvit.probe import scores
+from granvit.probe.report import Probe, _tree, markdown
 from granvit.probe.scores import (
     NEIGHBOURS,
     RIDGES,
@@ -106,6 +107,23 @@ def test_an_interval_of_independent_rows_is_that_of_the_normal_distribution():
     score = bootstrap(mean, np.arange(2000), rows, seed=0)
     assert score.value == pytest.approx(rows.mean()) and (score.regions, score.images) == (2000, 2000)
     assert np.diff(score.interval)[0] == pytest.approx(2 * 1.96 * rows.std() / np.sqrt(2000), rel=0.1)
+
+
+@pytest.mark.parametrize("images", [1, 19, 20])
+def test_few_images_have_no_interval_in_the_report(images, tmp_path):
+    rows = np.arange(float(images))
+    scores = {name: {("matched", "all"): bootstrap(mean, np.arange(images), rows + shift, seed=0)}
+              for name, shift in (("a", 0), ("b", 1))}  # fmt: skip
+    probe = Probe(("a", "b"), scores, (), {})
+    text, tree = markdown(probe), _tree(probe)
+    entry = tree["encoders"]["b"][0]
+    stated = [entry["low"], entry["high"], entry["minus_first"]["low"], entry["minus_first"]["high"]]
+    assert entry["minus_first"]["value"] == 1
+    if images < 20:
+        assert f"| {rows.mean():.3f} [-] |" in text and "| +1.000 [-] |" in text and stated == [None] * 4
+        assert "[-]: the score is over fewer than 20 images" in text
+    else:
+        assert "[-]" not in text and "| +1.000 [+1.000, +1.000] |" in text and None not in stated
 
 
 def test_a_paired_difference_is_narrower_than_its_parts_and_zero_for_equals():
