@@ -15,6 +15,7 @@ docs/ablations.md describes all keys.
 """
 import difflib
 import hashlib
+import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -172,7 +173,6 @@ def _stage_run(entry: StageEntry, stage: str, own: tuple[str, ...], seed: int, f
             raise ValueError(f"override {assignment!r}: the grid sets {key}; leave it out")
     overrides.append(f"seed={seed}")
     path = find_config(entry.config)
-    started_from = "null" if before is None else str(before.directory)
     relevant = load_config(path, [*overrides, "output=unset", *([] if before is None else ["model.init_from=null"])])
     vision, language = resolve_models(relevant)
     try:
@@ -181,10 +181,15 @@ def _stage_run(entry: StageEntry, stage: str, own: tuple[str, ...], seed: int, f
         raise MissingStart(str(error)) from None
     parts = [before.key if before else "", framework, dump_config(relevant), repr(vision), repr(language), files]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    overrides.append(f"output={out / 'cells' / f'{stage}-{key}'}")
+    overrides.append(f"output={_quoted(out / 'cells' / f'{stage}-{key}')}")
     if before is not None:
-        overrides.append(f"model.init_from={started_from}")
+        overrides.append(f"model.init_from={_quoted(before.directory)}")
     return StageRun(key, stage, load_config(path, overrides), ("--config", str(path), *overrides), before)
+
+
+def _quoted(path: Path) -> str:
+    """A path as a quoted YAML string, so that blanks, ':' and '#' in it have no meaning."""
+    return json.dumps(str(path), ensure_ascii=False)
 
 
 def _check_evaluation(grid: Grid, cells: list[Cell]) -> None:

@@ -156,7 +156,7 @@ def test_a_run_that_was_asked_to_stop_is_not_finished(base, tmp_path):
 
 def is_trainer(process: Path, out: Path) -> bool:
     try:
-        return f"output={out}" in (process / "cmdline").read_bytes().decode(errors="replace")
+        return f'output="{out}' in (process / "cmdline").read_bytes().decode(errors="replace")
     except OSError:
         return False
 
@@ -191,7 +191,7 @@ def test_runs_of_several_ranks_start_under_the_frameworks_launcher(base, tmp_pat
         assert Path(words[0]).name == launcher and words[words.index(option) + 1] == "4"
         assert words[words.index("ablate.py") :][:3] == ["ablate.py", "rank", "stage1"]
         assert words[-2:] == ["--framework", framework]
-        assert f"output={run.directory}" in words and "seed=0" in words and "distill.weight=0" in words
+        assert f'output="{run.directory}"' in words and "seed=0" in words and "distill.weight=0" in words
 
 
 def test_an_unknown_key_is_one_line_and_status_2(base, tmp_path):

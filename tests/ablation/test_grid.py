@@ -1,5 +1,6 @@
 """Grid files: what is refused, which runs are shared, what a run's key depends on; and the grids that are shipped."""
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -7,7 +8,7 @@ from granvit.ablation import machine
 from granvit.ablation.grid import compared_stores, expand, read_grid
 from granvit.ablation.machine import slots
 from granvit.ablation.run_cells import unique_runs
-from granvit.config import CONFIGS
+from granvit.config import CONFIGS, load_config
 from granvit.data.store_writer import write_store
 from tests.ablation.conftest import grid_tree, write_grid
 from tests.conftest import random_record
@@ -62,6 +63,17 @@ def test_cells_share_the_beginning_of_their_chains(tmp_path, base):
     assert two.runs[1].config.model.init_from == two.runs[0].config.output
     assert two.runs[0].config.model.init_from is None and two.runs[1].config.seed == 0
     assert two.runs[0].directory.parent == tmp_path / "out" / "cells"
+
+
+@pytest.mark.parametrize("name", ["a path", "a: b", "a #b", "a'b", 'a"b', "null", "[a", "größe"])
+def test_any_path_can_be_the_output(tmp_path, base, name):
+    settings = {"one": {**A, "stage2": []}, "two": {"stage1": ["distill.weight=0"], "stage2": []}}
+    grid = read_grid(write_grid(tmp_path / "grid.yaml", grid_tree(base, settings=settings, directions=[])))
+    first, second = expand(grid, "torch", Path(name))[0].runs
+    assert first.directory.parent == second.directory.parent == Path(name) / "cells"
+    assert second.config.model.init_from == first.config.output
+    _, config, *overrides = second.command_line
+    assert load_config(config, overrides) == second.config  # what the run's process reads
 
 
 def test_a_runs_key_depends_on_start_files_stores_and_framework(tmp_path, base):
