@@ -5,7 +5,6 @@ in its directory as the training command leaves it, so a killed grid continues w
 Children are killed by the kernel when this process dies, whatever the reason.
 """
 import ctypes
-import fcntl
 import json
 import os
 import re
@@ -18,13 +17,14 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from granvit.ablation.grid import Cell, StageRun
 from granvit.ablation.machine import Slot
+from granvit.ablation.run_locks import claim
 from granvit.checkpoint.tensors import write_synced
 from granvit.launch import Framework
 from granvit.trainer import TrainingStopped
-from granvit.watcher import lock_path
 
 POLL = 0.1  # seconds
 OUTPUT = "output.txt"  # what a run's processes print
@@ -78,6 +78,7 @@ class _Child:
     run: StageRun
     process: subprocess.Popen
     slot: Slot
+    claim: IO[str]
     started: float
 
 
@@ -105,6 +106,7 @@ def run_cells(cells: list[Cell], launching: Launching, free: list[Slot]) -> dict
                 free.append(child.slot)
                 seconds = time.monotonic() - child.started
                 reason = _end(child, seconds)
+                child.claim.close()
                 if reason is None:
                     taken.append(seconds)
                     left = sum(taken) / len(taken) * (len(waiting) + len(children)) / jobs
@@ -119,17 +121,21 @@ def run_cells(cells: list[Cell], launching: Launching, free: list[Slot]) -> dict
                 elif finished_seconds(run) is not None:  # by another grid, at the same time
                     waiting.remove(run)
                 elif free and (run.before is None or finished_seconds(run.before) is not None):
-                    if owner := _owner(run):
+                    claimed, owner = claim(run.directory)
+                    if claimed is None:
                         if run.key not in told:
                             _say(f"{run.directory} is in use by {owner}: waiting for it")
                         told.add(run.key)
                         continue
                     waiting.remove(run)
+                    if finished_seconds(run) is not None:  # by another grid, before this one had the claim
+                        claimed.close()
+                        continue
                     number = len(runs) - len(waiting)
                     others = len(users[run.key]) - 1
                     shared = f" and {others} more" if others else ""
                     _say(f"{number} of {len(runs)}: {run.stage} of {users[run.key][0]}{shared}, in {run.directory}")
-                    children.append(_start(run, launching, free.pop(0)))
+                    children.append(_start(run, launching, free.pop(0), claimed))
             time.sleep(POLL)
     except KeyboardInterrupt:
         for child in children:
@@ -144,21 +150,7 @@ def _say(line: str) -> None:
     print(f"== {line}", flush=True)
 
 
-def _owner(run: StageRun) -> str | None:
-    """The process that holds the lock of the run's directory (another grid, or one that is ending); None if it is free."""
-    path = lock_path(run.directory)
-    if not path.exists():
-        return None
-    with open(path) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return file.read().strip() or "another process"
-    return None
-
-
-def _start(run: StageRun, launching: Launching, slot: Slot) -> _Child:
-    run.directory.mkdir(parents=True, exist_ok=True)
+def _start(run: StageRun, launching: Launching, slot: Slot, claimed: IO[str]) -> _Child:
     words = launching.words(run)
     # One thread of linear algebra per rank, so that --jobs does not change a result. Others: see granvit/demo/command.py.
     defaults = {"OMP_NUM_THREADS": "1", "GLOG_v": "3", "MS_RETRY_INTERVAL_LOWER": "0", "MS_RETRY_INTERVAL_UPPER": "1"}
@@ -175,7 +167,7 @@ def _start(run: StageRun, launching: Launching, slot: Slot) -> _Child:
         # A session of its own: Ctrl-C reaches the children only through `run_cells`.
         process = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                                    start_new_session=True, preexec_fn=prepare)  # fmt: skip
-    return _Child(run, process, slot, time.monotonic())
+    return _Child(run, process, slot, claimed, time.monotonic())
 
 
 def _end(child: _Child, seconds: float) -> str | None:
