@@ -21,9 +21,11 @@ from typing import IO
 
 from granvit.ablation.grid import Cell, StageRun
 from granvit.ablation.machine import Slot
-from granvit.ablation.run_locks import claim
+from granvit.ablation.run_locks import claim, trained_by
 from granvit.checkpoint.tensors import write_synced
+from granvit.evaluate import evaluation_file
 from granvit.launch import Framework
+from granvit.logs import read_metrics
 from granvit.trainer import TrainingStopped
 
 POLL = 0.1  # seconds
@@ -61,11 +63,12 @@ def _free_port() -> int:
 
 
 def finished_seconds(run: StageRun) -> float | None:
-    """How long the run's last process took if the run is finished, else None."""
+    """How long the run's last process took if the run is finished, else None. Of a run that was completed outside of the grid, on
+    any number of ranks, it is the time of its steps."""
     try:
         return float(json.loads((run.directory / "finished.json").read_text())["seconds"])
     except FileNotFoundError:
-        return None
+        return _step_seconds(run.directory) if _completed_outside(run) else None
 
 
 def unique_runs(cells: Iterable[Cell]) -> list[StageRun]:
@@ -114,13 +117,16 @@ def run_cells(cells: list[Cell], launching: Launching, free: list[Slot]) -> dict
                 else:
                     failed[child.run.key] = reason
                     _say(f"{child.run.directory.name} FAILED: {reason} ({child.run.directory / OUTPUT})")
+            running = {child.run.key for child in children}
             for run in list(waiting):
                 if run.before is not None and run.before.key in failed:
                     waiting.remove(run)
                     failed[run.key] = failed[run.before.key]
                 elif finished_seconds(run) is not None:  # by another grid, at the same time
                     waiting.remove(run)
-                elif free and (run.before is None or finished_seconds(run.before) is not None):
+                elif run.before is not None and (run.before.key in running or finished_seconds(run.before) is None):
+                    continue
+                elif free:
                     claimed, owner = claim(run.directory)
                     if claimed is None:
                         if run.key not in told:
@@ -189,9 +195,25 @@ def _end(child: _Child, seconds: float) -> str | None:
     return next(reversed(own or said), f"no output, {ended}")
 
 
+def _completed_outside(run: StageRun) -> bool:
+    """Whether a process that the grid did not start, or whose end it did not see, trained the last step and evaluated it."""
+    directory = run.directory
+    try:
+        if not _complete(directory) or trained_by(directory):
+            return False
+    except FileNotFoundError:
+        return False
+    steps = [record["step"] for _, record in read_metrics(directory / "metrics.jsonl", sys.maxsize)]
+    return bool(steps) and (run.config.eval.source is None or evaluation_file(directory, steps[-1]).exists())
+
+
+def _step_seconds(directory: Path) -> float:
+    return sum(record.get("seconds", 0.0) for _, record in read_metrics(directory / "metrics.jsonl", sys.maxsize))
+
+
 def _complete(directory: Path) -> bool:
-    """Whether a run that ended with status 0 trained its last step: a run that was asked to stop ends with status 0, too. Both
-    say so at the end of rank 0's log (granvit/train.py)."""
+    """Whether the last process of a run that ended trained its last step: one that was asked to stop ends with status 0, too.
+    Both say so at the end of rank 0's log (granvit/train.py), which also has a line for each start."""
     log = (directory / "log" / "rank_00000.txt").read_text(errors="replace")
-    said = re.findall(rf"run {re.escape(str(directory))} is (complete|not complete)", log)
-    return bool(said) and said[-1] == "complete"
+    said = re.findall(r"run .* is (complete|not complete)|( rank\(s\), \d+ steps, )", log)
+    return bool(said) and said[-1][0] == "complete"

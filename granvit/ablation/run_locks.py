@@ -19,7 +19,7 @@ def claim(directory: Path) -> tuple[IO[str] | None, str]:
     """Claims a run for this process. Returns the claim, or None and the process that has the run: another grid or a training
     process. Closing the claim ends it, and so does the end of this process."""
     directory.mkdir(parents=True, exist_ok=True)
-    file = open(directory / ".grid_lock", "a+")
+    file = open(directory / ".grid_lock", "a+")  # noqa: SIM115 (the caller closes it)
     holder = "" if _lock(file) else _named(file)
     holder = holder or trained_by(directory) or ""
     if holder:
@@ -33,11 +33,10 @@ def claim(directory: Path) -> tuple[IO[str] | None, str]:
 
 def trained_by(directory: Path) -> str | None:
     """The process that holds the training command's lock of a run's directory; None if it is free."""
-    try:
-        file = open(lock_path(directory), "r+")  # network file systems lock only files that are open for writing
-    except FileNotFoundError:
+    path = lock_path(directory)
+    if not path.exists():
         return None
-    with file:
+    with open(path, "r+") as file:  # network file systems lock only files that are open for writing
         return None if _lock(file) else _named(file)
 
 

@@ -76,7 +76,7 @@ def test_two_grids_with_the_same_runs_train_each_once(base, tmp_path):
     """Two commands with equal cells start at the same time; the grids have other names, so their reports do not exclude."""
     out = tmp_path / "out"
     grids = [write_grid(tmp_path / f"{name}.yaml", grid_tree(base, seeds=[0])) for name in ("one", "two")]
-    both = [subprocess.Popen(command(grid, out, "--jobs", "1"), env=environment(TOY_PAUSE="0.2"), stdout=subprocess.PIPE,
+    both = [subprocess.Popen(command(grid, out, "--jobs", "1"), env=environment(), stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT, text=True) for grid in grids]  # fmt: skip
     deadline = time.monotonic() + 120
     printed = [process.communicate(timeout=deadline - time.monotonic())[0] for process in both]
