@@ -345,11 +345,26 @@ def find_config(path: str | Path) -> Path:
     return own
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a mapping with a key twice, of which PyYAML would use the last one."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
+            if name in seen and key.value != "<<":
+                raise ValueError(f"line {key.start_mark.line + 1}: the key {key.value!r} is there twice")
+            if name is not None:
+                seen.add(name)
+        return node
+
+
 def read_yaml(path: str | Path) -> dict:
-    """A YAML mapping; `ValueError` names the file (and line) where it is not one."""
+    """A YAML mapping; `ValueError` names the file (and line) where it is not one, or has a key twice."""
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(), _UniqueKeys)
     except FileNotFoundError:
         raise ValueError(f"configuration {path}: no such file") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an impossible date

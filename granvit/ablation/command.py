@@ -6,13 +6,14 @@ The same command continues an interrupted grid; finished runs are not repeated. 
 common are trained once. docs/ablations.md says how to write a grid file.
 """
 import argparse
+import importlib
 import shlex
 import signal
 import sys
 from pathlib import Path
 
-from granvit.ablation.grid import Cell, compared_stores, expand, read_grid
-from granvit.ablation.machine import slots
+from granvit.ablation.grid import Cell, check_tasks, compared_stores, expand, naming, read_grid
+from granvit.ablation.machine import this_machine
 from granvit.ablation.run_cells import Launching, finished_seconds, run_cells, unique_runs
 from granvit.config import find_config
 from granvit.data.batch import Packer
@@ -22,6 +23,8 @@ from granvit.exit_status import exit_status
 from granvit.launch import RunLock, detect_launch
 from granvit.logs import to_console
 from granvit.train import train_command
+
+OUT = Path("runs/ablations")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,9 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--framework", choices=("mindspore", "torch"), default="mindspore", help="default: %(default)s")
     parser.add_argument("--jobs", type=_count, help="runs at the same time (default: as many as cores or accelerators allow)")
     parser.add_argument("--ranks", type=_count, default=1, help="ranks of each run, under msrun or torchrun (default: 1)")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablations"),
+    parser.add_argument("--out", type=Path, default=OUT,
                         help="directory of all grids (default: %(default)s): runs in OUT/cells, reports in OUT/GRID")  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="list the cells, their state and their commands; train nothing")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="list cells, their state and commands, and check the held-out images; train nothing")  # fmt: skip
     options = parser.parse_args(arguments)
     to_console(0)
     failures: list[str] = []
@@ -57,20 +61,28 @@ def _ablate(options: argparse.Namespace) -> list[str]:
     """Runs the grid and writes its report. Returns the names of the cells that failed."""
     path = find_config(options.grid)
     grid = read_grid(path)
-    cells = expand(grid, options.framework, options.out)
+    with naming(path):
+        cells = expand(grid, options.framework, options.out, options.ranks)
     runs = unique_runs(cells)
-    device = runs[0].config.runtime.device if runs else "cpu"
-    free = slots(options.framework, device, options.ranks, options.jobs)
-    launching = Launching(Path(sys.argv[0]).resolve(), options.framework, options.ranks, bind_cores=len(free) == 1)
+    machine = this_machine(options.framework, runs[0].config.runtime.device if runs else "cpu")
+    jobs = options.jobs or machine.jobs(options.ranks)
+    launching = Launching(Path(sys.argv[0]).resolve(), options.framework, options.ranks, bind_cores=jobs == 1)
     if options.dry_run:
-        _list(cells, launching, len(free))
-        return []
-    if not runs:
+        _list(cells, launching, jobs)
+    elif not runs:
         raise ValueError(f"no cell of {path} can run: {cells[0].name}: {cells[0].problem}")
+    else:
+        _check_packages()
+    with naming(path):
+        check_tasks(grid, cells)
+        for held_out, sources in compared_stores(cells).items():
+            check_leakage(sorted(sources), held_out)
+    unfinished = [run for run in runs if finished_seconds(run) is None]
+    free = machine.slots(jobs, options.ranks) if unfinished else []
+    if options.dry_run:
+        return []
     root = options.out / path.stem
     lock = RunLock(root, detect_launch())
-    for held_out, sources in compared_stores(cells).items():
-        check_leakage(sorted(sources), held_out)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: children save and end
     failed = run_cells(cells, launching, free)
     problems = {}
@@ -78,14 +90,36 @@ def _ablate(options: argparse.Namespace) -> list[str]:
         reason = cell.problem or next((f"{run.stage}: {failed[run.key]}" for run in cell.runs if run.key in failed), None)
         if reason is not None:
             problems[cell] = reason
-            print(f"FAILED {cell.name}: {reason}", file=sys.stderr)
-    from granvit.ablation.report import write_report  # imported here: a rank of a run does not need matplotlib
+    from granvit.ablation.report import write_report  # imported here: a rank of a run needs neither matplotlib nor scipy
+    from granvit.ablation.results import read_scores
 
-    command = shlex.join(["python", "scripts/ablate.py", str(options.grid), "--framework", options.framework])
-    print(write_report(grid, cells, problems, root, path.stem, command))
+    scores, unreadable = read_scores(grid, [cell for cell in cells if cell not in problems])
+    problems |= unreadable
+    for cell, reason in problems.items():
+        print(f"FAILED {cell.name}: {reason}", file=sys.stderr)
+    print(write_report(grid, cells, scores, problems, root, path.stem, _as_given(options)))
     print(f"report.md, report.html, results.json and plots were written to {root}")
     lock.release()
     return [cell.name for cell in problems]
+
+
+def _check_packages() -> None:
+    """`ValueError`, before hours of training, if a package of the report is missing."""
+    try:
+        importlib.import_module("granvit.ablation.report")
+    except ImportError as error:
+        raise ValueError(
+            f"the report needs matplotlib, scipy and markdown ({error} for {sys.executable}): pip install -e '.[ablate]'"
+        ) from None
+
+
+def _as_given(options: argparse.Namespace) -> str:
+    """The command for the report, with the options that were given."""
+    words = ["python", "scripts/ablate.py", str(options.grid), "--framework", options.framework]
+    for name, default in (("jobs", None), ("ranks", 1), ("out", OUT)):
+        if (value := getattr(options, name)) != default:
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
 
 
 def _list(cells: list[Cell], launching: Launching, jobs: int) -> None:

@@ -15,8 +15,10 @@ docs/ablations.md describes all keys.
 """
 import difflib
 import hashlib
+import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from pydantic import Field
 
 from granvit.ablation.start_files import start_files
 from granvit.config import RunConfig, dump_config, find_config, load_config, read_yaml, resolve_models, validate
+from granvit.data.store import Store
 from granvit.launch import Framework
 from granvit.metrics import SCORES
 from granvit.models import Strict
@@ -92,13 +95,20 @@ class Cell:
 
 def read_grid(path: Path) -> Grid:
     """Reads and checks a grid file. `ValueError` names the file and every unknown key with the nearest known one."""
-    try:
+    with naming(path):
         grid = validate(Grid, read_yaml(path), str(path))
         _check_names(grid)
+    return grid
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A `ValueError` from inside also names the grid file."""
+    try:
+        yield
     except ValueError as error:
         text = str(error)
         raise ValueError(text if str(path) in text else f"{path}: {text}") from None
-    return grid
 
 
 def _check_names(grid: Grid) -> None:
@@ -132,12 +142,13 @@ def _check_known(name: str, known: Collection[str], what: str) -> None:
         raise ValueError(f"{what} {name!r} does not exist; {hint}")
 
 
-def expand(grid: Grid, framework: Framework, out: Path) -> list[Cell]:
+def expand(grid: Grid, framework: Framework, out: Path, ranks: int = 1) -> list[Cell]:
     """The cells of a grid, all settings of the first seed first. Runs are put into OUT/cells/STAGE-KEY.
 
     A run's key is a hash of its configuration, of the keys before it in its chain, of its start files and stores, and of the
-    framework. `ValueError` if a configuration is not valid, or if settings are not evaluated on the same questions. A start file
-    or store that is missing does not stop the other cells: it is the `problem` of those that need it.
+    framework. The number of ranks and `train.micro_batch` are part of it only where a result depends on them: with
+    `train.loss_reduction=per_device`. `ValueError` if a configuration is not valid, or if settings are not evaluated on the same
+    questions. A start file or store that is missing does not stop the other cells: it is the `problem` of those that need it.
     """
     cells = []
     for seed in grid.seeds:
@@ -146,7 +157,7 @@ def expand(grid: Grid, framework: Framework, out: Path) -> list[Cell]:
             problem = None
             for stage, overrides in chain.items():
                 try:
-                    runs.append(_stage_run(grid.stages[stage], stage, overrides, seed, framework, out, runs))
+                    runs.append(_stage_run(grid.stages[stage], stage, overrides, seed, framework, out, ranks, runs))
                 except MissingStart as error:
                     problem = f"{stage}: {error}"
                     break
@@ -161,7 +172,7 @@ class MissingStart(ValueError):
     """A file that a run starts from, or a store, is missing or damaged."""
 
 
-def _stage_run(entry: StageEntry, stage: str, own: tuple[str, ...], seed: int, framework: Framework, out: Path,
+def _stage_run(entry: StageEntry, stage: str, own: tuple[str, ...], seed: int, framework: Framework, out: Path, ranks: int,
                chain: list[StageRun]) -> StageRun:  # fmt: skip
     """The run of one stage of a cell; `chain` are the runs before it."""
     before = chain[-1] if chain else None
@@ -172,19 +183,27 @@ def _stage_run(entry: StageEntry, stage: str, own: tuple[str, ...], seed: int, f
             raise ValueError(f"override {assignment!r}: the grid sets {key}; leave it out")
     overrides.append(f"seed={seed}")
     path = find_config(entry.config)
-    started_from = "null" if before is None else str(before.directory)
     relevant = load_config(path, [*overrides, "output=unset", *([] if before is None else ["model.init_from=null"])])
     vision, language = resolve_models(relevant)
     try:
         files = start_files(relevant, first=before is None)
     except ValueError as error:
         raise MissingStart(str(error)) from None
-    parts = [before.key if before else "", framework, dump_config(relevant), repr(vision), repr(language), files]
+    divided = f"{ranks} ranks"
+    if relevant.train.loss_reduction == "global":
+        divided, any_size = "", relevant.train.model_copy(update={"micro_batch": 1})
+        relevant = relevant.model_copy(update={"train": any_size})
+    parts = [before.key if before else "", framework, dump_config(relevant), divided, repr(vision), repr(language), files]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    overrides.append(f"output={out / 'cells' / f'{stage}-{key}'}")
+    overrides.append(f"output={_quoted(out / 'cells' / f'{stage}-{key}')}")
     if before is not None:
-        overrides.append(f"model.init_from={started_from}")
+        overrides.append(f"model.init_from={_quoted(before.directory)}")
     return StageRun(key, stage, load_config(path, overrides), ("--config", str(path), *overrides), before)
+
+
+def _quoted(path: Path) -> str:
+    """A path as a quoted YAML string, so that blanks, ':' and '#' in it have no meaning."""
+    return json.dumps(str(path), ensure_ascii=False)
 
 
 def _check_evaluation(grid: Grid, cells: list[Cell]) -> None:
@@ -215,3 +234,14 @@ def compared_stores(cells: list[Cell]) -> dict[str, set[str]]:
             assert source is not None  # `_check_evaluation`
             found.setdefault(source, set()).update(s.path for run in cell.runs for s in run.config.data.sources)
     return found
+
+
+def check_tasks(grid: Grid, cells: list[Cell]) -> None:
+    """`ValueError` if a held-out store has no question of a task that the metrics need."""
+    for source in compared_stores(cells):
+        store = Store(source)
+        questions = {"bbox2caption": store.regions, "caption2bbox": store.regions, "global": store.globals}
+        for metric in grid.metrics:
+            if not questions[metric.partition("/")[0]]:
+                held = ", ".join(task for task, number in questions.items() if number) or "no regions and no global captions"
+                raise ValueError(f"metric {metric}: eval.source {source} has no such question; it has {held}")

@@ -1,13 +1,19 @@
 """How many runs this machine can do at the same time, and which cores or devices each of them gets."""
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from granvit.launch import Framework
 
-# Accelerators: the variable that hides devices from a process, and the device files of the driver.
+# Accelerators: the variable that chooses a process's devices, and the device files of the driver.
 NPU, GPU = ("ASCEND_RT_VISIBLE_DEVICES", "davinci"), ("CUDA_VISIBLE_DEVICES", "nvidia")
+# What `runtime.device` can mean, in the order in which the framework looks for it (`choose_device` of its package).
+KINDS: Mapping[tuple[Framework, str], tuple[tuple[str, str], ...]] = {
+    ("mindspore", "auto"): (NPU,), ("mindspore", "npu"): (NPU,),
+    ("torch", "auto"): (GPU, NPU), ("torch", "cuda"): (GPU,), ("torch", "npu"): (NPU,),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -18,33 +24,62 @@ class Slot:
     environment: dict[str, str]
 
 
-def _devices(framework: Framework, device: str, drivers: Path) -> tuple[str, list[str]] | None:
-    """The variable and the numbers of the accelerators that a run with `runtime.device=device` would use; None if it uses the
-    CPU."""
-    kinds = {("mindspore", "auto"): NPU, ("mindspore", "npu"): NPU, ("torch", "npu"): NPU, ("torch", "auto"): GPU,
-             ("torch", "cuda"): GPU}  # fmt: skip
-    if (framework, device) not in kinds:
-        return None
-    variable, driver = kinds[framework, device]
-    if os.environ.get(variable):
-        return variable, os.environ[variable].split(",")
-    found = sorted(int(match[1]) for path in drivers.glob(f"{driver}*") if (match := re.fullmatch(rf"{driver}(\d+)", path.name)))
-    return (variable, [str(number) for number in found]) if found else None
+@dataclass(frozen=True)
+class Machine:
+    """The cores of this process, and its accelerators as entries of the environment variable `variable`. Without `variable`, runs
+    use the CPU."""
+
+    cores: tuple[int, ...]
+    variable: str | None
+    devices: tuple[str, ...]
+
+    def jobs(self, ranks: int) -> int:
+        """How many runs of `ranks` ranks fit at the same time, at least 1: one device, or core, for each rank."""
+        return max(len(self.cores if self.variable is None else self.devices) // ranks, 1)
+
+    def slots(self, jobs: int, ranks: int) -> list[Slot]:
+        """Slots for `jobs` runs of `ranks` ranks each. Cores and devices are divided evenly; runs share cores if there are fewer.
+
+        `ValueError` if there is not a device for each rank.
+        """
+        environments: list[dict[str, str]] = [{}] * jobs
+        if self.variable is not None:
+            if jobs * ranks > len(self.devices):
+                shown = os.environ.get(self.variable)
+                state = f"{self.variable} is not set" if shown is None else f"{self.variable} is {shown!r}"
+                raise ValueError(
+                    f"--jobs {jobs} x --ranks {ranks} = {jobs * ranks} ranks need a device each, and {len(self.devices)} are "
+                    f"there ({state}); take fewer jobs or ranks, show more devices, or set runtime.device=cpu"
+                )
+            each = len(self.devices) // jobs
+            environments = [{self.variable: ",".join(self.devices[job * each : (job + 1) * each])} for job in range(jobs)]
+        size = len(self.cores) // jobs
+        parts = [self.cores[job * size : (job + 1) * size] or (self.cores[job % len(self.cores)],) for job in range(jobs)]
+        return [Slot(frozenset(part), environment) for part, environment in zip(parts, environments, strict=True)]
 
 
-def slots(framework: Framework, device: str, ranks: int, jobs: int | None, drivers: Path = Path("/dev")) -> list[Slot]:
-    """Slots for `jobs` runs of `ranks` ranks each. `jobs` None: as many as there are accelerators, or cores, for all ranks.
+def this_machine(framework: Framework, device: str, drivers: Path = Path("/dev")) -> Machine:
+    """The cores and devices that runs with `runtime.device=device` can use here. `auto` is the CPU if there is no accelerator."""
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    kinds = KINDS.get((framework, device), ())
+    for variable, driver in kinds:
+        if devices := _devices(variable, driver, drivers):
+            return Machine(cores, variable, devices)
+    return Machine(cores, None if device == "auto" or not kinds else kinds[0][0], ())
 
-    Cores and accelerators are divided evenly. With more jobs than there is room for, jobs share them.
+
+def _devices(variable: str, driver: str, drivers: Path) -> tuple[str, ...]:
+    """The accelerators of one kind as entries of `variable`: those that it lists if it is set, else one for each device file.
+
+    CUDA and CANN count the devices that a process can open from 0. In a container these are not the numbers of the device files.
+    An entry is a number or a UUID (GPU-..., MIG-...); as in CUDA, the first other entry (-1, for example) ends the list.
     """
-    cores = sorted(os.sched_getaffinity(0))
-    found = _devices(framework, device, drivers)
-    places = len(cores) if found is None else len(found[1])
-    jobs = jobs or max(places // ranks, 1)
-
-    def part(items: list, job: int) -> list:
-        size = len(items) // jobs
-        return items[job * size : (job + 1) * size] if size else [items[job % len(items)]]
-
-    environments = [{} if found is None else {found[0]: ",".join(part(found[1], job))} for job in range(jobs)]
-    return [Slot(frozenset(part(cores, job)), environment) for job, environment in enumerate(environments)]
+    if variable in os.environ:
+        shown = []
+        for entry in os.environ[variable].split(","):
+            if not re.fullmatch(r"\d+|(GPU|MIG)-.+", entry.strip()):
+                break
+            shown.append(entry.strip())
+        return tuple(shown)
+    count = sum(re.fullmatch(rf"{driver}\d+", path.name) is not None for path in drivers.glob(f"{driver}*"))
+    return tuple(map(str, range(count)))

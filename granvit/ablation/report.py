@@ -10,7 +10,7 @@ import markdown
 
 from granvit.ablation.grid import Cell, Grid
 from granvit.ablation.plots import draw_differences, draw_means
-from granvit.ablation.results import results
+from granvit.ablation.results import Table, results
 from granvit.ablation.run_cells import finished_seconds, unique_runs
 from granvit.checkpoint.tensors import write_synced
 
@@ -20,9 +20,11 @@ STYLE = (
 )
 
 
-def write_report(grid: Grid, cells: list[Cell], problems: Mapping[Cell, str], root: Path, name: str, command: str) -> str:
-    """Writes the report of a grid into `root` and returns its tables as text. `problems` are the cells that failed."""
-    found = results(grid, cells, problems, name)
+def write_report(grid: Grid, cells: list[Cell], scores: Table, problems: Mapping[Cell, str], root: Path, name: str,
+                 command: str) -> str:  # fmt: skip
+    """Writes the report of a grid into `root` and returns its tables as text. `problems` are the cells that failed, `scores`
+    those of the others, and `command` repeats the grid."""
+    found = results(grid, scores, problems, name)
     draw_means(found, grid.metrics, root / "means.png")
     draw_differences(found, grid.metrics, root / "differences.png")
     tables = _tables(grid, found)
@@ -80,25 +82,33 @@ def _tables(grid: Grid, found: dict[str, Any]) -> list[str]:
         f"| {_cell(each['setting'])} | {each['metric']} | {_points(each)} | {each['seeds']} | {each['verdict']} |"
         for each in found["differences"]
     ]
+    measured = [summary for setting in found["settings"] for summary in setting["metrics"].values()]
+    measured += [each for each in found["differences"] if each["mean"] is not None]
+    reasons = dict.fromkeys(each["no_interval"] for each in measured if each["no_interval"])
+    if reasons:
+        lines += ["", f"(-): no interval is claimed. Reason: {'; '.join(reasons)}."]
     return [*lines, ""]
 
 
 def _about(grid: Grid, cells: list[Cell], command: str) -> list[str]:
     """The settings with their overrides, and how the numbers were made."""
-    seconds = [finished_seconds(run) or 0.0 for run in unique_runs(cells)]
-    lines = ["## Settings", "", "| Setting | Stages, with the keys that differ |", "|---|---|"]
+    seconds = {run.key: finished_seconds(run) or 0.0 for run in unique_runs(cells)}
+    lines = ["## Settings", "", "| Setting | Stages, with the keys that differ | Hours of its cells |", "|---|---|---|"]
     for name, chain in grid.settings.items():
         stages = [f"{stage} ({', '.join(own)})" if own else stage for stage, own in chain.items()]
-        lines.append(f"| {_cell(name)} | {_cell(', then '.join(stages))} |")
+        of_cells = sum(seconds.get(run.key, 0.0) for cell in cells if cell.setting == name for run in cell.runs)
+        lines.append(f"| {_cell(name)} | {_cell(', then '.join(stages))} | {of_cells / 3600:.2f} |")
     lines += ["", "| Stage | Configuration | Keys that all settings change |", "|---|---|---|"]
     lines += [f"| {name} | {entry.config} | {_cell(', '.join(entry.overrides)) or '-'} |" for name, entry in grid.stages.items()]
     lines += [
         "", "## How it was made", "", f"`{command}`", "",
         f"{len(cells)} cells (settings x seeds {', '.join(map(str, grid.seeds))}), {len(seconds)} different runs, "
-        f"{sum(seconds) / 3600:.1f} hours of training in all, parallel runs added up.", "",
+        f"{sum(seconds.values()) / 3600:.2f} hours in all: runs at the same time are added up, a run that cells share counts "
+        "once here and for each of its cells in the table above, and of an interrupted run only the last process counts.", "",
         "Verdicts: *reproduced* means that the 95% interval of the paired difference lies above zero, *not reproduced* that it "
-        "lies below, *within noise* that it contains zero. Each verdict has its own 5% risk; there is no correction for their "
-        "number. The intervals count both seeds and images as samples (docs/ablations.md).", "",
+        "lies below, *within noise* that it contains zero, *no verdict* that no interval is claimed. Each verdict has its own 5% "
+        "risk; there is no correction for their number. The intervals count both seeds and images as samples "
+        "(docs/ablations.md).", "",
     ]  # fmt: skip
     return lines
 
@@ -110,14 +120,14 @@ def _cell(text: str) -> str:
 
 def _percent(summary: dict[str, Any]) -> str:
     low, high = summary["low"], summary["high"]
-    ends = "no interval" if low is None else f"{100 * max(low, 0):.1f} to {100 * min(high, 1):.1f}"
+    ends = "-" if low is None else f"{100 * max(low, 0):.1f} to {100 * min(high, 1):.1f}"
     return f"{100 * summary['mean']:.1f} ({ends})"
 
 
 def _points(difference: dict[str, Any]) -> str:
     if difference["mean"] is None:
         return "-"
-    ends = "no interval" if difference["low"] is None else f"{100 * difference['low']:+.1f} to {100 * difference['high']:+.1f}"
+    ends = "-" if difference["low"] is None else f"{100 * difference['low']:+.1f} to {100 * difference['high']:+.1f}"
     return f"{100 * difference['mean']:+.1f} ({ends})"
 
 

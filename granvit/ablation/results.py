@@ -26,13 +26,14 @@ class Scores:
         return self.sums_SI[[self.seeds.index(seed) for seed in seeds]]
 
 
-def results(grid: Grid, cells: list[Cell], problems: Mapping[Cell, str], name: str) -> dict[str, Any]:
+Table = Mapping[tuple[str, str], Scores]  # (setting, metric) -> scores
+
+
+def results(grid: Grid, scores: Table, problems: Mapping[Cell, str], name: str) -> dict[str, Any]:
     """What results.json holds, without anything that differs from run to run: neither times nor paths.
 
-    Cells in `problems` are left out of all numbers and listed under `failed`. `ValueError` if a finished run has no evaluation,
-    or if two cells were asked other questions.
+    `scores` are those of `read_scores`. `problems` are the cells that are not in them, listed under `failed`.
     """
-    scores = _read_scores(grid, [cell for cell in cells if cell not in problems])
     differences, reference = [], next(iter(grid.settings))
     for setting in list(grid.settings)[1:]:
         for metric in grid.metrics:
@@ -56,36 +57,85 @@ def results(grid: Grid, cells: list[Cell], problems: Mapping[Cell, str], name: s
     }  # fmt: skip
 
 
-def _read_scores(grid: Grid, cells: list[Cell]) -> dict[tuple[str, str], Scores]:
-    """(setting, metric) -> scores, read from the newest evaluation of the last run of each cell."""
+@dataclass(frozen=True)
+class _Answers:
+    """One task of one cell: `questions` (record, question) in their order, and the values of each score."""
+
+    questions: list[tuple[str, str]]
+    values: dict[str, np.ndarray]
+
+
+def read_scores(grid: Grid, cells: list[Cell]) -> tuple[dict[tuple[str, str], Scores], dict[Cell, str]]:
+    """The scores of the cells, read from the newest evaluation of the last run of each, and the cells without usable scores.
+
+    The reason names a cell's evaluation if it is missing or cannot be read, or if the cell was asked other questions than the
+    first one that can be read: then its scores cannot be paired with the others'.
+    """
     rows: dict[tuple[str, str], list[tuple[int, np.ndarray]]] = {}
-    asked: dict[str, tuple[str, list[tuple[str, str]]]] = {}  # task -> the first cell, and its questions
     counts: dict[str, np.ndarray] = {}
+    first: tuple[Cell, dict[str, _Answers]] | None = None
+    problems: dict[Cell, str] = {}
     for cell in cells:
-        run = cell.runs[-1].directory
-        steps = evaluated_steps(run)
-        if not steps:
-            raise ValueError(f"{run}: the run of {cell.name} is finished but has no evaluation; remove the directory")
-        predictions = read_evaluation(evaluation_file(run, steps[-1])).predictions
+        try:
+            found = _answers(grid, cell)
+            first = first or (cell, found)
+            _check_same_questions(first, cell, found)
+        except (ValueError, OSError) as error:
+            problems[cell] = f"{cell.runs[-1].stage}: {error}"
+            continue
         for metric in grid.metrics:
             task, _, score = metric.partition("/")
-            own = [prediction for prediction in predictions if prediction["task"] == task]
-            questions = [(prediction["record"], prediction["question"]) for prediction in own]
-            first = asked.setdefault(task, (cell.name, questions))
-            if questions != first[1]:
-                raise ValueError(f"{run}: {cell.name} was asked other {task} questions than {first[0]}; they cannot be compared")
-            images = {record: number for number, record in enumerate(dict.fromkeys(record for record, _ in questions))}
-            of_question = np.array([images[record] for record, _ in questions], np.int64)
-            values = np.array([prediction["scores"][score] for prediction in own], np.float64)
+            records = [record for record, _ in found[task].questions]
+            images = {record: number for number, record in enumerate(dict.fromkeys(records))}
+            of_question = np.array([images[record] for record in records], np.int64)
             counts[task] = np.bincount(of_question, minlength=len(images))
-            sums_I = np.bincount(of_question, values, minlength=len(images))
+            sums_I = np.bincount(of_question, found[task].values[score], minlength=len(images))
             rows.setdefault((cell.setting, metric), []).append((cell.seed, sums_I))
-    return {
+    scores = {
         (setting, metric): Scores(
             tuple(seed for seed, _ in found), np.stack([sums for _, sums in found]), counts[metric.partition("/")[0]]
         )
         for (setting, metric), found in rows.items()
     }
+    return scores, problems
+
+
+def _answers(grid: Grid, cell: Cell) -> dict[str, _Answers]:
+    """Task -> the answers of a cell. `ValueError` if its evaluation is missing or damaged, or has no answer of a task."""
+    run = cell.runs[-1].directory
+    steps = evaluated_steps(run)
+    if not steps:
+        raise ValueError(f"{run}/eval has no evaluation; remove {run} and repeat the command")
+    path, found = evaluation_file(run, steps[-1]), {}
+    again = f"remove {path} and {run / 'finished.json'}, and repeat the command: it evaluates the run again"
+    try:
+        predictions = read_evaluation(path).predictions
+        for task in dict.fromkeys(metric.partition("/")[0] for metric in grid.metrics):
+            own = [prediction for prediction in predictions if prediction["task"] == task]
+            names = [metric.partition("/")[2] for metric in grid.metrics if metric.startswith(f"{task}/")]
+            values = {name: np.array([prediction["scores"][name] for prediction in own], np.float64) for name in names}
+            found[task] = _Answers([(prediction["record"], prediction["question"]) for prediction in own], values)
+    except (ValueError, KeyError, TypeError) as error:
+        text = str(error) if str(path) in str(error) else f"{path}: not a valid evaluation file ({error!r})"
+        raise ValueError(f"{text}; {again}") from None
+    for task, answers in found.items():
+        if not answers.questions:
+            raise ValueError(f"{path} has no answer of {task}; {again}")
+        if not all(np.isfinite(values).all() for values in answers.values.values()):
+            raise ValueError(f"{path} has a score of {task} that is not a number; {again}")
+    return found
+
+
+def _check_same_questions(first: tuple[Cell, dict[str, _Answers]], cell: Cell, found: dict[str, _Answers]) -> None:
+    """`ValueError` unless a cell was asked the questions of the first one, about the same images in the same order."""
+    for task, answers in found.items():
+        expected = first[1][task].questions
+        if answers.questions != expected:
+            images, theirs = (len({record for record, _ in questions}) for questions in (answers.questions, expected))
+            raise ValueError(
+                f"{cell.runs[-1].directory}: asked {len(answers.questions)} {task} questions about {images} images, and "
+                f"{first[0].name} {len(expected)} about {theirs}, not the same ones; their scores cannot be paired"
+            )
 
 
 def _summary(scores: Scores) -> dict[str, Any]:
@@ -94,16 +144,18 @@ def _summary(scores: Scores) -> dict[str, Any]:
     return _numbers(found) | {"per_seed": dict(zip(map(str, scores.seeds), per_seed, strict=True))}
 
 
-def _difference(scores: dict[tuple[str, str], Scores], metric: str, above: str, below: str) -> dict[str, Any]:
+def _difference(scores: Table, metric: str, above: str, below: str) -> dict[str, Any]:
     """The difference `above` - `below` over the seeds that both have, paired by seed and image, and the verdict."""
     a, b = scores.get((above, metric)), scores.get((below, metric))
     seeds = tuple(seed for seed in a.seeds if seed in b.seeds) if a is not None and b is not None else ()
     if a is None or b is None or not seeds:
-        return {"mean": None, "low": None, "high": None, "seeds": 0, "verdict": NOT_MEASURED}
+        nothing = Interval(math.nan, -math.inf, math.inf, 0, 0, "no finished seed")
+        return _numbers(nothing) | {"verdict": NOT_MEASURED}
     found = interval(a.of(seeds) - b.of(seeds), a.counts_I)
     return _numbers(found) | {"verdict": verdict(found)}
 
 
 def _numbers(found: Interval) -> dict[str, Any]:
-    """An interval for JSON: infinite ends (one seed) become None."""
-    return {key: None if math.isinf(value) else value for key, value in vars(found).items()}
+    """An interval for JSON: a mean that is not known, and ends where no interval is claimed, become None."""
+    mean, low, high = (value if math.isfinite(value) else None for value in (found.mean, found.low, found.high))
+    return {**vars(found), "mean": mean, "low": low, "high": high}

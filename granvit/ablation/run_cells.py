@@ -5,7 +5,6 @@ in its directory as the training command leaves it, so a killed grid continues w
 Children are killed by the kernel when this process dies, whatever the reason.
 """
 import ctypes
-import fcntl
 import json
 import os
 import re
@@ -18,13 +17,16 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from granvit.ablation.grid import Cell, StageRun
 from granvit.ablation.machine import Slot
+from granvit.ablation.run_locks import claim, trained_by
 from granvit.checkpoint.tensors import write_synced
+from granvit.evaluate import evaluation_file
 from granvit.launch import Framework
+from granvit.logs import read_metrics
 from granvit.trainer import TrainingStopped
-from granvit.watcher import lock_path
 
 POLL = 0.1  # seconds
 OUTPUT = "output.txt"  # what a run's processes print
@@ -61,11 +63,12 @@ def _free_port() -> int:
 
 
 def finished_seconds(run: StageRun) -> float | None:
-    """How long the run's last process took if the run is finished, else None."""
+    """How long the run's last process took if the run is finished, else None. Of a run that was completed outside of the grid, on
+    any number of ranks, it is the time of its steps."""
     try:
         return float(json.loads((run.directory / "finished.json").read_text())["seconds"])
     except FileNotFoundError:
-        return None
+        return _step_seconds(run.directory) if _completed_outside(run) else None
 
 
 def unique_runs(cells: Iterable[Cell]) -> list[StageRun]:
@@ -78,6 +81,7 @@ class _Child:
     run: StageRun
     process: subprocess.Popen
     slot: Slot
+    claim: IO[str]
     started: float
 
 
@@ -105,6 +109,7 @@ def run_cells(cells: list[Cell], launching: Launching, free: list[Slot]) -> dict
                 free.append(child.slot)
                 seconds = time.monotonic() - child.started
                 reason = _end(child, seconds)
+                child.claim.close()
                 if reason is None:
                     taken.append(seconds)
                     left = sum(taken) / len(taken) * (len(waiting) + len(children)) / jobs
@@ -112,24 +117,31 @@ def run_cells(cells: list[Cell], launching: Launching, free: list[Slot]) -> dict
                 else:
                     failed[child.run.key] = reason
                     _say(f"{child.run.directory.name} FAILED: {reason} ({child.run.directory / OUTPUT})")
+            running = {child.run.key for child in children}
             for run in list(waiting):
                 if run.before is not None and run.before.key in failed:
                     waiting.remove(run)
                     failed[run.key] = failed[run.before.key]
                 elif finished_seconds(run) is not None:  # by another grid, at the same time
                     waiting.remove(run)
-                elif free and (run.before is None or finished_seconds(run.before) is not None):
-                    if owner := _owner(run):
+                elif run.before is not None and (run.before.key in running or finished_seconds(run.before) is None):
+                    continue
+                elif free:
+                    claimed, owner = claim(run.directory)
+                    if claimed is None:
                         if run.key not in told:
                             _say(f"{run.directory} is in use by {owner}: waiting for it")
                         told.add(run.key)
                         continue
                     waiting.remove(run)
+                    if finished_seconds(run) is not None:  # by another grid, before this one had the claim
+                        claimed.close()
+                        continue
                     number = len(runs) - len(waiting)
                     others = len(users[run.key]) - 1
                     shared = f" and {others} more" if others else ""
                     _say(f"{number} of {len(runs)}: {run.stage} of {users[run.key][0]}{shared}, in {run.directory}")
-                    children.append(_start(run, launching, free.pop(0)))
+                    children.append(_start(run, launching, free.pop(0), claimed))
             time.sleep(POLL)
     except KeyboardInterrupt:
         for child in children:
@@ -144,21 +156,7 @@ def _say(line: str) -> None:
     print(f"== {line}", flush=True)
 
 
-def _owner(run: StageRun) -> str | None:
-    """The process that holds the lock of the run's directory (another grid, or one that is ending); None if it is free."""
-    path = lock_path(run.directory)
-    if not path.exists():
-        return None
-    with open(path) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return file.read().strip() or "another process"
-    return None
-
-
-def _start(run: StageRun, launching: Launching, slot: Slot) -> _Child:
-    run.directory.mkdir(parents=True, exist_ok=True)
+def _start(run: StageRun, launching: Launching, slot: Slot, claimed: IO[str]) -> _Child:
     words = launching.words(run)
     # One thread of linear algebra per rank, so that --jobs does not change a result. Others: see granvit/demo/command.py.
     defaults = {"OMP_NUM_THREADS": "1", "GLOG_v": "3", "MS_RETRY_INTERVAL_LOWER": "0", "MS_RETRY_INTERVAL_UPPER": "1"}
@@ -175,7 +173,7 @@ def _start(run: StageRun, launching: Launching, slot: Slot) -> _Child:
         # A session of its own: Ctrl-C reaches the children only through `run_cells`.
         process = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                                    start_new_session=True, preexec_fn=prepare)  # fmt: skip
-    return _Child(run, process, slot, time.monotonic())
+    return _Child(run, process, slot, claimed, time.monotonic())
 
 
 def _end(child: _Child, seconds: float) -> str | None:
@@ -197,9 +195,25 @@ def _end(child: _Child, seconds: float) -> str | None:
     return next(reversed(own or said), f"no output, {ended}")
 
 
+def _completed_outside(run: StageRun) -> bool:
+    """Whether a process that the grid did not start, or whose end it did not see, trained the last step and evaluated it."""
+    directory = run.directory
+    try:
+        if not _complete(directory) or trained_by(directory):
+            return False
+    except FileNotFoundError:
+        return False
+    steps = [record["step"] for _, record in read_metrics(directory / "metrics.jsonl", sys.maxsize)]
+    return bool(steps) and (run.config.eval.source is None or evaluation_file(directory, steps[-1]).exists())
+
+
+def _step_seconds(directory: Path) -> float:
+    return sum(record.get("seconds", 0.0) for _, record in read_metrics(directory / "metrics.jsonl", sys.maxsize))
+
+
 def _complete(directory: Path) -> bool:
-    """Whether a run that ended with status 0 trained its last step: a run that was asked to stop ends with status 0, too. Both
-    say so at the end of rank 0's log (granvit/train.py)."""
+    """Whether the last process of a run that ended trained its last step: one that was asked to stop ends with status 0, too.
+    Both say so at the end of rank 0's log (granvit/train.py), which also has a line for each start."""
     log = (directory / "log" / "rank_00000.txt").read_text(errors="replace")
-    said = re.findall(rf"run {re.escape(str(directory))} is (complete|not complete)", log)
-    return bool(said) and said[-1] == "complete"
+    said = re.findall(r"run .* is (complete|not complete)|( rank\(s\), \d+ steps, )", log)
+    return bool(said) and said[-1][0] == "complete"

@@ -34,23 +34,28 @@ import numpy as np
 from scipy.special import stdtrit
 
 LEVEL = 0.95
-Verdict = Literal["reproduced", "not reproduced", "within noise"]
+MIN_IMAGES = 20  # the quantiles of t hold for means that are about normal; scores of an image are few values, such as 0 and 1
+Verdict = Literal["reproduced", "not reproduced", "within noise", "no verdict"]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over `seeds` seeds with its 95% interval. With one seed the interval is infinite: nothing is known of the spread."""
+    """A mean over `seeds` seeds and `images` images with its 95% interval. Where no interval is claimed, it is infinite and
+    `no_interval` says why."""
 
     mean: float
     low: float
     high: float
     seeds: int
+    images: int
+    no_interval: str | None = None
 
 
 def interval(sums_SI: np.ndarray, counts_I: np.ndarray) -> Interval:
     """The mean score and its interval: `sums_SI` are x_si, `counts_I` are n_i (see the top of this file).
 
-    `ValueError` if there is no seed, no image or no question.
+    No interval is claimed with one seed, which shows no spread, and with fewer than `MIN_IMAGES` images. `ValueError` if there is
+    no seed, no image or no question.
     """
     seeds, images = sums_SI.shape
     questions = float(counts_I.sum())
@@ -58,24 +63,25 @@ def interval(sums_SI: np.ndarray, counts_I: np.ndarray) -> Interval:
         raise ValueError(f"no interval can be computed of {seeds} seeds and {questions:g} questions")
     sums_SI = sums_SI.astype(np.float64)
     mean = float(sums_SI.sum() / questions / seeds)
-    if seeds == 1:
-        return Interval(mean, -np.inf, np.inf, 1)
+    if seeds == 1 or images < MIN_IMAGES:
+        few = f"{images} image{'s' * (images > 1)}, and at least {MIN_IMAGES} are needed"
+        return Interval(mean, -np.inf, np.inf, seeds, images, "one seed shows no spread over seeds" if seeds == 1 else few)
     y_SI = images * (sums_SI - mean * counts_I) / questions
     of_seed_S, of_image_I = y_SI.mean(1), y_SI.mean(0)
     from_seeds = images * (of_seed_S**2).sum() / (seeds - 1)
-    from_images = rest = 0.0
-    if images > 1:
-        from_images = seeds * (of_image_I**2).sum() / (images - 1)
-        rest = ((y_SI - of_seed_S[:, None] - of_image_I) ** 2).sum() / ((seeds - 1) * (images - 1))
+    from_images = seeds * (of_image_I**2).sum() / (images - 1)
+    rest = ((y_SI - of_seed_S[:, None] - of_image_I) ** 2).sum() / ((seeds - 1) * (images - 1))
     v_seeds = max(from_seeds, rest) / (seeds * images)
     v_images = max(from_images - rest, 0.0) / (seeds * images)
     quantile = 0.5 + LEVEL / 2
-    half = float(np.sqrt(stdtrit(seeds - 1, quantile) ** 2 * v_seeds + stdtrit(max(images - 1, 1), quantile) ** 2 * v_images))
-    return Interval(mean, mean - half, mean + half, seeds)
+    half = float(np.sqrt(stdtrit(seeds - 1, quantile) ** 2 * v_seeds + stdtrit(images - 1, quantile) ** 2 * v_images))
+    return Interval(mean, mean - half, mean + half, seeds, images)
 
 
 def verdict(above_minus_below: Interval) -> Verdict:
     """The verdict on the direction "the first setting is above the second", from the interval of their paired difference."""
+    if above_minus_below.no_interval is not None:
+        return "no verdict"
     if above_minus_below.low > 0:
         return "reproduced"
     return "not reproduced" if above_minus_below.high < 0 else "within noise"

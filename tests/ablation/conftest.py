@@ -12,7 +12,7 @@ from tests.conftest import random_record
 def stores(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("ablation")
     write_store([random_record(f"t{i}", 3, i) for i in range(12)], folder / "train")
-    write_store([random_record(f"h{i}", 2, 100 + i) for i in range(8)], folder / "held")
+    write_store([random_record(f"h{i}", 2, 100 + i) for i in range(20)], folder / "held")
     return {name: str(folder / name) for name in ("train", "held")}
 
 

@@ -1,13 +1,13 @@
 """Grid files: what is refused, which runs are shared, what a run's key depends on; and the grids that are shipped."""
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 
-from granvit.ablation import machine
-from granvit.ablation.grid import compared_stores, expand, read_grid
-from granvit.ablation.machine import slots
+from granvit.ablation.grid import check_tasks, compared_stores, expand, naming, read_grid
 from granvit.ablation.run_cells import unique_runs
-from granvit.config import CONFIGS
+from granvit.config import CONFIGS, load_config, read_yaml
 from granvit.data.store_writer import write_store
 from tests.ablation.conftest import grid_tree, write_grid
 from tests.conftest import random_record
@@ -50,6 +50,58 @@ def test_a_mistake_in_a_grid_file_is_named(tmp_path, base, change, message):
         cells_of(tmp_path, grid_tree(base, **({"directions": []} | change)))
 
 
+def test_a_key_twice_is_refused_and_the_grid_file_named(tmp_path, base):
+    path = write_grid(tmp_path / "grid.yaml", grid_tree(base))
+    path.write_text(path.read_text() + "seeds: [3]\n")
+    lines = path.read_text().splitlines()
+    with pytest.raises(ValueError, match=f"{path}: not valid YAML: line {len(lines)}: the key 'seeds' is there twice"):
+        read_grid(path)
+    path.write_text("settings:\n  a: {stage1: []}\n  b: {stage1: [], stage1: [seed=1]}\n")
+    with pytest.raises(ValueError, match="line 3: the key 'stage1' is there twice"):
+        read_grid(path)
+
+
+def test_merged_keys_may_be_replaced(tmp_path):
+    path = tmp_path / "tree.yaml"
+    path.write_text("a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {<<: *b, y: 4}\n'1': 5\n1: 6\n")
+    assert read_yaml(path) == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}, "c": {"x": 3, "y": 4}, "1": 5, 1: 6}
+
+
+def test_errors_name_the_grid_file_once(tmp_path):
+    for text in ("settings.b: no stage", "a.yaml: settings.b: no stage"):
+        with pytest.raises(ValueError, match=r"^a\.yaml: settings\.b: no stage$"), naming(Path("a.yaml")):
+            raise ValueError(text)
+
+
+def test_ranks_and_micro_batch_change_a_run_only_with_losses_per_device(tmp_path, base):
+    def key(ranks, *own):
+        settings = {"a": {"stage1": list(own)}, "b": {"stage1": ["distill.weight=0"]}}
+        path = write_grid(tmp_path / "grid.yaml", grid_tree(base, settings=settings, directions=[]))
+        return expand(read_grid(path), "torch", tmp_path, ranks)[0].runs[0].key
+
+    assert len({key(1), key(2), key(1, "train.micro_batch=1")}) == 1
+    per_device = "train.loss_reduction=per_device"
+    assert len({key(1), key(1, per_device), key(2, per_device), key(1, per_device, "train.micro_batch=1")}) == 4
+
+
+def test_a_held_out_store_without_the_metrics_questions_is_refused(tmp_path, base, caption_store):
+    write_store([random_record(f"a{i}", 0, i) for i in range(3)], tmp_path / "no regions")
+    write_store([random_record(f"a{i}", 1, i, global_caption=False) for i in range(3)], tmp_path / "no captions")
+    for source, metric, message in (
+        (tmp_path / "no regions", METRIC, "has no such question; it has global"),
+        (tmp_path / "no captions", "global/rouge_l", "has no such question; it has bbox2caption, caption2bbox"),
+        (caption_store.path, METRIC, "has no such question; it has no regions and no global captions"),
+    ):
+        tree = grid_tree(base, metrics=[metric], directions=[])
+        tasks = f"eval.tasks=[{metric.partition('/')[0]}]"
+        tree["stages"]["stage1"]["overrides"] = [f"eval.source={json.dumps(str(source))}", tasks]
+        grid = read_grid(write_grid(tmp_path / "grid.yaml", tree))
+        with pytest.raises(ValueError, match=f"metric {metric}: eval.source {source} {message}"):
+            check_tasks(grid, expand(grid, "torch", tmp_path))
+    grid = read_grid(write_grid(tmp_path / "grid.yaml", grid_tree(base)))
+    check_tasks(grid, expand(grid, "torch", tmp_path))
+
+
 def test_cells_share_the_beginning_of_their_chains(tmp_path, base):
     settings = {"one": A, "two": {**A, "stage2": []}, "other": {"stage1": ["distill.weight=0.5"], "stage2": []}}
     cells = cells_of(tmp_path, grid_tree(base, settings=settings, directions=[]))
@@ -62,6 +114,17 @@ def test_cells_share_the_beginning_of_their_chains(tmp_path, base):
     assert two.runs[1].config.model.init_from == two.runs[0].config.output
     assert two.runs[0].config.model.init_from is None and two.runs[1].config.seed == 0
     assert two.runs[0].directory.parent == tmp_path / "out" / "cells"
+
+
+@pytest.mark.parametrize("name", ["a path", "a: b", "a #b", "a'b", 'a"b', "null", "[a", "größe"])
+def test_any_path_can_be_the_output(tmp_path, base, name):
+    settings = {"one": {**A, "stage2": []}, "two": {"stage1": ["distill.weight=0"], "stage2": []}}
+    grid = read_grid(write_grid(tmp_path / "grid.yaml", grid_tree(base, settings=settings, directions=[])))
+    first, second = expand(grid, "torch", Path(name))[0].runs
+    assert first.directory.parent == second.directory.parent == Path(name) / "cells"
+    assert second.config.model.init_from == first.config.output
+    _, config, *overrides = second.command_line
+    assert load_config(config, overrides) == second.config  # what the run's process reads
 
 
 def test_a_runs_key_depends_on_start_files_stores_and_framework(tmp_path, base):
@@ -118,21 +181,3 @@ def test_a_shipped_grid_expands(path, tmp_path, monkeypatch):
     demo = not path.stem.endswith("_paper")
     assert all(entry.config.startswith("configs/demo/") == demo for entry in grid.stages.values())
     assert demo == (path.with_stem(f"{path.stem}_paper") in SHIPPED)  # every grid at both sizes
-
-
-def test_runs_are_divided_over_cores_and_devices(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(8)))
-    for name in (machine.NPU[0], machine.GPU[0]):
-        monkeypatch.delenv(name, raising=False)
-    on_cpu = slots("mindspore", "auto", 2, None, tmp_path)
-    assert [sorted(slot.cores) for slot in on_cpu] == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert all(not slot.environment for slot in on_cpu)
-    for number in range(4):
-        (tmp_path / f"davinci{number}").touch()
-    (tmp_path / "davinci_manager").touch()
-    on_npu = slots("mindspore", "auto", 2, None, tmp_path)
-    assert [slot.environment for slot in on_npu] == [{machine.NPU[0]: "0,1"}, {machine.NPU[0]: "2,3"}]
-    assert len(slots("mindspore", "cpu", 1, None, tmp_path)) == 8 and len(slots("torch", "auto", 1, None, tmp_path)) == 8
-    monkeypatch.setenv(machine.GPU[0], "3,5")
-    assert [slot.environment for slot in slots("torch", "cuda", 1, None)] == [{machine.GPU[0]: "3"}, {machine.GPU[0]: "5"}]
-    assert [len(slot.cores) for slot in slots("torch", "cpu", 1, 16)] == [1] * 16  # more jobs than cores share them

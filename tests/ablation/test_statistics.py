@@ -113,8 +113,22 @@ def test_equal_means_of_seeds_by_chance_prove_nothing():
 
 
 def test_one_seed_proves_nothing_and_none_is_an_error():
-    assert verdict(interval(np.ones((1, 10)), np.ones(10))) == "within noise"
-    assert interval(np.zeros((3, 10)), np.ones(10)) == Interval(0, 0, 0, 3)
+    found = interval(np.ones((1, 120)), ONES)
+    assert found == Interval(1, -np.inf, np.inf, 1, 120, "one seed shows no spread over seeds") and verdict(found) == "no verdict"
+    assert interval(np.zeros((3, 120)), ONES) == Interval(0, 0, 0, 3, 120)
     for empty in (np.zeros((0, 10)), np.zeros((3, 0))):
         with pytest.raises(ValueError, match="no interval"):
             interval(empty, np.ones(empty.shape[1]))
+
+
+@pytest.mark.parametrize("images, named", [(1, "1 image"), (19, "19 images")])
+def test_no_interval_is_claimed_for_few_images(images, named):
+    sums_SI = 1 + scores(np.random.default_rng(4), 5, 0.1, 0.1, 0.1, images)
+    found = interval(sums_SI, np.ones(images))
+    assert found.mean == pytest.approx(sums_SI.mean()) and (found.low, found.high) == (-np.inf, np.inf)
+    assert found.no_interval == f"{named}, and at least 20 are needed" and verdict(found) == "no verdict"
+
+
+def test_twenty_images_are_enough():
+    found = interval(1 + scores(np.random.default_rng(4), 5, 0.1, 0.1, 0.1, 20), np.ones(20))
+    assert found.no_interval is None and np.isfinite([found.low, found.high]).all() and verdict(found) == "reproduced"
