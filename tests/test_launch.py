@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOY = str(ROOT / "tests" / "toy.py")
 MSRUN = shutil.which("msrun", path=str(Path(sys.executable).parent))
 needs_msrun = pytest.mark.skipif(MSRUN is None, reason="MindSpore is not installed")
-WAIT = 60  # seconds; the machine may be busy
+WAIT = 180  # seconds; the machine may be busy
 
 
 @pytest.fixture(scope="module")
