@@ -71,16 +71,14 @@ def test_a_constant_encoder_is_not_called_good(reported):
 
 def test_both_frameworks_give_the_same_numbers(reported, encoders, regions, tmp_path):
     pytest.importorskip("mindspore")
-    assert probe(encoders, ["start", "run"], regions.path, tmp_path, framework="mindspore") == 0
-    tree = json.loads((tmp_path / "probe.json").read_text())
-    for name in ("start", "run"):
-        theirs = by_key(reported[1], name)
-        for key, entry in by_key(tree, name).items():
-            for part in ("value", "low", "high"):
-                expected = theirs[key][part]  # None: too few images for an interval
-                close = expected if expected is None else pytest.approx(expected, rel=1e-4, abs=1e-4)
-                assert entry[part] == close, (name, key, part)
-            assert entry["regions"] == theirs[key]["regions"]
+    assert probe(encoders, ["run"], regions.path, tmp_path, framework="mindspore") == 0
+    theirs, ours = by_key(reported[1], "run"), by_key(json.loads((tmp_path / "probe.json").read_text()), "run")
+    assert set(ours) == set(theirs)
+    for key, entry in ours.items():
+        for part in ("value", "low", "high"):
+            expected = theirs[key][part]  # None: too few images for an interval
+            assert entry[part] == (expected if expected is None else pytest.approx(expected, rel=1e-4, abs=1e-4)), (key, part)
+        assert entry["regions"] == theirs[key]["regions"]
 
 
 def test_the_loss_is_that_of_an_evaluation_of_all_questions(reported, encoders, regions, tmp_path):
