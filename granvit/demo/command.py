@@ -38,7 +38,7 @@ class Demo(Parts):
     plan = Plan(
         root=Path("runs/demo"),
         after={"data": None, "stage1": "data", "stage2": "stage1", "stage1_mixed": "stage1", "guesser": "data"},
-        seconds={"data": 20, "stage1": 220, "stage2": 600, "stage1_mixed": 150, "guesser": 200},
+        seconds={"data": 15, "stage1": 125, "stage2": 400, "stage1_mixed": 100, "guesser": 115},
         ranks={"stage1": 2},
     )
 
