@@ -3,8 +3,9 @@
     python scripts/probe.py ENCODER [ENCODER ...] --source STORE [--framework mindspore|torch] [--out DIR]
 
 An ENCODER is a run's directory (its newest checkpoint) or one checkpoint, a publisher's directory, or an exported one. All are
-compared on the same regions of STORE, a region store. A STORE that shares images with the training data of a run, or of the runs
-that it started from, is refused. Name the start encoder first: the table has the difference of each other encoder to the first.
+compared on the same regions of STORE, a region store. Runs that differ only in their seed become one column, their mean. A STORE
+that shares images with the training data of a run, or of the runs that it started from, is refused. Name the start encoder first:
+the table has the difference of each other encoder to the first.
 Scores (docs/probe.md explains them), each with a 95% interval over images:
 
   kNN, linear probe      classes of regions from the frozen encoder's mean ROIAlign feature; trained on half of the images
@@ -40,12 +41,14 @@ from granvit.probe.sample import LAST_WORD, TRAIN_IMAGES, WHOLE, Sample, Split, 
 from granvit.probe.scores import (
     NEIGHBOURS,
     Score,
+    SeedScore,
     bootstrap,
     linear_classes,
     mean,
     nearest_classes,
     relative_agreement,
 )
+from granvit.probe.seeds import seed_groups
 
 COCO = 640 * 480  # pixels of a typical image of COCO, whose limits are areas of 32 x 32 and 96 x 96 pixels
 SIZES = (round(32**2 / COCO, 4), round(96**2 / COCO, 4))
@@ -109,6 +112,9 @@ def _probe(options: argparse.Namespace) -> None:
     names = short_names(options.encoders)
     candidates = [_open(path, name, options.no_loss) for path, name in zip(options.encoders, names, strict=True)]
     levels = _levels(candidates, options.level)
+    joined = seed_groups({each.name: each.checkpoint for each in candidates if each.checkpoint is not None})
+    if joined and importlib.util.find_spec("scipy") is None:
+        raise ValueError("runs of several seeds: their intervals need scipy: pip install -e '.[ablate]'")
     for candidate in candidates:
         if options.crop_size is not None and (options.crop_size <= 0 or options.crop_size % candidate.vision.patch_size):
             raise ValueError(f"--crop-size {options.crop_size} is not a multiple of the patch size of {candidate.path}, "
@@ -152,9 +158,15 @@ def _probe(options: argparse.Namespace) -> None:
                                 "store": sample.store.fingerprint, "classes": list(division.names)}  # fmt: skip
     facts = [*_sample_facts(sample, division, groups, options), *facts]
     facts.append(f"{options.framework} on {device}, {dtype}")
-    unpaired = unpaired_losses(names, losses_of)
-    facts += [f"No difference of the Bbox2Caption losses of {name} and {names[0]}: {why}" for name, why in unpaired.items()]
-    probe = Probe(tuple(names), scores, tuple(facts), settings, unpaired)
+    facts += [f"{column}: the mean of {', '.join(f'{run} (seed {seed})' for seed, run in runs.items())}"
+              for column, runs in joined.items()]  # fmt: skip
+    columns = join_seeds(scores, joined)
+    first_runs = {column: next(iter(joined[column].values())) if column in joined else column for column in columns}
+    reasons = unpaired_losses(list(first_runs.values()), losses_of)
+    unpaired = {column: reasons[run] for column, run in first_runs.items() if run in reasons}
+    first = next(iter(columns))
+    facts += [f"No difference of the Bbox2Caption losses of {name} and {first}: {why}" for name, why in unpaired.items()]
+    probe = Probe(tuple(columns), columns, tuple(facts), settings, unpaired)
     write_report(probe, options.out)
     print(markdown(probe))
     log.info(f"{options.out / 'report.html'}, report.md and probe.json were written; {time.monotonic() - started:.0f} s")
@@ -337,6 +349,22 @@ def _sample_facts(sample: Sample, division: Split, groups: dict[str, np.ndarray]
     if alone:
         facts.append(f"{alone} images have one region, and so no other crop: they are not in the region-crop scores")
     return facts
+
+
+def join_seeds(scores: Mapping[str, dict[tuple[str, str], Score]],
+               joined: Mapping[str, Mapping[int, str]]) -> dict[str, dict[tuple[str, str], Score]]:  # fmt: skip
+    """The scores with the runs of each column of `joined` replaced by their mean over seeds, at the place of its first run."""
+    column_of = {name: column for column, runs in joined.items() for name in runs.values()}
+    found: dict[str, dict[tuple[str, str], Score]] = {}
+    for name, own in scores.items():
+        column = column_of.get(name)
+        if column is None:
+            found[name] = own
+        elif column not in found:
+            of_seed = {seed: scores[run] for seed, run in joined[column].items()}
+            found[column] = {key: SeedScore.of({seed: each[key] for seed, each in of_seed.items()})
+                             for key in own if all(key in each for each in of_seed.values())}  # fmt: skip
+    return found
 
 
 class Progress:

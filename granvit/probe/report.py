@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from granvit.probe.scores import FEWEST_IMAGES, Score
+from granvit.probe.scores import FEWEST_IMAGES, Score, SeedScore
 
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}"
@@ -92,22 +92,26 @@ def _cells(probe: Probe) -> tuple[list[str], list[list[str]]]:
                 cells.append("-")
             else:
                 value, low, high = (quantity.show(part, signed=True) for part in found)
-                own = scores[number]
-                cells.append(f"{value} [{low}, {high}]" if own is not None and own.has_interval else f"{value} [-]")
+                cells.append(f"{value} [{low}, {high}]" if np.isfinite(found[1]) else f"{value} [-]")
         rows.append(cells)
     return header, rows
 
 
 NOTE = ("In brackets: 95% intervals, bootstrap over images. A difference is computed on the same regions and bootstrap samples "
         "for both encoders; if its interval holds 0, the probe does not tell the two apart.")  # fmt: skip
+SEEDS_NOTE = ("A column of several seeds has the mean over its runs; its intervals, and those of its differences, count both "
+              "seeds and images as samples. Differences of two such columns are paired by seed.")  # fmt: skip
 
 
 def _note(probe: Probe) -> str:
-    """`NOTE`, and why scores have no interval, if some have none."""
-    without = [score for *_, scores in probe.rows() for score in scores if score is not None and not score.has_interval]
-    if not without:
-        return NOTE
-    return f"{NOTE} [-]: the score is over fewer than {FEWEST_IMAGES} images, too few for an interval."
+    """`NOTE`, what columns of several seeds are, and why scores have no interval, if some have none."""
+    scores = [score for *_, row in probe.rows() for score in row if score is not None]
+    lines = [NOTE]
+    if any(isinstance(score, SeedScore) for score in scores):
+        lines.append(SEEDS_NOTE)
+    if any(not score.has_interval for score in scores):
+        lines.append(f"[-]: the score is over fewer than {FEWEST_IMAGES} images, too few for an interval.")
+    return " ".join(lines)
 
 
 def markdown(probe: Probe) -> str:
@@ -152,8 +156,11 @@ def _plot(probe: Probe) -> str:
                 ends = [(low * quantity.scale, high * quantity.scale) for low, high in limits]
                 spans = [[max(v - low, 0) for v, (low, _) in zip(values, ends, strict=True)],
                          [max(high - v, 0) for v, (_, high) in zip(values, ends, strict=True)]]  # fmt: skip
-                axes.errorbar([x + shift for x, _ in drawn], values, yerr=spans, fmt="o", capsize=4, label=name,
-                              color=COLOURS[number % len(COLOURS)])  # fmt: skip
+                colour = COLOURS[number % len(COLOURS)]
+                seeds = [(x + shift, own.value * quantity.scale) for x, score in drawn if isinstance(score, SeedScore)
+                         for own in score.by_seed.values()]  # fmt: skip
+                axes.scatter(*zip(*seeds, strict=True), s=12, alpha=0.35, color=colour, linewidths=0) if seeds else None
+                axes.errorbar([x + shift for x, _ in drawn], values, yerr=spans, fmt="o", capsize=4, label=name, color=colour)
             axes.set_xticks(range(len(groups)), [f"{group}\n{_count(scores)}" for group, scores in groups])
             axes.set_xlim(-0.6, len(groups) - 0.4)
             axes.set_title(f"{quantity.title}\n({'higher' if quantity.better > 0 else 'lower'} is better)", fontsize=10)
@@ -185,8 +192,11 @@ def _tree(probe: Probe) -> dict[str, Any]:
             low, high = score.interval if score.has_interval else (None, None)
             entry = {"score": quantity.key, "group": group, "regions": score.regions, "images": score.images,
                      "value": score.value, "low": low, "high": high}  # fmt: skip
+            if isinstance(score, SeedScore):
+                entry["by_seed"] = {str(seed): own.value for seed, own in score.by_seed.items()}
             if found is not None:
-                value, low, high = found if score.has_interval else (found[0], None, None)
+                value, *ends = found
+                low, high = ends if np.isfinite(ends[0]) else (None, None)
                 entry["minus_first"] = {"value": value, "low": low, "high": high}
             elif quantity.key == "loss" and name in probe.unpaired:
                 entry["no_difference"] = probe.unpaired[name]

@@ -1,5 +1,5 @@
 """The scores of a probe, in numpy: classification of region features, agreement with crops, and bootstrap intervals."""
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,9 +32,64 @@ class Score:
         return _percentiles(self.draws_D)
 
     def minus(self, other: "Score") -> tuple[float, float, float]:
-        """The difference to another encoder's score on the same regions, with its 95% interval. Both scores were computed on the
-        same bootstrap samples, so the interval is that of a paired comparison."""
-        return self.value - other.value, *_percentiles(self.draws_D - other.draws_D)
+        """The difference to another encoder's score on the same regions, with its 95% interval, whose ends are NaN where none is
+        stated. Both scores were computed on the same bootstrap samples, so the interval is that of a paired comparison."""
+        if isinstance(other, SeedScore):
+            value, low, high = other.minus(self)
+            return -value, -high, -low
+        ends = _percentiles(self.draws_D - other.draws_D) if self.has_interval else (np.nan, np.nan)
+        return self.value - other.value, *ends
+
+
+@dataclass(frozen=True)
+class SeedScore(Score):
+    """The mean of one score over runs of several seeds, on the same regions and bootstrap samples. `by_seed` has each seed's.
+
+    The interval counts both seeds and images as samples, as that of scripts/ablate.py does (docs/ablations.md). With S seeds, the
+    values v_s and the bootstrap samples d_sD of their scores, and I images, it is
+
+        mean(v_s) +- sqrt(t(S - 1)^2 * var(v_s) / S + t(I - 1)^2 * var_D(mean_s(d_sD)))         t(df): the 97.5% quantile of t
+
+    Noise that belongs to a seed and an image together is in both terms: the interval is wider than needed, not too narrow.
+    """
+
+    by_seed: Mapping[int, Score]
+
+    @staticmethod
+    def of(by_seed: Mapping[int, Score]) -> "SeedScore":
+        """The mean of the scores of at least two seeds."""
+        each = list(by_seed.values())
+        draws_D = np.mean([score.draws_D for score in each], axis=0)
+        return SeedScore(each[0].regions, each[0].images, float(np.mean([score.value for score in each])), draws_D, by_seed)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval over seeds and images."""
+        _, low, high = self._over_seeds(np.array([score.value for score in self.by_seed.values()]), self.draws_D)
+        return low, high
+
+    def minus(self, other: Score) -> tuple[float, float, float]:
+        """The difference to another score, with its 95% interval: over the seeds that both have, paired by seed, or of each seed
+        to the one other score. The ends are NaN where no interval is stated: with one common seed, and with few images."""
+        if not isinstance(other, SeedScore):
+            pairs = [(own, other) for own in self.by_seed.values()]
+        else:
+            pairs = [(own, other.by_seed[seed]) for seed, own in self.by_seed.items() if seed in other.by_seed]
+        if not pairs:
+            return self.value - other.value, np.nan, np.nan
+        values_S = np.array([own.value - theirs.value for own, theirs in pairs])
+        return self._over_seeds(values_S, np.mean([own.draws_D - theirs.draws_D for own, theirs in pairs], axis=0))
+
+    def _over_seeds(self, values_S: np.ndarray, draws_D: np.ndarray) -> tuple[float, float, float]:
+        """The mean of the values of the seeds, and the ends of its interval."""
+        from scipy.special import stdtrit  # imported here: a probe without several seeds does not need scipy
+
+        mean_value, seeds = float(values_S.mean()), len(values_S)
+        if seeds == 1 or not self.has_interval:
+            return mean_value, np.nan, np.nan
+        from_seeds = stdtrit(seeds - 1, 0.975) ** 2 * values_S.var(ddof=1) / seeds
+        half = float(np.sqrt(from_seeds + stdtrit(self.images - 1, 0.975) ** 2 * draws_D.var()))
+        return mean_value, mean_value - half, mean_value + half
 
 
 def _percentiles(draws_D: np.ndarray) -> tuple[float, float]:

@@ -66,18 +66,21 @@ def write_encoder(path, vision, tensors) -> None:
     write_pretrained(path, vision, None, vision_shapes(vision), tensors.items())
 
 
-def write_run(path, vision: VisionConfig, trained_on: Store, recorded: str | None = None, init_from=None) -> None:
+def write_run(path, vision: VisionConfig, trained_on: Store, recorded: str | None = None, init_from=None, seed: int = 0,
+              weight: float = 1.0) -> None:  # fmt: skip
     """A run's directory with a checkpoint after step 2, of random weights. `recorded` is the fingerprint of the training store in
-    the checkpoint (default: the true one)."""
+    the checkpoint (default: the true one), `weight` that of self-distillation in its configuration."""
     model = {"vision": "tiny-vision", "language": "tiny-language", "init": "random"}
     config = run_config(
         output=str(path),
+        seed=seed,
+        distill={"weight": weight},
         model=model | ({} if init_from is None else {"init_from": str(init_from)}),
         data={"buckets": [{"length": 420, "answers": 100}], "sources": [{"path": str(trained_on.path)}]},
     )
     fingerprints = {f"store {trained_on.path}": recorded or trained_on.fingerprint}
     writer = CheckpointWriter(path, config, vision, LANGUAGE, fingerprints=fingerprints)
-    start = values(parameter_shapes(vision, LANGUAGE), 3)
+    start = values(parameter_shapes(vision, LANGUAGE), 3 + seed)
     writer.save(ToyEngine(config, vision, LANGUAGE, writer.record_start(start.items())), 2, {"questions": 8, "skipped": 0})
 
 

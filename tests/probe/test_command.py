@@ -111,6 +111,25 @@ def test_an_export_for_transformers_scores_what_its_run_scores(level, regions, t
     assert trees[0]["encoders"]["run"] == trees[1]["encoders"]["export"]
 
 
+def test_runs_of_several_seeds_are_one_column(encoders, regions, trained_on, tmp_path):
+    for weight in (0.0, 1.0):
+        for seed in (1, 2):
+            write_run(tmp_path / f"w{weight:g}" / f"s{seed}", VISION, trained_on, seed=seed, weight=weight)
+    runs = [tmp_path / f"w{weight}" / f"s{seed}" for weight in (0, 1) for seed in (1, 2)]
+    assert probe(encoders, ["start", *runs], regions.path, tmp_path / "out", "--no-loss") == 0
+    tree = json.loads((tmp_path / "out" / "probe.json").read_text())
+    assert list(tree["encoders"]) == ["start", "distill.weight=0.0", "distill.weight=1.0"]
+    assert probe(encoders, ["start", *runs[:1]], regions.path, tmp_path / "alone", "--no-loss") == 0
+    start = by_key(tree, "start")
+    alone = by_key(json.loads((tmp_path / "alone" / "probe.json").read_text()), "s1")
+    for key, entry in by_key(tree, "distill.weight=0.0").items():
+        assert entry["by_seed"]["1"] == alone[key]["value"] and set(entry["by_seed"]) == {"1", "2"}
+        assert entry["value"] == pytest.approx(np.mean(list(entry["by_seed"].values())))
+        assert entry["minus_first"]["value"] == pytest.approx(entry["value"] - start[key]["value"])
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "distill.weight=0.0: the mean of w0/s1 (seed 1), w0/s2 (seed 2)" in text
+
+
 def test_names_are_as_short_as_they_can_be():
     assert short_names([Path("a/stage1"), Path("b/stage1"), Path("/x/start")]) == ["a/stage1", "b/stage1", "start"]
     with pytest.raises(ValueError, match="named twice"):

@@ -9,6 +9,8 @@ from granvit.probe.report import Probe, _tree, markdown
 from granvit.probe.scores import (
     NEIGHBOURS,
     RIDGES,
+    Score,
+    SeedScore,
     bootstrap,
     linear_classes,
     mean,
@@ -145,3 +147,43 @@ def test_agreement_compares_own_crops_with_other_crops():
     assert relative_agreement(np.array(0.3), np.array(0.3)) == 0
     assert relative_agreement(np.array(1.0), np.array(1.0)) == 0  # every feature is one vector: not called good
     assert relative_agreement(np.array(1.0), np.array(1 - 1e-7)) == 0  # the same, rounded
+
+
+def scored(values_SI: np.ndarray, seed: int = 0) -> SeedScore:
+    """The scores of several seeds, with one region per image."""
+    return SeedScore.of({number: bootstrap(mean, np.arange(len(row)), row, seed=seed) for number, row in enumerate(values_SI)})
+
+
+@pytest.mark.parametrize("spread", [(1.0, 0.0, 0.5), (0.3, 1.0, 1.0), (0.0, 2.0, 0.1)], ids=["seeds", "both", "images"])
+def test_intervals_over_seeds_cover_the_true_mean(spread, monkeypatch):
+    """With normal effects of seed, image and rest, 95% intervals hold the true mean, 0, in at least 93% of the trials."""
+    monkeypatch.setattr(scores, "DRAWS", 200)
+    of_seed, of_image, rest = spread
+    rng, trials, held = np.random.default_rng(3), 300, 0
+    for trial in range(trials):
+        values_SI = of_seed * rng.normal(size=(4, 1)) + of_image * rng.normal(size=(1, 60)) + rest * rng.normal(size=(4, 60))
+        low, high = scored(values_SI, trial).interval
+        held += low <= 0 <= high
+    assert held >= 0.93 * trials
+
+
+def test_differences_are_paired_by_seed():
+    rng = np.random.default_rng(5)
+    own = rng.normal(size=(3, 30)) * np.array([[0.0], [1.0], [5.0]])
+    a, b = scored(own + 0.5), scored(own)
+    value, low, high = a.minus(b)  # every seed and image differs by 0.5: no width
+    assert (value, low, high) == pytest.approx((0.5, 0.5, 0.5))
+    assert b.minus(a) == pytest.approx((-0.5, -0.5, -0.5))
+    one = bootstrap(mean, np.arange(30), own[0], seed=0)
+    value, low, high = one.minus(a)
+    assert value == pytest.approx(one.value - a.value) and low < value < high
+    assert a.minus(one) == pytest.approx((-value, -high, -low))
+
+
+def test_one_common_seed_gives_a_difference_without_interval():
+    rng = np.random.default_rng(5)
+    scores_of = {seed: bootstrap(mean, np.arange(30), rng.normal(size=30), seed=0) for seed in range(3)}
+    a, b = SeedScore.of({0: scores_of[0], 1: scores_of[1]}), SeedScore.of({1: scores_of[2], 2: scores_of[0]})
+    value, low, high = a.minus(b)
+    assert value == pytest.approx(scores_of[1].value - scores_of[2].value) and np.isnan(low) and np.isnan(high)
+    assert isinstance(a, Score) and a.has_interval
