@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 class Group(NamedTuple):
     """An image and its annotations, in the order of the source. `repeated` are the annotations whose id an earlier one has."""
 
-    key: int | str
+    key: str
     image: Any
     rows: list[Any]
     repeated: list[Any]
@@ -20,8 +20,8 @@ class Group(NamedTuple):
 class Groups:
     """Images and annotations of one part of a source, put in in any order and read back image by image.
 
-    A context manager: its temporary file exists until the end of the `with`. A key is a whole number or text; 1 and "1" differ.
-    Images and rows are kept as JSON, so that they have to be plain lists, mappings, numbers and text.
+    A context manager: its temporary file exists until the end of the `with`. A key is a whole number or text; 1 and "1" are the
+    same key. Images and rows are kept as JSON, so that they have to be plain lists, mappings, numbers and text.
 
         with Groups() as groups:
             groups.add_image(7, {"file_name": "a.jpg"})
@@ -76,7 +76,7 @@ class Groups:
                 (key,),
             ):
                 (repeated if again else rows).append(json.loads(value))
-            yield Group(json.loads(key), json.loads(image), rows, repeated)
+            yield Group(key, json.loads(image), rows, repeated)
 
     def without_image(self) -> Iterator[Any]:
         """The annotations whose image was never put in, in the order of the source."""
@@ -88,4 +88,4 @@ class Groups:
 def _text(key: Any, reason: str) -> str:
     if isinstance(key, bool) or not isinstance(key, int | str):
         raise ValueError(reason)
-    return json.dumps(key)
+    return str(key).encode(errors="backslashreplace").decode()  # SQLite takes no lone surrogates

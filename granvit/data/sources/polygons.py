@@ -1,4 +1,4 @@
-"""Boxes as sources write them (four numbers, width and height, corners of a quad or polygon), as xyxy."""
+"""Boxes as sources write them (four numbers, width and height, corners of a quad or polygon), as xyxy; sizes of images."""
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +31,15 @@ def box_of_points(points: Any) -> tuple[float, float, float, float]:
         raise ValueError("polygon is not a list of points")
     xs, ys = ([_number(value, "a point is not two numbers") for value in points[axis::2]] for axis in (0, 1))
     return _least(xs), _least(ys), _greatest(xs), _greatest(ys)
+
+
+def whole_size(width: Any, height: Any) -> tuple[int, int] | None:
+    """Width and height of an image if both are positive whole numbers, None otherwise."""
+    if any(isinstance(side, bool) or not isinstance(side, int | float) for side in (width, height)):
+        return None
+    if not (0 < width < math.inf and 0 < height < math.inf and width == int(width) and height == int(height)):
+        return None
+    return int(width), int(height)
 
 
 def _least(values: list[float]) -> float:
