@@ -27,8 +27,9 @@ class Coco:
 
     `file` has `images`, and `annotations` with boxes (`bbox`, `category_id`) or captions (`caption`); without annotations, its
     images have no regions. `captions` is a second file, whose captions belong to images of the first one. The global caption is
-    the image's caption number `caption_number`, from 0, in the order of the files; none if it has fewer. A region's caption is the name of its
-    category, or empty with `region_caption` none. Boxes of crowds (`iscrowd` 1) are refused: they hold many objects.
+    the image's caption number `caption_number`, from 0, in the order of the files; none if it has fewer. A region's caption is
+    the name of its category, or empty with `region_caption` none. Boxes of crowds (`iscrowd` 1) are refused: they hold many
+    objects.
     """
 
     file: str | Path

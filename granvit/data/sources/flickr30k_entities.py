@@ -1,13 +1,13 @@
 """Flickr30k Entities (https://github.com/BryanPlummer/flickr30k_entities, `annotations.zip`): phrases of sentences with boxes.
 
-`Annotations/36979.xml` has `filename`, `size` and `object`s. An object has one or several `name`s, the ids of the entities that it
-shows, and either `bndbox` (`xmin`, `ymin`, `xmax`, `ymax`) or `nobndbox` and `scene`. An entity can have several boxes.
+`Annotations/36979.xml` has `filename`, `size` and `object`s. An object has one or several `name`s, the ids of the entities that
+it shows, and either `bndbox` (`xmin`, `ymin`, `xmax`, `ymax`) or `nobndbox` and `scene`. An entity can have several boxes.
 `Sentences/36979.txt` has five sentences, one per line, with the ids and types of entities:
 
     [/EN#283585/people A young child] is wearing [/EN#283587/clothing blue goggles] .
 
-Boxes are the first and last pixels, counted from 1 (the data set's own tools subtract 1): `xmin - 1, ymin - 1, xmax, ymax` are the
-edges.
+Boxes are the first and last pixels, counted from 1 (the data set's own tools subtract 1): their edges are `xmin - 1`, `ymin - 1`,
+`xmax`, `ymax`.
 """
 import re
 from collections.abc import Iterator, Sequence

@@ -21,9 +21,9 @@ from granvit.data.sources.polygons import box_of_xyxy, whole_size
 class Grit:
     """Phrases of captions as regions, from the Parquet files in `folder`. The caption is the global caption.
 
-    `image` is the path of an image, in which `{key}` is the row's key and `{file}` the name of the Parquet file without `.parquet`:
-    `{file}/{key}.jpg` for img2dataset's format files. `phrases` says which list is read. A key may come again in another row or
-    file; so the id is the file's name with the number of the row, from 0.
+    `image` is the path of an image, in which `{key}` is the row's key and `{file}` the name of the Parquet file without
+    `.parquet`: `{file}/{key}.jpg` for img2dataset's format files. `phrases` says which list is read. A key may come again in
+    another row or file; so the id is the file's name with the number of the row, from 0.
     """
 
     folder: str | Path

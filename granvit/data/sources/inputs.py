@@ -101,13 +101,3 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]
         except (pa.ArrowException, OSError):
             raise Damaged(path, "file is damaged") from None
 
-
-def parquet_columns(path: Path) -> list[str]:
-    """The names of a Parquet file's columns; empty if it cannot be read."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_schema(path).names
-    except (pa.ArrowException, OSError):
-        return []

@@ -11,8 +11,8 @@ def box_of_mask(mask: Any) -> tuple[float, float, float, float]:
     """The box (xyxy, edges of pixels) around a mask: `{"size": [height, width], "counts": ...}`, or a list of polygons
     `[x, y, x, y, ...]`.
 
-    `counts` are lengths of runs over the columns of the mask, from top to bottom, of 0 and 1 in turn, beginning with 0: a list, or
-    COCO's compressed text. `ValueError` with the reason if the mask is empty or not one of these.
+    `counts` are lengths of runs over the columns of the mask, from top to bottom, of 0 and 1 in turn, beginning with 0: a list,
+    or COCO's compressed text. `ValueError` with the reason if the mask is empty or not one of these.
     """
     if isinstance(mask, Mapping):
         return _box_of_runs(mask)
@@ -32,8 +32,8 @@ def mask_size(mask: Any) -> tuple[int, int] | None:
 
 def _box_of_runs(mask: Mapping[str, Any]) -> tuple[float, float, float, float]:
     size, counts = mask_size(mask), mask.get("counts")
-    if size is None:
-        raise ValueError("mask has no size")
+    if size is None or size[0] * size[1] > 1 << 40:
+        raise ValueError("mask has no valid size")
     if isinstance(counts, str):
         counts = _decompress(counts)
     if not isinstance(counts, list) or any(type(count) is not int for count in counts):

@@ -1,9 +1,9 @@
 """Visual Genome's region descriptions (https://homes.cs.washington.edu/~ranjay/visualgenome/api_readme.html).
 
-`region_descriptions.json` is a list of images, each with `id` and `regions`: a list of `region_id`, `image_id`, `x`, `y`, `width`,
-`height`, `phrase`. `image_data.json` is a list of `image_id`, `url`, `width`, `height`, `coco_id`, `flickr_id`. Versions differ in
-whether an image's id is called `id` or `image_id`. The url ends with folder and file name of the image, `VG_100K_2/1.jpg`; the
-file name is not always the image's id.
+`region_descriptions.json` is a list of images, each with `id` and `regions`: a list of `region_id`, `image_id`, `x`, `y`,
+`width`, `height`, `phrase`. `image_data.json` is a list of `image_id`, `url`, `width`, `height`, `coco_id`, `flickr_id`. Versions
+differ in whether an image's id is called `id` or `image_id`. The url ends with folder and file name of the image,
+`VG_100K_2/1.jpg`; the file name is not always the image's id.
 """
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
