@@ -1,5 +1,6 @@
 """Reading of a source's files in a stream: JSON of any size, and Parquet."""
 import codecs
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import ijson
 
 CUT = "file ends in the middle"
+_DAMAGED = "file is damaged"
 _CHUNK = 1 << 18
 
 
@@ -87,10 +89,13 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]
     with open(path, "rb") as file:
         if file.read(4) != b"PAR1":
             raise ValueError(f"{path}: is not a Parquet file")
+        file.seek(-4, os.SEEK_END)
+        if file.read() != b"PAR1":
+            raise Damaged(path, CUT)  # and without the index of its columns, which is at the end
     try:
         table = pq.ParquetFile(path)
-    except pa.ArrowException:  # the index is at the end of the file
-        raise Damaged(path, CUT) from None
+    except (pa.ArrowException, OSError):
+        raise Damaged(path, _DAMAGED) from None
     with table:
         for column in columns:
             if column not in table.schema_arrow.names:
@@ -98,6 +103,6 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]
         try:
             for batch in table.iter_batches(batch_size=64, columns=list(columns)):
                 yield from batch.to_pylist()
-        except (pa.ArrowException, OSError):
-            raise Damaged(path, "file is damaged") from None
+        except (pa.ArrowException, OSError, UnicodeDecodeError):
+            raise Damaged(path, _DAMAGED) from None
 

@@ -66,4 +66,4 @@ def _number(value: Any, reason: str) -> float:
     try:
         return float(value)
     except OverflowError:  # a whole number beyond the floats
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
