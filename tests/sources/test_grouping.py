@@ -67,6 +67,14 @@ def test_text_that_is_not_valid_unicode_can_be_a_key():
         assert [(group.image, group.rows) for group in groups.read()] == [("\udfff", ["row"])]
 
 
+def test_rows_that_are_nested_too_deeply_are_refused():
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    with Groups() as groups, pytest.raises(ValueError, match="nested too deeply"):
+        groups.add_row(1, deep)
+
+
 def test_the_temporary_file_is_removed_also_after_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(ZeroDivisionError), Groups() as groups:

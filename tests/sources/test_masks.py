@@ -37,13 +37,12 @@ def test_run_lengths(rows, box):
 
 
 def test_compressed_run_lengths():
-    # The text of 6, 1, 40, 4, 5, 4, 5, 4, 21: numbers from the fourth on are differences to the one before the last.
-    # 6 -> "6"; 1 -> "1"; 40 = 8 + 32 * 1 -> "X" "1"; 4 - 1 = 3 -> "3"; 5 - 40 = -35 -> "m" "N" (29 + 32 * 30, less 1024);
+    # The text of 15, 1, 31, 4, 5, 4, 5, 4, 21: numbers from the fourth on are differences to the one before the last.
+    # 15 -> "?"; 1 -> "1"; 31 = 31 + 32 * 0 -> "o" "0"; 4 - 1 = 3 -> "3"; 5 - 31 = -26 = 6 + 32 * 31 - 1024 -> "V" "O";
     # 4 - 4 = 0 -> "0"; 5 - 5 -> "0"; 4 - 4 -> "0"; 21 - 5 = 16 = 16 + 32 * 0 -> "`" "0".
-    counts = [6, 1, 40, 4, 5, 4, 5, 4, 21]
-    listed = {"size": [9, 10], "counts": counts}
-    packed = {"size": [9, 10], "counts": "61X13mN000`0"}
-    assert box_of_mask(listed) == box_of_mask(packed) == (0, 2, 8, 7)
+    counts = [15, 1, 31, 4, 5, 4, 5, 4, 21]
+    assert box_of_mask({"size": [9, 10], "counts": counts}) == (1, 2, 8, 7)
+    assert box_of_mask({"size": [9, 10], "counts": "?1o03VO000`0"}) == (1, 2, 8, 7)
 
 
 def test_runs_of_length_zero_are_no_pixels():

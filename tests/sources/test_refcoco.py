@@ -301,8 +301,8 @@ def test_bad_rows_of_parquet_without_images(tmp_path):
 
 IMAGES = pa.schema([
     ("question_id", pa.string()), ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-    ("question", pa.string()), ("answer", pa.list_(pa.string())), ("segmentation", pa.list_(pa.float32())), ("bbox", pa.list_(pa.float32())),
-    ("iscrowd", pa.int8()), ("file_name", pa.string()),
+    ("question", pa.string()), ("answer", pa.list_(pa.string())), ("segmentation", pa.list_(pa.float32())),
+    ("bbox", pa.list_(pa.float32())), ("iscrowd", pa.int8()), ("file_name", pa.string()),
 ])
 
 

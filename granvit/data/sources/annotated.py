@@ -1,7 +1,7 @@
 """What readers of public data sets hand over: images with their annotations, as the source states them.
 
-A reader translates one FORMAT, not one data set. It neither opens images nor checks boxes against them: that is done once, for all
-formats, by what reads its `Annotated`. It reads in a stream: memory does not grow with the size of the source.
+A reader translates one FORMAT, not one data set. It neither opens images nor checks boxes against them: that is done once, for
+all formats, by what reads its `Annotated`. It reads in a stream: memory does not grow with the size of the source.
 """
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

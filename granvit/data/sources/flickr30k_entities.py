@@ -91,7 +91,7 @@ class _Unreadable(Exception):
 def _parse(path: Path) -> ElementTree.Element:
     try:
         root = ElementTree.parse(path).getroot()
-    except ElementTree.ParseError:
+    except (ElementTree.ParseError, ValueError, LookupError):  # the last two: unknown encodings
         raise _Unreadable("annotations are not valid XML") from None
     if root.tag != "annotation":
         raise ValueError(f"{path}: is not an annotation of Flickr30k Entities: its element is {root.tag}, not annotation")

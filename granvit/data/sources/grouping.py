@@ -20,8 +20,9 @@ class Group(NamedTuple):
 class Groups:
     """Images and annotations of one part of a source, put in in any order and read back image by image.
 
-    A context manager: its temporary file exists until the end of the `with`. A key is a whole number or text; 1 and "1" are the
-    same key. Images and rows are kept as JSON, so that they have to be plain lists, mappings, numbers and text.
+    A context manager: its temporary file exists until the end of the `with`. The file is about as large as what is put in, and
+    lies where Python puts temporary files (TMPDIR). A key is a whole number or text; 1 and "1" are the same key. Images and rows
+    are kept as JSON, so that they have to be plain lists, mappings, numbers and text.
 
         with Groups() as groups:
             groups.add_image(7, {"file_name": "a.jpg"})
@@ -48,16 +49,17 @@ class Groups:
         self._folder.cleanup()
 
     def add_image(self, key: Any, image: Any) -> bool:
-        """False if an image with this key is already there; it stays. `ValueError` with the reason if `key` is not a key."""
-        values = (_text(key, "image id is neither a whole number nor text"), json.dumps(image))
+        """False if an image with this key is already there; it stays. `ValueError` with the reason if `key` is not a key,
+        or `image` is nested too deeply."""
+        values = (_text(key, "image id is neither a whole number nor text"), _json(image))
         return self._file.execute("INSERT OR IGNORE INTO image (key, value) VALUES (?, ?)", values).rowcount == 1
 
     def add_row(self, key: Any, row: Any, row_id: Any = None) -> None:
         """An annotation of the image `key`, None for an annotation without an id. `ValueError` with the reason if `key` or
-        `row_id` is not a key."""
+        `row_id` is not a key, or `row` is nested too deeply."""
         text = _text(key, "image id of the annotation is neither a whole number nor text")
         id_text = None if row_id is None else _text(row_id, "annotation id is neither a whole number nor text")
-        self._file.execute("INSERT INTO annotation (key, id, value) VALUES (?, ?, ?)", (text, id_text, json.dumps(row)))
+        self._file.execute("INSERT INTO annotation (key, id, value) VALUES (?, ?, ?)", (text, id_text, _json(row)))
 
     def read(self) -> Iterator[Group]:
         """Every image, in the order in which they were put in, with its annotations. Nothing can be put in after this."""
@@ -83,6 +85,13 @@ class Groups:
         query = "SELECT value FROM annotation WHERE key NOT IN (SELECT key FROM image) ORDER BY number"
         for (value,) in self._file.execute(query):
             yield json.loads(value)
+
+
+def _json(value: Any) -> str:
+    try:
+        return json.dumps(value)
+    except RecursionError:
+        raise ValueError("entry is nested too deeply") from None
 
 
 def _text(key: Any, reason: str) -> str:
