@@ -10,7 +10,6 @@ Invalid lines, images, regions and captions are left out and listed in OUT/refus
 line. The file exists only if something was left out.
 """
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,8 @@ from typing import TypeVar, get_args
 from rich.progress import Progress
 
 from granvit.data.records import BboxFrame, BoxUnit, make_record
+from granvit.data.sources.jsonl import described
+from granvit.data.sources.lines import parse_line
 from granvit.data.store import MAX_PIXELS, REGIONS
 from granvit.data.store_writer import REFUSED, Item, Summary, write_items
 
@@ -50,14 +51,9 @@ def _read_line(numbered: tuple[int, bytes], images: Path, unit: BoxUnit, frame: 
     number, line = numbered
     name = f"line {number}"
     try:
-        try:
-            tree = json.loads(line)
-        except ValueError:  # also UnicodeDecodeError
-            raise ValueError("line is not valid JSON") from None
-        if not isinstance(tree, dict) or not isinstance(tree.get("image"), str):
-            raise ValueError("line has no image path")
-        name = str(tree["image"] if tree.get("id") is None else tree["id"]).encode(errors="replace").decode()
-        data = read_image(images / tree["image"])
+        tree = parse_line(line)
+        name, image = described(tree)
+        data = read_image(images / image)
         record, refused = make_record(
             name, data, tree.get("global"), tree.get("regions") or [], unit=unit, frame=frame, max_pixels=max_pixels
         )

@@ -1,0 +1,96 @@
+"""Formats with one small file per image: the files of a folder, cut into parts, and reading them one by one."""
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from granvit.data.sources.annotated import Annotated, Refused
+from granvit.data.sources.inputs import need_folder
+
+FILES_IN_PART = 10_000
+
+
+class OtherFormat(Exception):
+    """A file can be parsed but is of another format than the reader's."""
+
+
+def file_parts(folder: str | Path, endings: tuple[str, ...], key: str) -> list[str]:
+    """The parts of a folder's files with one of these endings (small letters; those of the names count alike), folders below
+    included: `SUBFOLDER:NUMBER`, sorted. A part has up to 10,000 files of one folder, from that number on in the sorted list.
+
+    `ValueError` names the folder, a value of `key`, if it does not exist or has no such file. Links to folders are not followed.
+    """
+    folder = need_folder(folder, key)
+    parts = []
+    for path, below, names in os.walk(folder):
+        below.sort()
+        count = sum(name.lower().endswith(endings) for name in names)
+        parts += [f"{Path(path).relative_to(folder).as_posix()}:{start}" for start in range(0, count, FILES_IN_PART)]
+    if not parts:
+        raise ValueError(f"{key} {folder}: holds no {' or '.join(endings)} file")
+    return parts
+
+
+def part_files(folder: str | Path, endings: tuple[str, ...], part: str) -> Iterator[str]:
+    """The files of a part of `file_parts`, sorted, relative to `folder` and with `/`. The names of one folder are in memory."""
+    below, _, start = part.rpartition(":")
+    names = sorted(entry.name for entry in os.scandir(Path(folder, below)) if entry.name.lower().endswith(endings))
+    for name in names[int(start) : int(start) + FILES_IN_PART]:
+        yield Path(below, name).as_posix()
+
+
+def read_files(
+    folder: str | Path, endings: tuple[str, ...], part: str, read: Callable[[Path, str], Annotated], form: str
+) -> Iterator[Annotated | Refused]:
+    """`read(path, relative name)` for each file of a part. A file for which it raises `ValueError` is refused with that reason.
+
+    `OtherFormat` refuses the file too, but for the first file of the part it becomes a `ValueError` that names the file; `form`
+    says what was expected.
+    """
+    for number, name in enumerate(part_files(folder, endings, part)):
+        path = Path(folder, name)
+        try:
+            yield read(path, name)
+        except OtherFormat:
+            if number == 0:
+                raise ValueError(f"{path}: is not {form}") from None
+            yield Refused(name, "file is of another format")
+        except ValueError as error:
+            yield Refused(name, str(error))
+
+
+def read_bytes(path: Path) -> bytes:
+    """A small file's bytes; `ValueError` with a reason that does not name the file."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"file cannot be read ({type(error).__name__})") from None
+
+
+def read_tree(path: Path) -> Any:
+    """A small JSON file's contents; `ValueError` with the reason if it cannot be read."""
+    try:
+        return json.loads(read_bytes(path).removeprefix(b"\xef\xbb\xbf"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):  # the last: lists in lists a thousand deep
+        raise ValueError("file is not valid JSON") from None
+
+
+def with_ending(name: str, ending: str) -> str:
+    """A file's name with another ending: what comes after its last dot, the dot included, is replaced."""
+    return name.rpartition(".")[0] + ending
+
+
+def text_of(value: Any) -> str:
+    """A caption as it is, empty for None; `ValueError` if it is not text."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError("caption is not text")
+    return value
+
+
+def around(boxes: list[tuple[float, float, float, float]]) -> tuple[float, float, float, float]:
+    """The smallest box (xyxy) that holds all of at least one box."""
+    x1, y1, x2, y2 = zip(*boxes, strict=True)
+    return min(x1), min(y1), max(x2), max(y2)
