@@ -2,7 +2,7 @@
 
     python -m granvit.data.conversations conversations.json images/ OUT [--bbox-frame image|padded_square]
 
-The file is one JSON list, which is read into memory, or has one conversation per line. Examples are BLIP-LAION-CC-SBU-558K,
+The file is one JSON list or has one conversation per line; it is read in a stream. Examples are BLIP-LAION-CC-SBU-558K,
 Open-LLaVA-NeXT 1M and LLaVA-OneVision:
 
     {"id": "a", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
@@ -16,12 +16,13 @@ edge). Data sets differ in what boxes are relative to: those of LLaVA-665K are r
 rewritten relative to the image, with three decimals. If a text about an image has a box, `--bbox-frame` is required: without it
 the build stops with an error.
 
+LLaVA-OneVision's list of files (`.yaml`), with a `sampling_strategy` for each, can be given instead of one file:
+`granvit/data/sources/llava.py` describes it. All its files must then have boxes in the same frame.
+
 An invalid conversation (turns out of order, an answer missing, more than one `<image>`, a box outside the image, several images,
 a video) is left out completely and listed with the reason in OUT/refused.jsonl.
 """
 import argparse
-import codecs
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -34,6 +35,8 @@ from granvit.data.build_store import add_build_arguments, read_image, read_in_th
 from granvit.data.images import decode
 from granvit.data.prompts import Box, replace_boxes
 from granvit.data.records import BboxFrame, Conversation, written_box
+from granvit.data.sources.lines import parse_line
+from granvit.data.sources.llava import Entry, conversation_files
 from granvit.data.store import CONVERSATIONS, MAX_PIXELS
 from granvit.data.store_writer import Item, Summary, write_items
 
@@ -54,11 +57,13 @@ def build_conversations(
     shard_bytes: int = 256 << 20,
     max_pixels: int = MAX_PIXELS,
     progress: Progress | None = None,
+    seed: int = 0,
 ) -> Summary:
-    """Builds a store from a JSON file and a folder of images (see the module's docstring).
+    """Builds a store from a JSON file, or a list of them, and a folder of images (see the module's docstring).
 
-    Invalid conversations are left out and listed in `refused.jsonl`. `ValueError` if nothing is left, `path` is not a file or
-    `images` not a directory, a JSON list is damaged, or a text has a box and `frame` is None.
+    Invalid conversations are left out and listed in `refused.jsonl`. `seed` decides which conversations a list's rule `random`
+    takes. `ValueError` if nothing is left, `path` is not a file or `images` not a directory, a JSON list is damaged, or a text
+    has a box and `frame` is None.
     """
     path, images = Path(path), Path(images)
     if not path.is_file():
@@ -68,7 +73,7 @@ def build_conversations(
     read = partial(_read, images=images, frame=frame, max_pixels=max_pixels)
     shown = progress or Progress(disable=True)
     task = shown.add_task("conversations", total=None)
-    items = read_in_threads(read, _entries(path), lambda chunk: shown.advance(task, len(chunk)))
+    items = read_in_threads(read, _entries(path, seed), lambda chunk: shown.advance(task, len(chunk)))
     try:
         return write_items(items, out, CONVERSATIONS, frame, shard_bytes)
     except _FrameNotStated as found:
@@ -78,29 +83,18 @@ def build_conversations(
         ) from None
 
 
-def _entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """For each conversation its place in the file, and its parsed JSON or its line."""
-    with open(path, "rb") as file:
-        if file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-            file.seek(0)
-            try:
-                trees = json.load(file)
-            except ValueError as error:
-                raise ValueError(f"conversations {path}: not valid JSON: {error}") from None
-            yield from ((f"entry {number}", tree) for number, tree in enumerate(trees, 1))
-        else:
-            file.seek(0)
-            yield from ((f"line {number}", line) for number, line in enumerate(file, 1) if line.strip())
+def _entries(path: Path, seed: int) -> Iterator[Entry]:
+    """The conversations of a file, or of the files of a list; those have the file's name before their places."""
+    for file in conversation_files(path):
+        for place, tree in file.entries(seed):
+            yield place if file.path == path else f"{file.path.name} {place}", tree
 
 
-def _read(entry: tuple[str, Any], images: Path, frame: BboxFrame | None, max_pixels: int) -> Item:
+def _read(entry: Entry, images: Path, frame: BboxFrame | None, max_pixels: int) -> Item:
     name, tree = entry
     try:
         if isinstance(tree, bytes):
-            try:
-                tree = json.loads(tree)
-            except ValueError:  # also UnicodeDecodeError
-                raise ValueError("line is not valid JSON") from None
+            tree = parse_line(tree)
         if not isinstance(tree, Mapping):
             raise ValueError("entry is not a mapping with conversations")
         if tree.get("id") is not None:
@@ -197,11 +191,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", metavar="JSON", help="conversations: a JSON list, or one per line")
+    parser.add_argument("source", metavar="JSON", help="conversations: a JSON list, one per line, or a .yaml list of files")
     add_build_arguments(parser)
     parser.add_argument("--bbox-frame", choices=get_args(BboxFrame), help="frame that boxes in the texts are relative to")
+    parser.add_argument("--seed", type=int, default=0, help="decides what the rule `random` of a list takes (default: 0)")
+    options = parser.parse_args(arguments)
     counts = "{0.conversations} conversations, {0.images} of them about an image, {0.turns} turns"
-    return run_build(build_conversations, parser.parse_args(arguments), counts)
+    return run_build(partial(build_conversations, seed=options.seed), options, counts)
 
 
 if __name__ == "__main__":
