@@ -21,9 +21,12 @@ def _annotation(name, size, *things):
             f"<depth>3</depth></size>\n{''.join(things)}\n</annotation>\n")
 
 
-YOUNG_CHILD = """[/EN#283585/people A young child] is wearing [/EN#283587/clothing blue goggles] and sitting in [/EN#283588/vehicles a float] in [/EN#283586/scene a pool] .
-[/EN#283585/people A small child] wearing [/EN#283587/clothing blue goggles] is in [/EN#283588/vehicles/other an inflatable ring] .
-"""  # noqa: E501
+YOUNG_CHILD = (
+    "[/EN#283585/people A young child] is wearing [/EN#283587/clothing blue goggles] and sitting in "
+    "[/EN#283588/vehicles a float] in [/EN#283586/scene a pool] .\n"
+    "[/EN#283585/people A small child] wearing [/EN#283587/clothing blue goggles] is in "
+    "[/EN#283588/vehicles/other an inflatable ring] .\n"
+)
 # id: (size, objects, sentences)
 IMAGES = {
     "36979": ((500, 375), [
