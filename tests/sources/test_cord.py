@@ -112,12 +112,17 @@ def test_damaged_files_and_files_of_another_format(tmp_path):
     (tmp_path / "receipt_00002.json").write_text('{"images": [], "annotations": []}')
     (tmp_path / "receipt_00003.json").write_text("[" * 100_000)
     (tmp_path / "receipt_00004.json").write_text(json.dumps(_receipt(0) | {"valid_line": {}}))
+    (tmp_path / "receipt_00006.json").write_text(whole[: whole.index("Campur") + 3])
+    (tmp_path / "receipt_00007.json").write_text(whole.replace(":", "", 1))
+    (tmp_path / "receipt_00008.json").write_bytes(b'{"\xff": 5}')
     (tmp_path / "receipt_00005.json").write_bytes(b"\xef\xbb\xbf" + whole.encode())
-    first, *rest, last = everything(Cord(tmp_path))
-    assert first.regions == last.regions == _lines(0)
+    first, *rest = everything(Cord(tmp_path))
+    assert first.regions == rest.pop(4).regions == _lines(0)
     assert rest == [
-        Refused("receipt_00001.json", "file is not valid JSON"), Refused("receipt_00002.json", "file is of another format"),
+        Refused("receipt_00001.json", "file ends in the middle"), Refused("receipt_00002.json", "file is of another format"),
         Refused("receipt_00003.json", "file is not valid JSON"), Refused("receipt_00004.json", "valid_line is not a list"),
+        Refused("receipt_00006.json", "file ends in the middle"), Refused("receipt_00007.json", "file is not valid JSON"),
+        Refused("receipt_00008.json", "file is not valid JSON"),
     ]  # fmt: skip
     (tmp_path / "receipt_00000.json").write_text('{"images": [], "annotations": []}')
     with pytest.raises(ValueError, match=r"receipt_00000\.json.*CORD"):

@@ -70,6 +70,18 @@ def test_folders_that_hold_no_image(tmp_path):
         Folder(tmp_path / "a.txt").parts()
 
 
+def test_names_that_are_not_utf8(tmp_path):
+    (tmp_path / "\udcff.jpg").write_bytes(b"x")
+    (record,) = everything(Folder(tmp_path))
+    assert record == Annotated("\\udcff.jpg", "\udcff.jpg") and record.id.encode() and (tmp_path / record.image).is_file()
+
+
+def test_folders_with_the_ending_of_files_do_not_push_files_out_of_parts(images, monkeypatch):
+    monkeypatch.setattr(per_image, "FILES_IN_PART", 4)
+    (images / "Z.jpg").mkdir()
+    assert [record.image for record in everything(Folder(images))] == ORDER
+
+
 def test_a_folder_whose_name_has_a_colon(tmp_path):
     (tmp_path / "a:0").mkdir()
     (tmp_path / "a:0" / "b.jpg").write_bytes(b"x")

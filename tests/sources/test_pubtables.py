@@ -97,7 +97,7 @@ def test_bad_words_are_refused_and_a_table_without_words_too(tmp_path):
         ("word 5", "box is not four numbers"),
     )  # fmt: skip
     assert rest == [
-        Refused("b.xml", "words: file is not valid JSON"), Refused("c.xml", "words: file cannot be read (FileNotFoundError)"),
+        Refused("b.xml", "words: file ends in the middle"), Refused("c.xml", "words: file cannot be read (FileNotFoundError)"),
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"words .*absent"):
         Voc(tmp_path, tmp_path / "absent").parts()
@@ -119,14 +119,17 @@ def test_bad_objects_and_damaged_files(tmp_path):
     (tmp_path / "g.xml").write_text(
         '<!DOCTYPE annotation [<!ENTITY out SYSTEM "file:///etc/hostname">]><annotation><filename>&out;</filename></annotation>'
     )
+    (tmp_path / "h.xml").write_text(whole[:-5])
+    (tmp_path / "i.xml").write_text("<annotation>" + "<a>" * 100_000 + "</a>" * 100_000 + "</annotation>")
     first, *rest = everything(Voc(tmp_path))
     assert first.regions[0] == RawRegion((1, 2, 3, 4), "dog") and first.size is None
     assert math.isnan(first.regions[1].box[0]) and first.regions[1].caption == "" and len(first.regions) == 2
     assert first.refused == (("object 1", "bndbox is not four numbers"), ("object 3", "bndbox is not four numbers"))
     assert rest == [
-        Refused("b.xml", "file is not valid XML"), Refused("c.xml", "file is not valid XML"),
+        Refused("b.xml", "file ends in the middle"), Refused("c.xml", "file is not valid XML"),
         Refused("d.xml", "annotation has no filename"), Refused("e.xml", "file is of another format"),
         Refused("f.xml", "file is not valid XML"), Refused("g.xml", "file is not valid XML"),
+        Refused("h.xml", "file ends in the middle"), Refused("i.xml", "annotation has no filename"),
     ]  # fmt: skip
     (tmp_path / "a.xml").write_text("<html></html>")
     with pytest.raises(ValueError, match=r"a\.xml.*annotation"):

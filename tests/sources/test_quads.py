@@ -71,11 +71,12 @@ def test_files_of_another_format(tmp_path):
         everything(Quads(tmp_path))
     (tmp_path / "Z.txt").write_text("1,2,3,2,3,4,1,4,x\n")
     (tmp_path / "b.txt").write_bytes(b"1,2,3,2,3,4,1,4,\x81\xff\n")
-    (tmp_path / "c.txt").mkdir()
+    (tmp_path / "c.txt").symlink_to("nowhere")
+    (tmp_path / "d.txt").mkdir()
     assert everything(Quads(tmp_path))[1:] == [
         Refused("a.txt", "file is of another format"),
         Refused("b.txt", "file is neither UTF-8 nor cp1252"),
-        Refused("c.txt", "file cannot be read (IsADirectoryError)"),
+        Refused("c.txt", "file cannot be read (FileNotFoundError)"),
     ]
     with pytest.raises(ValueError, match=r"annotations .*absent"):
         Quads(tmp_path / "absent").parts()

@@ -79,7 +79,7 @@ def test_what_is_not_a_file_in_the_archive_is_refused_and_the_rest_stays(tmp_pat
         Refused("a.tar README", no_key), Refused("a.tar .hidden", no_key),
         Annotated("a.tar 1", b"1", global_caption="A cup."), Refused("a.tar 6", "sample has more than one image"),
         Refused("a.tar 7", "sample has no image"), Annotated("a.tar 8", b"8", refused=(("caption", "caption is not UTF-8"),)),
-        Annotated("a.tar ?", b"9"),
+        Annotated("a.tar \\udcff", b"9"),
     ]  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar"] and not (tmp_path.parent / "x.jpg").exists()
 

@@ -22,6 +22,7 @@ from granvit.data.sources.per_image import (
     around,
     file_parts,
     part_files,
+    printable,
     read_files,
     read_tree,
     text_of,
@@ -50,7 +51,7 @@ class Cord:
 
     def _image(self, path: Path, name: str) -> Annotated:
         image = with_ending(name, ".png")
-        return _annotated(image, image, read_tree(path), self.level)
+        return _annotated(printable(image), image, read_tree(path), self.level)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class CordParquet:
     def _file(self, path: Path, name: str) -> Iterator[Annotated | Refused]:
         try:
             for number, row in enumerate(read_parquet(path, ("image", "ground_truth"))):
-                place = f"{name} row {number}"
+                place = printable(f"{name} row {number}")
                 try:
                     yield _row(place, row, self.level)
                 except OtherFormat:
@@ -80,7 +81,7 @@ class CordParquet:
                 except ValueError as error:
                     yield Refused(place, str(error))
         except Damaged as damaged:
-            yield Refused(name, damaged.reason)
+            yield Refused(printable(name), damaged.reason)
 
 
 def _row(place: str, row: dict[str, Any], level: Level) -> Annotated:

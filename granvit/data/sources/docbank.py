@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from granvit.data.sources.annotated import Annotated, RawRegion, Refused
-from granvit.data.sources.per_image import OtherFormat, around, file_parts, read_bytes, read_files, with_ending
+from granvit.data.sources.per_image import OtherFormat, around, file_parts, printable, read_bytes, read_files, with_ending
 
 _ENDINGS = (".txt",)
 _GAP = 1.5  # of a line's height: words are closer than this, columns are not
@@ -78,7 +78,7 @@ class DocBank:
         if tokens and malformed == tokens:
             raise OtherFormat
         image = with_ending(name, "_ori.jpg")
-        return Annotated(image, image, tuple(regions), unit="relative", refused=tuple(refused))
+        return Annotated(printable(image), image, tuple(regions), unit="relative", refused=tuple(refused))
 
     def _joins(self, before: _Token, token: _Token) -> bool:
         if before.label != token.label or self.group == "label":

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from granvit.data.sources.annotated import Annotated, Refused
-from granvit.data.sources.per_image import file_parts, part_files, read_bytes, with_ending
+from granvit.data.sources.per_image import file_parts, part_files, printable, read_bytes, with_ending
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
@@ -34,7 +34,7 @@ class Folder:
                     caption = caption_of(read_bytes(path)) if path.exists() else None
                 except ValueError as error:
                     refused = (("caption", str(error)),)
-            yield Annotated(name, name, global_caption=caption, refused=refused)
+            yield Annotated(printable(name), name, global_caption=caption, refused=refused)
 
 
 def caption_of(data: bytes) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from granvit.data.sources.annotated import Annotated, RawRegion, Refused
-from granvit.data.sources.per_image import OtherFormat, file_parts, read_files, read_tree, text_of
+from granvit.data.sources.per_image import OtherFormat, file_parts, printable, read_files, read_tree, text_of
 from granvit.data.sources.polygons import box_of_points
 
 _ENDINGS = (".json",)
@@ -70,7 +70,7 @@ class PaddleOcr:
                 regions.append(RawRegion(box_of_points(polygon), text_of(text)))
             except ValueError as error:
                 refused.append((f"text {number}", str(error)))
-        return Annotated(name, self._below_inputs(image), tuple(regions), refused=tuple(refused))
+        return Annotated(printable(name), self._below_inputs(image), tuple(regions), refused=tuple(refused))
 
     def _below_inputs(self, image: str) -> str:
         path = PurePosixPath(image)

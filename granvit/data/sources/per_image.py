@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from granvit.data.sources.annotated import Annotated, Refused
-from granvit.data.sources.inputs import need_folder
+from granvit.data.sources.inputs import CUT, need_folder
 
 FILES_IN_PART = 10_000
 
@@ -35,7 +35,8 @@ def file_parts(folder: str | Path, endings: tuple[str, ...], key: str) -> list[s
 def part_files(folder: str | Path, endings: tuple[str, ...], part: str) -> Iterator[str]:
     """The files of a part of `file_parts`, sorted, relative to `folder` and with `/`. The names of one folder are in memory."""
     below, _, start = part.rpartition(":")
-    names = sorted(entry.name for entry in os.scandir(Path(folder, below)) if entry.name.lower().endswith(endings))
+    with os.scandir(Path(folder, below)) as listed:
+        names = sorted(entry.name for entry in listed if entry.name.lower().endswith(endings) and not entry.is_dir())
     for name in names[int(start) : int(start) + FILES_IN_PART]:
         yield Path(below, name).as_posix()
 
@@ -55,9 +56,9 @@ def read_files(
         except OtherFormat:
             if number == 0:
                 raise ValueError(f"{path}: is not {form}") from None
-            yield Refused(name, "file is of another format")
+            yield Refused(printable(name), "file is of another format")
         except ValueError as error:
-            yield Refused(name, str(error))
+            yield Refused(printable(name), str(error))
 
 
 def read_bytes(path: Path) -> bytes:
@@ -71,14 +72,26 @@ def read_bytes(path: Path) -> bytes:
 def read_tree(path: Path) -> Any:
     """A small JSON file's contents; `ValueError` with the reason if it cannot be read."""
     try:
-        return json.loads(read_bytes(path).removeprefix(b"\xef\xbb\xbf"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):  # the last: lists in lists a thousand deep
+        text = read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("file is not valid JSON") from None
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        cut = error.pos >= len(text) or error.msg.startswith("Unterminated string")
+        raise ValueError(CUT if cut else "file is not valid JSON") from None
+    except RecursionError:  # lists in lists, a thousand deep
         raise ValueError("file is not valid JSON") from None
 
 
 def with_ending(name: str, ending: str) -> str:
     """A file's name with another ending: what comes after its last dot, the dot included, is replaced."""
     return name.rpartition(".")[0] + ending
+
+
+def printable(name: str) -> str:
+    """A file's name as an id: bytes that are not UTF-8, which Python keeps as half characters, are written as `\\udcff`."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def text_of(value: Any) -> str:

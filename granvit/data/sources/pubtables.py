@@ -15,13 +15,24 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from xml.parsers.expat import errors
 
 from granvit.data.sources.annotated import Annotated, RawRegion, Refused
-from granvit.data.sources.inputs import need_folder
-from granvit.data.sources.per_image import OtherFormat, file_parts, read_bytes, read_files, read_tree, text_of, with_ending
+from granvit.data.sources.inputs import CUT, need_folder
+from granvit.data.sources.per_image import (
+    OtherFormat,
+    file_parts,
+    printable,
+    read_bytes,
+    read_files,
+    read_tree,
+    text_of,
+    with_ending,
+)
 from granvit.data.sources.polygons import box_of_xyxy
 
 _ENDINGS = (".xml",)
+_CUT_CODES = (errors.codes[errors.XML_ERROR_NO_ELEMENTS], errors.codes[errors.XML_ERROR_UNCLOSED_TOKEN])
 _WHOLE = ("table spanning cell", "table projected row header")  # cells of several columns or rows
 Box = tuple[float, float, float, float]
 
@@ -50,7 +61,9 @@ class Voc:
     def _image(self, path: Path, name: str) -> Annotated:
         try:
             root = ElementTree.fromstring(read_bytes(path))
-        except (ElementTree.ParseError, LookupError, UnicodeError):  # the last two: the encoding that it names
+        except ElementTree.ParseError as error:
+            raise ValueError(CUT if error.code in _CUT_CODES else "file is not valid XML") from None
+        except (LookupError, UnicodeError):  # of the encoding that it names
             raise ValueError("file is not valid XML") from None
         if root.tag != "annotation":
             raise OtherFormat
@@ -70,7 +83,7 @@ class Voc:
             regions = [RawRegion(box, _inside(words, box)) for _, box in objects]
             cells = ((box, _inside(words, box)) for box in _cells(objects))
             regions += [RawRegion(box, text) for box, text in cells if text]
-        return Annotated(name, image, tuple(regions), size=_size(root), refused=tuple(refused))
+        return Annotated(printable(name), image, tuple(regions), size=_size(root), refused=tuple(refused))
 
 
 def _text(element: ElementTree.Element, name: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 from granvit.data.sources.annotated import Annotated, RawRegion, Refused
 from granvit.data.sources.inputs import need_file
 from granvit.data.sources.lines import json_lines, stated_size
-from granvit.data.sources.per_image import OtherFormat, file_parts, read_bytes, read_files, text_of, with_ending
+from granvit.data.sources.per_image import OtherFormat, file_parts, printable, read_bytes, read_files, text_of, with_ending
 from granvit.data.sources.polygons import box_of_points
 
 _ENDINGS = (".txt",)
@@ -60,7 +60,7 @@ class Quads:
         if malformed and malformed == len(regions) + len(refused):
             raise OtherFormat
         image = with_ending(name, self.image_ending)
-        return Annotated(image, image, tuple(regions), refused=tuple(refused))
+        return Annotated(printable(image), image, tuple(regions), refused=tuple(refused))
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Poie:
                 _add(what, box_of_points(entry.get("polygon")), text_of(entry.get("text")), regions, refused)
             except ValueError as error:
                 refused.append((what, str(error)))
-        return Annotated(name, name, tuple(regions), size=stated_size(tree), refused=tuple(refused))
+        return Annotated(printable(name), name, tuple(regions), size=stated_size(tree), refused=tuple(refused))
 
 
 def _add(

@@ -16,7 +16,7 @@ from typing import BinaryIO, Literal
 from granvit.data.sources.annotated import Annotated, Refused
 from granvit.data.sources.folder import IMAGE_ENDINGS, caption_of
 from granvit.data.sources.inputs import CUT
-from granvit.data.sources.per_image import file_parts, part_files, text_of
+from granvit.data.sources.per_image import file_parts, part_files, printable, text_of
 
 _NAME = re.compile(r"((?:.*/)?[^./]+)(\.[^/]*)", re.DOTALL)  # key and ending
 _MOST = 1 << 28  # bytes of one file that are read into memory
@@ -30,7 +30,7 @@ class _Sample:
     refused: list[tuple[str, str]] = field(default_factory=list)
 
     def finished(self, shard: str) -> Annotated | Refused:
-        name = _printable(f"{shard} {self.key}")
+        name = printable(f"{shard} {self.key}")
         if len(self.images) == 1:
             return Annotated(name, self.images[0], global_caption=self.caption, refused=tuple(self.refused))
         if self.images:
@@ -72,9 +72,9 @@ class Tar:
                     continue
                 named = _NAME.fullmatch(member.name)
                 if reason := _refusal(member):
-                    yield Refused(_printable(f"{part} {member.name}"), reason)
+                    yield Refused(printable(f"{part} {member.name}"), reason)
                 elif named is None:
-                    yield Refused(_printable(f"{part} {member.name}"), "name of the file has no key and ending")
+                    yield Refused(printable(f"{part} {member.name}"), "name of the file has no key and ending")
                 else:
                     if sample and sample.key != named[1]:
                         yield sample.finished(part)
@@ -139,7 +139,3 @@ def _json_caption(data: bytes) -> str | None:
     if not isinstance(tree, dict):
         raise ValueError("caption is not in a mapping")
     return None if tree.get("caption") is None else text_of(tree["caption"])
-
-
-def _printable(name: str) -> str:
-    return name.encode(errors="replace").decode()  # names that are not UTF-8 have lone surrogates
