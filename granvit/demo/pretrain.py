@@ -27,7 +27,7 @@ from granvit.data.store import Store
 from granvit.data.store_writer import write_store
 from granvit.demo.pair import CARD, SHIPPED, publish_pair, read_sums
 from granvit.demo.parts import Parts, Plan
-from granvit.demo.scenes import scenes
+from granvit.demo.scenes import scenes, scenes_version
 from granvit.demo.text_maps import GROUND, WHERE, place, text_map, where_turns
 from granvit.launch import Framework, load_engine_class
 from granvit.models import VisionConfig
@@ -65,7 +65,8 @@ class Pretraining(Parts):
     )
 
     def contents(self, part: str) -> str | None:
-        return repr((SCENES, TOKENIZER_SCENES, self.seed, SCORED)) if part in ("data", "pair") else None
+        known = SCENES, TOKENIZER_SCENES, PHRASES, self.seed, SCORED, scenes_version()
+        return repr(known) if part in ("data", "pair") else None
 
     def make(self, part: str) -> None:
         if part == "data":

@@ -6,6 +6,7 @@ one of 8 words in 6 colours. All words have four letters, so that the shape of a
 the extent of the outline, or of the glyphs at `SUPERSAMPLING` times the size. Scenes are square, 128 x 128 pixels, so the demo
 does not use padding; the tests do.
 """
+import hashlib
 import io
 import os
 from collections.abc import Iterator
@@ -42,6 +43,11 @@ SIDE = 128  # pixels
 MARGIN = 3  # pixels between two boxes, and between a box and the border
 SUPERSAMPLING = 4
 WORD_RIM = 3  # supersampled pixels
+
+
+def scenes_version() -> str:
+    """A hash of this file. Where it changes, scenes of the same seed are taken to be others."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
