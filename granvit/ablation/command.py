@@ -15,13 +15,16 @@ from pathlib import Path
 from granvit.ablation.grid import Cell, check_tasks, compared_stores, expand, naming, read_grid
 from granvit.ablation.machine import Machine, this_machine
 from granvit.ablation.run_cells import Launching, finished_seconds, run_cells, unique_runs
+from granvit.checkpoint.run import Checkpoint, newest_checkpoint
 from granvit.config import find_config
 from granvit.data.batch import Packer
 from granvit.data.leakage import check_leakage
+from granvit.data.store import Store
 from granvit.demo.text_maps import compose_text
 from granvit.exit_status import exit_status
 from granvit.launch import RunLock, detect_launch
 from granvit.logs import to_console
+from granvit.probe.leakage import not_held_out
 from granvit.train import train_command
 
 OUT = Path("runs/ablations")
@@ -77,6 +80,7 @@ def _ablate(options: argparse.Namespace) -> list[str]:
         check_tasks(grid, cells)
         for held_out, sources in compared_stores(cells).items():
             check_leakage(sorted(sources), held_out)
+        _check_earlier_runs(cells)
     if options.dry_run:
         return []
     unfinished = [run for run in runs if finished_seconds(run) is None]
@@ -101,6 +105,23 @@ def _ablate(options: argparse.Namespace) -> list[str]:
     print(f"report.md, report.html, results.json and plots were written to {root}")
     lock.release()
     return [cell.name for cell in problems]
+
+
+def _check_earlier_runs(cells: list[Cell]) -> None:
+    """`ValueError` if a run that a cell's first stage starts from, or one before that, was trained on a held-out image, or on
+    data that cannot be compared."""
+    origins: dict[str, dict[str, Checkpoint]] = {}
+    for cell in cells:
+        origin = cell.runs[0].config.model.init_from if cell.problem is None else None
+        if origin is not None:
+            source = cell.runs[-1].config.eval.source
+            checkpoint = newest_checkpoint(origin)
+            assert source is not None and checkpoint is not None  # `expand` has read both
+            origins.setdefault(source, {})[origin] = checkpoint
+    for source, checkpoints in origins.items():
+        for origin, reasons in zip(checkpoints, not_held_out(checkpoints.values(), Store(source)).values(), strict=True):
+            if reasons:
+                raise ValueError(f"model.init_from {origin}: {reasons[0]}; name another eval.source")
 
 
 def _check_packages() -> None:
