@@ -130,7 +130,7 @@ def _check_packages() -> None:
         importlib.import_module("granvit.ablation.report")
     except ImportError as error:
         raise ValueError(
-            f"the report needs matplotlib, scipy and markdown ({error} for {sys.executable}): pip install -e '.[ablate]'"
+            f"the report needs more packages ({error} for {sys.executable}): pip install scipy matplotlib markdown"
         ) from None
 
 

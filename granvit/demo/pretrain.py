@@ -4,9 +4,10 @@ GranViT starts from a pretrained decoder and a pretrained encoder. These are sma
 - The decoder learns from text alone (granvit/demo/text_maps.py).
 - The encoder learns from whole images and their global captions, through the frozen decoder. It is an image-level encoder, as
   SigLIP is.
-Neither is trained on Caption2Bbox, on a coordinate as an answer, or on a region question about an image
-(tests/demo/test_pretrain.py reads their training rows). Scenes are drawn with the same generator as the demo's, with another
-seed and on its training photographs.
+Neither is trained on Caption2Bbox, on coordinates of a box as an answer, or on a region question about an image
+(tests/demo/test_pretrain.py reads their training rows). The decoder is asked in which rows and columns of a text map an object
+is. The tokenizer is trained on the texts of all tasks. Scenes are drawn with the same generator as the demo's, with another seed
+and on its training photographs.
 """
 import shutil
 from collections.abc import Sequence
@@ -113,13 +114,15 @@ class Pretraining(Parts):
             "",
             f"Made by `python scripts/demo.py pretrain --framework {self.framework}` (granvit/demo/pretrain.py, seed "
             f"{self.seed}) from {SCENES['train']:,} scenes of granvit/demo/scenes.py on photographs that scikit-image carries. "
-            "The held-out scenes use other photographs. The same command on the same kind of machine gives the same bytes.",
+            "The held-out scenes use other photographs.",
             "",
             "| Run | Trained | Steps | Rows a step |",
             "|---|---|---|---|",
             *(f"| {part} | {what[part]} | {train.steps} | {train.global_batch} |" for part, train in steps.items()),
             "",
-            "Neither has seen Caption2Bbox, a coordinate as an answer, or a region question about an image.",
+            "Neither was trained on Caption2Bbox, on coordinates of a box as an answer, or on a region question about an image. "
+            "The decoder was asked in which rows and columns of a text map an object is. The tokenizer was trained on the texts "
+            "of all tasks.",
             "",
             f"| Answers that are right to the letter, {SCORED} held-out scenes | % |",
             "|---|---|",

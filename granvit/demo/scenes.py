@@ -71,7 +71,9 @@ def _photograph(name: str) -> Image.Image:
 
     path = Path(skimage.data.__file__).parent / name
     if not path.exists():
-        raise ValueError(f"{path}: no such photograph, though scikit-image's wheel has it; pip install -e '.[demo]'")
+        raise ValueError(
+            f"{path}: no such photograph, though scikit-image's wheel has it; pip install --force-reinstall scikit-image"
+        )
     return Image.open(path).convert("RGB")
 
 
