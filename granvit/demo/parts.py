@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -136,7 +136,8 @@ class Parts:
             shares = [cores[i * len(cores) // len(lanes) : (i + 1) * len(cores) // len(lanes)] for i in range(len(lanes))]
             with ThreadPoolExecutor(len(lanes)) as pool:
                 futures = [pool.submit(self._run_lane, *each, True) for each in zip(lanes, shares, strict=True)]
-                done, others = set(), set(futures)
+                done: set[Future[None]] = set()
+                others = set(futures)
                 try:
                     done, others = wait(futures, return_when=FIRST_EXCEPTION)
                 finally:
