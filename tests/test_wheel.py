@@ -55,6 +55,8 @@ def test_a_wheel_holds_what_a_checkout_runs(unpacked):
     for package in ("granvit", "ms_granvit", "pt_granvit", "parity"):
         expected = {path.relative_to(ROOT) for path in (ROOT / package).rglob("*.py")} | {Path("parity/page.html")}
         assert not {path for path in expected if not (unpacked / path).is_file()}
+    pair = [path.relative_to(ROOT) for path in (ROOT / "granvit/demo/pair").rglob("*") if path.is_file()]
+    assert len(pair) == 7 and all((unpacked / path).read_bytes() == (ROOT / path).read_bytes() for path in pair)
     there = {path.relative_to(ROOT) for path in CONFIGS.rglob("*.yaml")}
     assert {path.relative_to(unpacked / "granvit") for path in (unpacked / "granvit/configs").rglob("*.yaml")} == there
     folders = sorted(path.name for path in unpacked.iterdir() if path.suffix != ".dist-info")

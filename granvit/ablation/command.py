@@ -13,15 +13,18 @@ import sys
 from pathlib import Path
 
 from granvit.ablation.grid import Cell, check_tasks, compared_stores, expand, naming, read_grid
-from granvit.ablation.machine import this_machine
+from granvit.ablation.machine import Machine, this_machine
 from granvit.ablation.run_cells import Launching, finished_seconds, run_cells, unique_runs
+from granvit.checkpoint.run import Checkpoint, newest_checkpoint
 from granvit.config import find_config
 from granvit.data.batch import Packer
 from granvit.data.leakage import check_leakage
+from granvit.data.store import Store
 from granvit.demo.text_maps import compose_text
 from granvit.exit_status import exit_status
 from granvit.launch import RunLock, detect_launch
 from granvit.logs import to_console
+from granvit.probe.leakage import not_held_out
 from granvit.train import train_command
 
 OUT = Path("runs/ablations")
@@ -68,7 +71,7 @@ def _ablate(options: argparse.Namespace) -> list[str]:
     jobs = options.jobs or machine.jobs(options.ranks)
     launching = Launching(Path(sys.argv[0]).resolve(), options.framework, options.ranks, bind_cores=jobs == 1)
     if options.dry_run:
-        _list(cells, launching, jobs)
+        _list(cells, launching, machine, jobs)
     elif not runs:
         raise ValueError(f"no cell of {path} can run: {cells[0].name}: {cells[0].problem}")
     else:
@@ -77,10 +80,11 @@ def _ablate(options: argparse.Namespace) -> list[str]:
         check_tasks(grid, cells)
         for held_out, sources in compared_stores(cells).items():
             check_leakage(sorted(sources), held_out)
-    unfinished = [run for run in runs if finished_seconds(run) is None]
-    free = machine.slots(jobs, options.ranks) if unfinished else []
+        _check_earlier_runs(cells)
     if options.dry_run:
         return []
+    unfinished = [run for run in runs if finished_seconds(run) is None]
+    free = machine.slots(jobs, options.ranks) if unfinished else []
     root = options.out / path.stem
     lock = RunLock(root, detect_launch())
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: children save and end
@@ -103,13 +107,30 @@ def _ablate(options: argparse.Namespace) -> list[str]:
     return [cell.name for cell in problems]
 
 
+def _check_earlier_runs(cells: list[Cell]) -> None:
+    """`ValueError` if a run that a cell's first stage starts from, or one before that, was trained on a held-out image, or on
+    data that cannot be compared."""
+    origins: dict[str, dict[str, Checkpoint]] = {}
+    for cell in cells:
+        origin = cell.runs[0].config.model.init_from if cell.problem is None else None
+        if origin is not None:
+            source = cell.runs[-1].config.eval.source
+            checkpoint = newest_checkpoint(origin)
+            assert source is not None and checkpoint is not None  # `expand` has read both
+            origins.setdefault(source, {})[origin] = checkpoint
+    for source, checkpoints in origins.items():
+        for origin, reasons in zip(checkpoints, not_held_out(checkpoints.values(), Store(source)).values(), strict=True):
+            if reasons:
+                raise ValueError(f"model.init_from {origin}: {reasons[0]}; name another eval.source")
+
+
 def _check_packages() -> None:
     """`ValueError`, before hours of training, if a package of the report is missing."""
     try:
         importlib.import_module("granvit.ablation.report")
     except ImportError as error:
         raise ValueError(
-            f"the report needs matplotlib, scipy and markdown ({error} for {sys.executable}): pip install -e '.[ablate]'"
+            f"the report needs more packages ({error} for {sys.executable}): pip install scipy matplotlib markdown"
         ) from None
 
 
@@ -122,15 +143,19 @@ def _as_given(options: argparse.Namespace) -> str:
     return shlex.join(words)
 
 
-def _list(cells: list[Cell], launching: Launching, jobs: int) -> None:
-    """--dry-run: every cell with its runs, what is missing, and the command of each run."""
+def _list(cells: list[Cell], launching: Launching, machine: Machine, jobs: int) -> None:
+    """--dry-run: every cell with its runs, what is missing, and the command of each run. Runs that this machine has too few
+    devices for are for a cluster: their commands are without a launcher."""
     runs = unique_runs(cells)
     for cell in cells:
         chain = " -> ".join(f"{run.directory.name}{'' if finished_seconds(run) is None else ' (finished)'}" for run in cell.runs)
         print(f"{cell.name}: {chain}" + (f" -> cannot run: {cell.problem}" if cell.problem else ""))
     print()
+    fits = machine.fits(jobs, launching.ranks)
+    if not fits:
+        print(f"For {launching.ranks} ranks, which this machine has too few devices for. Put your launcher before each command:")
     for run in runs:
         if finished_seconds(run) is None:
-            print(shlex.join(launching.words(run)))
+            print(shlex.join(launching.words(run) if fits else launching.own_words(run)))
     unfinished = sum(finished_seconds(run) is None for run in runs)
-    print(f"\n{len(cells)} cells, {len(runs)} different runs, {unfinished} of them not finished; {jobs} at a time")
+    print(f"\n{len(cells)} cells, {len(runs)} different runs, {unfinished} of them not finished" + f"; {jobs} at a time" * fits)

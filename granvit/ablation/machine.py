@@ -37,6 +37,10 @@ class Machine:
         """How many runs of `ranks` ranks fit at the same time, at least 1: one device, or core, for each rank."""
         return max(len(self.cores if self.variable is None else self.devices) // ranks, 1)
 
+    def fits(self, jobs: int, ranks: int) -> bool:
+        """Whether there is a device for each rank of so many runs. The CPU takes any number."""
+        return self.variable is None or jobs * ranks <= len(self.devices)
+
     def slots(self, jobs: int, ranks: int) -> list[Slot]:
         """Slots for `jobs` runs of `ranks` ranks each. Cores and devices are divided evenly; runs share cores if there are fewer.
 
@@ -44,7 +48,7 @@ class Machine:
         """
         environments: list[dict[str, str]] = [{}] * jobs
         if self.variable is not None:
-            if jobs * ranks > len(self.devices):
+            if not self.fits(jobs, ranks):
                 shown = os.environ.get(self.variable)
                 state = f"{self.variable} is not set" if shown is None else f"{self.variable} is {shown!r}"
                 raise ValueError(

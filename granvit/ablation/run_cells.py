@@ -4,13 +4,10 @@ A finished run has DIRECTORY/finished.json, which is written after its process e
 in its directory as the training command leaves it, so a killed grid continues where its runs had saved their last checkpoints.
 Children are killed by the kernel when this process dies, whatever the reason.
 """
-import ctypes
 import json
 import os
 import re
 import shlex
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +20,7 @@ from granvit.ablation.grid import Cell, StageRun
 from granvit.ablation.machine import Slot
 from granvit.ablation.run_locks import claim, trained_by
 from granvit.checkpoint.tensors import write_synced
+from granvit.child_runs import is_complete, launcher, start, stop
 from granvit.evaluate import evaluation_file
 from granvit.launch import Framework
 from granvit.logs import read_metrics
@@ -30,8 +28,6 @@ from granvit.trainer import TrainingStopped
 
 POLL = 0.1  # seconds
 OUTPUT = "output.txt"  # what a run's processes print
-_LIBC = ctypes.CDLL(None)  # loaded before the first fork
-_SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
 
 
 @dataclass(frozen=True)
@@ -45,21 +41,12 @@ class Launching:
 
     def words(self, run: StageRun) -> list[str]:
         """The command of a run, with the framework's launcher if it has several ranks."""
-        bin_directory = Path(sys.executable).parent
-        launcher = [sys.executable]
-        if self.ranks > 1 and self.framework == "mindspore":
-            launcher = [str(bin_directory / "msrun"), "--worker_num", str(self.ranks), "--local_worker_num", str(self.ranks),
-                        "--master_port", str(_free_port()), "--bind_core", str(self.bind_cores), "--join", "True",
-                        "--log_dir", str(run.directory / "msrun")]  # fmt: skip
-        elif self.ranks > 1:
-            launcher = [str(bin_directory / "torchrun"), "--nproc_per_node", str(self.ranks), "--master_port", str(_free_port())]
-        return [*launcher, str(self.script), "rank", run.config.stage, *run.command_line, "--framework", self.framework]
+        first = launcher(self.framework, self.ranks, run.directory / "msrun", self.bind_cores)
+        return [*first, *self.own_words(run)]
 
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    def own_words(self, run: StageRun) -> list[str]:
+        """The command of a run without Python or launcher."""
+        return [str(self.script), "rank", run.config.stage, *run.command_line, "--framework", self.framework]
 
 
 def finished_seconds(run: StageRun) -> float | None:
@@ -88,98 +75,130 @@ class _Child:
 def run_cells(cells: list[Cell], launching: Launching, free: list[Slot]) -> dict[str, str]:
     """Runs what is not finished, in the order of the cells, one run in each slot of `free`.
 
-    Returns the failures: key of the run -> the last line of its output, or of that of the run before it that failed. On Ctrl-C or
-    SIGTERM (as `KeyboardInterrupt`) the children save a checkpoint and end, and `TrainingStopped` is raised.
+    Returns the failures: key of the run -> the last line of its output, why its directory cannot be used, or the failure of the
+    run before it. On Ctrl-C or SIGTERM (as `KeyboardInterrupt`) the children save a checkpoint and end, and `TrainingStopped` is
+    raised. They also end so before any other exception leaves this function.
     """
-    runs = unique_runs(cells)
-    users: dict[str, list[str]] = {}
-    for cell in cells:
-        for run in cell.runs:
-            users.setdefault(run.key, []).append(cell.name)
-    waiting = [run for run in runs if finished_seconds(run) is None]
-    _say(f"{len(runs)} runs for {len(cells)} cells, {len(runs) - len(waiting)} of them finished before")
-    failed: dict[str, str] = {}
-    children: list[_Child] = []
-    free = list(free)
-    jobs, taken, told = len(free), [], set()
+    running = _Running(cells, launching, list(free))
     try:
-        while waiting or children:
-            for child in [child for child in children if child.process.poll() is not None]:
-                children.remove(child)
-                free.append(child.slot)
-                seconds = time.monotonic() - child.started
-                reason = _end(child, seconds)
-                child.claim.close()
-                if reason is None:
-                    taken.append(seconds)
-                    left = sum(taken) / len(taken) * (len(waiting) + len(children)) / jobs
-                    _say(f"{child.run.directory.name}: finished in {seconds:.0f} s; about {left / 60:.0f} min left")
-                else:
-                    failed[child.run.key] = reason
-                    _say(f"{child.run.directory.name} FAILED: {reason} ({child.run.directory / OUTPUT})")
-            running = {child.run.key for child in children}
-            for run in list(waiting):
-                if run.before is not None and run.before.key in failed:
-                    waiting.remove(run)
-                    failed[run.key] = failed[run.before.key]
-                elif finished_seconds(run) is not None:  # by another grid, at the same time
-                    waiting.remove(run)
-                elif run.before is not None and (run.before.key in running or finished_seconds(run.before) is None):
-                    continue
-                elif free:
-                    claimed, owner = claim(run.directory)
-                    if claimed is None:
-                        if run.key not in told:
-                            _say(f"{run.directory} is in use by {owner}: waiting for it")
-                        told.add(run.key)
-                        continue
-                    waiting.remove(run)
-                    if finished_seconds(run) is not None:  # by another grid, before this one had the claim
-                        claimed.close()
-                        continue
-                    number = len(runs) - len(waiting)
-                    others = len(users[run.key]) - 1
-                    shared = f" and {others} more" if others else ""
-                    _say(f"{number} of {len(runs)}: {run.stage} of {users[run.key][0]}{shared}, in {run.directory}")
-                    children.append(_start(run, launching, free.pop(0), claimed))
+        while running.waiting or running.children:
+            running.collect()
+            running.fill_slots()
             time.sleep(POLL)
     except KeyboardInterrupt:
-        for child in children:
-            child.process.send_signal(signal.SIGTERM)
-        for child in children:
-            child.process.wait()
         raise TrainingStopped("interrupted; the runs have saved what they had, and the same command continues") from None
-    return failed
+    finally:
+        stop(child.process for child in running.children)
+    return running.failed
+
+
+class _Running:
+    """The runs of a grid on their way: `waiting` are not started, `children` run in their slots, `free` slots have no run, and
+    `failed` has the reason of each run that failed."""
+
+    def __init__(self, cells: list[Cell], launching: Launching, free: list[Slot]):
+        self.runs = unique_runs(cells)
+        self.users: dict[str, list[str]] = {}
+        for cell in cells:
+            for run in cell.runs:
+                self.users.setdefault(run.key, []).append(cell.name)
+        self.launching, self.free, self.jobs = launching, free, len(free)
+        self.failed: dict[str, str] = {}
+        self.children: list[_Child] = []
+        self.taken: list[float] = []  # seconds of the finished runs
+        self.told: set[str] = set()  # runs of which was said that another process has them
+        self.waiting = [run for run in self.runs if not self._is_finished(run)]
+        finished = len(self.runs) - len(self.waiting) - len(self.failed)
+        _say(f"{len(self.runs)} runs for {len(cells)} cells, {finished} of them finished before")
+
+    def _fail(self, run: StageRun, reason: object) -> None:
+        self.failed[run.key] = str(reason)
+        _say(f"{run.directory.name} FAILED: {reason} ({run.directory / OUTPUT})")
+
+    def _is_finished(self, run: StageRun) -> bool:
+        """Whether a run is finished. One whose directory cannot be read has failed, and counts as finished."""
+        if run.key not in self.failed:
+            try:
+                return finished_seconds(run) is not None
+            except (OSError, ValueError) as error:
+                self._fail(run, error)
+        return True
+
+    def collect(self) -> None:
+        """Takes in the runs that have ended."""
+        for child in [child for child in self.children if child.process.poll() is not None]:
+            self.children.remove(child)
+            self.free.append(child.slot)
+            seconds = time.monotonic() - child.started
+            try:
+                reason = _end(child, seconds)
+            except OSError as error:
+                reason = str(error)
+            child.claim.close()
+            if reason is not None:
+                self._fail(child.run, reason)
+                continue
+            self.taken.append(seconds)
+            left = sum(self.taken) / len(self.taken) * (len(self.waiting) + len(self.children)) / self.jobs
+            _say(f"{child.run.directory.name}: finished in {seconds:.0f} s; about {left / 60:.0f} min left")
+
+    def fill_slots(self) -> None:
+        """Starts what can be started: the run before it is finished, a slot is free, and no other grid has it."""
+        running = {child.run.key for child in self.children}
+        for run in list(self.waiting):
+            before = run.before
+            if before is not None and before.key in self.failed:
+                self.waiting.remove(run)
+                self.failed[run.key] = self.failed[before.key]
+            elif self._is_finished(run):  # by another grid, at the same time
+                self.waiting.remove(run)
+            elif before is not None and (before.key in running or not self._is_finished(before)):
+                continue
+            elif self.free:
+                try:
+                    self._start(run)
+                except OSError as error:
+                    self.waiting.remove(run)
+                    self._fail(run, error)
+
+    def _start(self, run: StageRun) -> None:
+        """Starts a run in a free slot, unless another process has it or has finished it. `OSError` if its directory or its
+        command cannot be used."""
+        claimed, owner = claim(run.directory)
+        if claimed is None:
+            if run.key not in self.told:
+                _say(f"{run.directory} is in use by {owner}: waiting for it")
+            self.told.add(run.key)
+            return
+        try:
+            if self._is_finished(run):  # by another grid, before this one had the claim
+                self.waiting.remove(run)
+                claimed.close()
+                return
+            words = self.launching.words(run)
+            with open(run.directory / OUTPUT, "a") as output:
+                output.write(f"$ {shlex.join(words)}\n")
+                output.flush()
+                process = start(words, self.free[0].cores, output, self.free[0].environment)
+        except OSError:
+            claimed.close()
+            raise
+        self.waiting.remove(run)
+        self.children.append(_Child(run, process, self.free.pop(0), claimed, time.monotonic()))
+        others = len(self.users[run.key]) - 1
+        shared = f" and {others} more" if others else ""
+        number = len(self.runs) - len(self.waiting)
+        _say(f"{number} of {len(self.runs)}: {run.stage} of {self.users[run.key][0]}{shared}, in {run.directory}")
 
 
 def _say(line: str) -> None:
     print(f"== {line}", flush=True)
 
 
-def _start(run: StageRun, launching: Launching, slot: Slot, claimed: IO[str]) -> _Child:
-    words = launching.words(run)
-    # One thread of linear algebra per rank, so that --jobs does not change a result. Others: see granvit/demo/command.py.
-    defaults = {"OMP_NUM_THREADS": "1", "GLOG_v": "3", "MS_RETRY_INTERVAL_LOWER": "0", "MS_RETRY_INTERVAL_UPPER": "1"}
-    search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # msrun starts the first `python` in it
-    environment = {**defaults, **os.environ, **slot.environment, "PATH": search}
-
-    def prepare() -> None:
-        _LIBC.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-        os.sched_setaffinity(0, slot.cores)
-
-    with open(run.directory / OUTPUT, "a") as output:
-        output.write(f"$ {shlex.join(words)}\n")
-        output.flush()
-        # A session of its own: Ctrl-C reaches the children only through `run_cells`.
-        process = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                   start_new_session=True, preexec_fn=prepare)  # fmt: skip
-    return _Child(run, process, slot, claimed, time.monotonic())
-
-
 def _end(child: _Child, seconds: float) -> str | None:
     """Records a child's end. Returns None if its run is finished, else the reason."""
     status = child.process.returncode
-    if status == 0 and not _complete(child.run.directory):
+    if status == 0 and not is_complete(child.run.directory):
         return "stopped before its last step; the same command continues"
     if status == 0:
         temporary = child.run.directory / "finished.tmp"
@@ -199,7 +218,7 @@ def _completed_outside(run: StageRun) -> bool:
     """Whether a process that the grid did not start, or whose end it did not see, trained the last step and evaluated it."""
     directory = run.directory
     try:
-        if not _complete(directory) or trained_by(directory):
+        if not is_complete(directory) or trained_by(directory):
             return False
     except FileNotFoundError:
         return False
@@ -209,11 +228,3 @@ def _completed_outside(run: StageRun) -> bool:
 
 def _step_seconds(directory: Path) -> float:
     return sum(record.get("seconds", 0.0) for _, record in read_metrics(directory / "metrics.jsonl", sys.maxsize))
-
-
-def _complete(directory: Path) -> bool:
-    """Whether the last process of a run that ended trained its last step: one that was asked to stop ends with status 0, too.
-    Both say so at the end of rank 0's log (granvit/train.py), which also has a line for each start."""
-    log = (directory / "log" / "rank_00000.txt").read_text(errors="replace")
-    said = re.findall(r"run .* is (complete|not complete)|( rank\(s\), \d+ steps, )", log)
-    return bool(said) and said[-1][0] == "complete"

@@ -1,9 +1,6 @@
 """Locks of a run's directory. The training command holds one while it runs (`granvit.launch.RunLock`); a grid holds another one
 from before it starts the run's process until that has ended, so that two grids never start the same run.
-
-A file system without locks (some network file systems) protects nothing: every lock is free there.
 """
-import errno
 import fcntl
 import os
 import socket
@@ -11,8 +8,6 @@ from pathlib import Path
 from typing import IO
 
 from granvit.watcher import lock_path
-
-NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def claim(directory: Path) -> tuple[IO[str] | None, str]:
@@ -41,14 +36,11 @@ def trained_by(directory: Path) -> str | None:
 
 
 def _lock(file: IO[str]) -> bool:
-    """Takes an exclusive lock. Returns False if another process holds it, True also where the file system has no locks."""
+    """Takes an exclusive lock. Returns False if another process holds it; `OSError` if the file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
     return True
 
 

@@ -31,7 +31,7 @@ from granvit.data.store import MAX_PIXELS, Store
 from granvit.logs import log
 
 SIDE = 16  # the difference hash has SIDE x SIDE bits
-NEAR = 31  # of 256 bits; between unrelated scenes of the demo at least 75 differ (200 x 3,000 pairs)
+NEAR = 31  # of 256 bits; between unrelated scenes of the demo at least 67 differ (200 x 8,000 pairs)
 STEP = 2.0  # grey values; smaller differences between neighbours are no structure
 STRUCTURE = 0.5  # share of the neighbours that differ by at least STEP in an image that can be compared by its difference hash
 NO_IMAGE, FLAT, STRUCTURED, DAMAGED = range(4)

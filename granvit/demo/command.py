@@ -12,6 +12,7 @@ Parts; finished ones are not repeated, an interrupted one is resumed:
 """
 import argparse
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -20,9 +21,10 @@ from granvit.data.store_writer import write_store
 from granvit.demo.pair import SHIPPED, copy_pair, read_sums
 from granvit.demo.parts import Lanes, Parts, Plan
 from granvit.demo.pretrain import SEED, Pretraining
-from granvit.demo.scenes import scenes
+from granvit.demo.scenes import scenes, scenes_version
 from granvit.demo.text_maps import compose_text
 from granvit.exit_status import exit_status
+from granvit.launch import RunLock, detect_launch
 from granvit.logs import to_console
 from granvit.train import train_command
 
@@ -43,7 +45,7 @@ class Demo(Parts):
     )
 
     def contents(self, part: str) -> str | None:
-        return repr((SCENES, self.seed, read_sums(SHIPPED))) if part == "data" else None
+        return repr((SCENES, self.seed, scenes_version(), read_sums(SHIPPED))) if part == "data" else None
 
     def make(self, part: str) -> None:
         if part != "data":
@@ -59,7 +61,7 @@ class Demo(Parts):
         """Writes the report about the parts that are finished."""
         from granvit.demo.report import write_report  # imported here: a training run does not need matplotlib
 
-        return write_report(self.root, self.framework, {name: part["seconds"] for name, part in self.finished.items()})
+        return write_report(self.root, self.framework, self.seconds)
 
 
 def main() -> int:
@@ -86,9 +88,11 @@ def _run(options: argparse.Namespace) -> None:
     usual = SEED if kind is Pretraining else 0
     seed = usual if options.seed is None else options.seed
     root = options.out or (kind.plan.root if seed == usual else Path(f"{kind.plan.root}-{seed}"))
-    root.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(root, detect_launch())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: runs save a checkpoint and end
     if kind is Pretraining:
         Pretraining(root, seed, options.framework).run([[list(Pretraining.plan.after)]])
+        lock.release()
         return
     demo = Demo(root, seed, options.framework)
     if options.what == "prepare":
@@ -101,6 +105,7 @@ def _run(options: argparse.Namespace) -> None:
         path = demo.report()
         print(path.read_text().split("\n## ", 1)[0])
         print(f"{path}, {path.with_suffix('.html')} and their pictures were written")
+    lock.release()
 
 
 if __name__ == "__main__":

@@ -2,24 +2,25 @@
 
 The demo (granvit/demo/command.py) and the pretraining of its start weights (granvit/demo/pretrain.py) are such directories.
 """
-import contextlib
 import hashlib
 import json
 import os
-import signal
-import socket
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from granvit.checkpoint.tensors import write_synced
+from granvit.child_runs import is_complete, launcher, start, stop
 from granvit.config import CONFIGS, RunConfig, dump_config, load_config
 from granvit.launch import Framework
+from granvit.trainer import TrainingStopped
 
 Lanes = Sequence[Sequence[str]]  # parts that run one after the other, for each of the lanes that run at the same time
 
@@ -41,18 +42,41 @@ class Plan:
 class Parts:
     """One directory `root`. A subclass has the plan and makes those parts that are not training runs.
 
-    A training run of a part is `configs/demo/PART.yaml` with its paths moved to `root`. The file `parts.json` in `root` lists the
-    finished parts. A part is made again if its configuration, its contents or a part before it changed.
+    A training run of a part is `configs/demo/PART.yaml` with its paths moved to `root`, on the CPU. The file `parts.json` in
+    `root` lists the parts that were started, and their times once they are finished. A part is made again if its configuration,
+    its contents or a part before it changed; its earlier training run is then removed. An interrupted run is resumed.
     """
 
     plan: ClassVar[Plan]
 
     def __init__(self, root: Path, seed: int, framework: Framework):
         self.root, self.seed, self.framework = root, seed, framework
-        self.finished_path = root / "parts.json"
-        self.finished: dict[str, dict] = json.loads(self.finished_path.read_text()) if self.finished_path.exists() else {}
+        self.records_path = root / "parts.json"
+        self.records: dict[str, dict] = self._read_records()
         self.children: set[subprocess.Popen] = set()
         self.lock = threading.Lock()
+        self.stopping = False  # no further part of a lane is started
+
+    def _read_records(self) -> dict[str, dict]:
+        try:
+            return json.loads(self.records_path.read_text())
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            raise ValueError(f"{self.records_path} is damaged; remove {self.root} and start again") from None
+
+    def _record(self, part: str, **record: object) -> None:
+        """Sets what parts.json says of a part. The file is replaced as a whole."""
+        with self.lock:
+            self.records[part] = record
+            temporary = self.records_path.with_suffix(".tmp")
+            write_synced(temporary, json.dumps(self.records, indent=1) + "\n")
+            os.replace(temporary, self.records_path)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """How long each finished part took."""
+        return {part: record["seconds"] for part, record in self.records.items() if self.is_finished(part)}
 
     def contents(self, part: str) -> str | None:
         """What a part depends on that is not a training run; None for a training run."""
@@ -66,7 +90,7 @@ class Parts:
         """`key=value` overrides that put this directory and seed into a run's configuration."""
         config = load_config(CONFIGS / "demo" / f"{part}.yaml")
         moved = lambda path: str(self.root / Path(path).relative_to(self.plan.root))  # noqa: E731
-        found = [f"seed={self.seed}", f"output={moved(config.output)}"]
+        found = [f"seed={self.seed}", f"output={moved(config.output)}", "runtime.device=cpu"]
         found += [f"data.sources=[{{path: {moved(config.data.sources[0].path)}}}]"]
         for key in ("weights_vision", "weights_language", "tokenizer", "init_from"):
             if (path := getattr(config.model, key)) is not None and key in config.model.model_fields_set:
@@ -86,12 +110,20 @@ class Parts:
         return hashlib.sha256("\0".join(lines).encode()).hexdigest()[:16]
 
     def is_finished(self, part: str) -> bool:
-        return self.finished.get(part, {}).get("key") == self.key(part)
+        record = self.records.get(part, {})
+        return "seconds" in record and record["key"] == self.key(part)
 
     def run(self, groups: Sequence[Lanes], after: Sequence[Lanes] = ()) -> None:
         """Makes the parts that are not finished, one group after the other. The lanes of a group share the cores; on a single
         core they run one after the other. `after` are the groups of a later call, for the estimate of the remaining time.
-        `SystemExit` if a part fails."""
+        `SystemExit` if a part fails; `TrainingStopped` on Ctrl-C or SIGTERM (as `KeyboardInterrupt`), once the runs have saved
+        their checkpoints."""
+        try:
+            self._run_groups(groups, after)
+        except KeyboardInterrupt:
+            raise TrainingStopped("interrupted; the runs have saved what they had, and the same command continues") from None
+
+    def _run_groups(self, groups: Sequence[Lanes], after: Sequence[Lanes]) -> None:
         for number, lanes in enumerate(groups):
             seconds = sum(max(self._seconds_left(lane) for lane in later) for later in [*groups[number:], *after])
             if seconds:
@@ -104,12 +136,16 @@ class Parts:
             shares = [cores[i * len(cores) // len(lanes) : (i + 1) * len(cores) // len(lanes)] for i in range(len(lanes))]
             with ThreadPoolExecutor(len(lanes)) as pool:
                 futures = [pool.submit(self._run_lane, *each, True) for each in zip(lanes, shares, strict=True)]
+                done: set[Future[None]] = set()
+                others = set(futures)
                 try:
-                    for future in futures:
-                        future.result()
-                except BaseException:
-                    self._interrupt()
-                    raise
+                    done, others = wait(futures, return_when=FIRST_EXCEPTION)
+                finally:
+                    if others:
+                        self.stopping = True
+                        stop(self.children.copy())
+                for future in (*done, *others):  # the one that failed first
+                    future.result()
 
     def _seconds_left(self, lane: Sequence[str]) -> float:
         return sum(self.plan.seconds[part] for part in lane if not self.is_finished(part))
@@ -117,62 +153,45 @@ class Parts:
     def _run_lane(self, lane: Sequence[str], cores: Sequence[int], prefixed: bool) -> None:
         for part in lane:
             if self.is_finished(part):
-                print(f"== {part}: already finished, in {self.finished[part]['seconds']:.0f} s", flush=True)
+                print(f"== {part}: already finished, in {self.seconds[part]:.0f} s", flush=True)
                 continue
+            if self.stopping:
+                return
             print(f"== {part}", flush=True)
-            start = time.monotonic()
+            began, key = time.monotonic(), self.key(part)
             if self.contents(part) is None:
+                if self.records.get(part, {}).get("key", key) != key and (self.root / part).exists():
+                    print(f"== {part}: what it depends on has changed; the earlier run is removed", flush=True)
+                    shutil.rmtree(self.root / part)
+                self._record(part, key=key)
                 self._train(part, cores, prefixed)
             self.make(part)
-            seconds = time.monotonic() - start
+            seconds = time.monotonic() - began
             print(f"== {part}: {seconds:.0f} s", flush=True)
-            with self.lock:
-                self.finished[part] = {"key": self.key(part), "seconds": seconds}
-                self.finished_path.write_text(json.dumps(self.finished, indent=1))
-
-    def _interrupt(self) -> None:
-        """Asks the runs to save a checkpoint and to end."""
-        for child in list(self.children):
-            with contextlib.suppress(ProcessLookupError):
-                child.send_signal(signal.SIGINT)
+            self._record(part, key=key, seconds=seconds)
 
     def _train(self, part: str, cores: Sequence[int], prefixed: bool) -> None:
-        """Runs a part's training on these cores. `prefixed`: its lines begin with the part's name. `SystemExit` if it fails."""
-        config = ["--config", CONFIGS / "demo" / f"{part}.yaml", "--framework", self.framework, *self.overrides(part)]
-        command = [str(word) for word in (*self._launcher(part), Path(sys.argv[0]).resolve(), "rank", part, *config)]
+        """Runs a part's training on these cores. `prefixed`: its lines begin with the part's name. `SystemExit` if it fails or
+        was asked to stop."""
+        directory = self.root / part
+        words = ["--config", CONFIGS / "demo" / f"{part}.yaml", "--framework", self.framework, *self.overrides(part)]
+        first = launcher(self.framework, self.plan.ranks.get(part, 1), directory / "msrun", bind_cores=True)
+        command = [str(word) for word in (*first, Path(sys.argv[0]).resolve(), "rank", part, *words)]
         print(" ".join(command), flush=True)
-        # OMP_NUM_THREADS: each rank has a core. GLOG_v: MindSpore's workers log hundreds of warnings while they connect.
-        # MS_RETRY_INTERVAL: their end takes 2 s instead of 7 to 10. PATH: msrun starts the first `python` in it.
-        search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        defaults = {"OMP_NUM_THREADS": "1", "GLOG_v": "3", "MS_RETRY_INTERVAL_LOWER": "0", "MS_RETRY_INTERVAL_UPPER": "1"}
-        child = subprocess.Popen(
-            command, env={**defaults, **os.environ, "PATH": search}, preexec_fn=lambda: os.sched_setaffinity(0, cores),
-            stdout=subprocess.PIPE if prefixed else None, stderr=subprocess.STDOUT if prefixed else None,
-            text=True, errors="replace",
-        )  # fmt: skip
+        child = start(command, cores, subprocess.PIPE if prefixed else None)
         self.children.add(child)
+        if self.stopping:  # since the lane looked
+            stop([child])
         try:
             for line in child.stdout or ():
                 print(f"{part}: {line}", end="", flush=True)
             status = child.wait()
         except KeyboardInterrupt:
-            child.send_signal(signal.SIGINT)
-            child.wait()
+            stop([child])
             raise
         finally:
             self.children.discard(child)
         if status:
-            raise SystemExit(f"{part} failed (exit status {status}); see the lines above and {self.root / part / 'log'}")
-
-    def _launcher(self, part: str) -> list[str]:
-        """The framework's launcher for a run with several ranks, else this Python."""
-        ranks, bin_directory = self.plan.ranks.get(part, 1), Path(sys.executable).parent
-        if ranks == 1:
-            return [sys.executable]
-        with socket.socket() as probe:  # finds a free port
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        if self.framework == "torch":
-            return [str(bin_directory / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", port]
-        return [str(bin_directory / "msrun"), "--worker_num", str(ranks), "--local_worker_num", str(ranks), "--master_port", port,
-                "--bind_core", "True", "--join", "True", "--log_dir", str(self.root / part / "msrun")]  # fmt: skip
+            raise SystemExit(f"{part} failed (exit status {status}); see the lines above and {directory / 'log'}")
+        if not is_complete(directory):
+            raise SystemExit(f"{part} stopped before its last step; the same command continues")

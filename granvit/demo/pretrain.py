@@ -4,9 +4,10 @@ GranViT starts from a pretrained decoder and a pretrained encoder. These are sma
 - The decoder learns from text alone (granvit/demo/text_maps.py).
 - The encoder learns from whole images and their global captions, through the frozen decoder. It is an image-level encoder, as
   SigLIP is.
-Neither is trained on Caption2Bbox, on a coordinate as an answer, or on a region question about an image
-(tests/demo/test_pretrain.py reads their training rows). Scenes are drawn with the same generator as the demo's, with another
-seed and on its training photographs.
+Neither is trained on Caption2Bbox, on coordinates of a box as an answer, or on a region question about an image
+(tests/demo/test_pretrain.py reads their training rows). The decoder is asked in which rows and columns of a text map an object
+is. The tokenizer is trained on the texts of all tasks. Scenes are drawn with the same generator as the demo's, with another seed
+and on its training photographs.
 """
 import shutil
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from granvit.data.store import Store
 from granvit.data.store_writer import write_store
 from granvit.demo.pair import CARD, SHIPPED, publish_pair, read_sums
 from granvit.demo.parts import Parts, Plan
-from granvit.demo.scenes import scenes
+from granvit.demo.scenes import scenes, scenes_version
 from granvit.demo.text_maps import GROUND, WHERE, place, text_map, where_turns
 from granvit.launch import Framework, load_engine_class
 from granvit.models import VisionConfig
@@ -65,7 +66,8 @@ class Pretraining(Parts):
     )
 
     def contents(self, part: str) -> str | None:
-        return repr((SCENES, TOKENIZER_SCENES, self.seed, SCORED)) if part in ("data", "pair") else None
+        known = SCENES, TOKENIZER_SCENES, PHRASES, self.seed, SCORED, scenes_version()
+        return repr(known) if part in ("data", "pair") else None
 
     def make(self, part: str) -> None:
         if part == "data":
@@ -112,13 +114,15 @@ class Pretraining(Parts):
             "",
             f"Made by `python scripts/demo.py pretrain --framework {self.framework}` (granvit/demo/pretrain.py, seed "
             f"{self.seed}) from {SCENES['train']:,} scenes of granvit/demo/scenes.py on photographs that scikit-image carries. "
-            "The held-out scenes use other photographs. The same command on the same kind of machine gives the same bytes.",
+            "The held-out scenes use other photographs.",
             "",
             "| Run | Trained | Steps | Rows a step |",
             "|---|---|---|---|",
             *(f"| {part} | {what[part]} | {train.steps} | {train.global_batch} |" for part, train in steps.items()),
             "",
-            "Neither has seen Caption2Bbox, a coordinate as an answer, or a region question about an image.",
+            "Neither was trained on Caption2Bbox, on coordinates of a box as an answer, or on a region question about an image. "
+            "The decoder was asked in which rows and columns of a text map an object is. The tokenizer was trained on the texts "
+            "of all tasks.",
             "",
             f"| Answers that are right to the letter, {SCORED} held-out scenes | % |",
             "|---|---|",

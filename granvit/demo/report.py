@@ -323,8 +323,8 @@ def _training(root: Path, runs: dict[str, Run]) -> list[Block]:
         Table(["Run", "Trained parts", "Questions, with their shares", "Steps", "Rows a step"], rows),
         Text(f"A row is one picture with questions about it. Data: {counts['train']} training and {counts['heldout']} held-out "
              "scenes, drawn onto photographs of which the two splits share none (granvit/demo/scenes.py). The start weights are "
-             "a small encoder and decoder that are shipped with the code. They never saw Caption2Bbox, nor a question about a "
-             "region of an image; python scripts/demo.py pretrain makes them from nothing."),
+             "a small encoder and decoder that are shipped with the code. They were trained neither on Caption2Bbox nor on "
+             "a question about a region of an image; python scripts/demo.py pretrain makes them from nothing."),
     ]  # fmt: skip
 
 

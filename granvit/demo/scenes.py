@@ -6,6 +6,7 @@ one of 8 words in 6 colours. All words have four letters, so that the shape of a
 the extent of the outline, or of the glyphs at `SUPERSAMPLING` times the size. Scenes are square, 128 x 128 pixels, so the demo
 does not use padding; the tests do.
 """
+import hashlib
 import io
 import os
 from collections.abc import Iterator
@@ -44,6 +45,11 @@ SUPERSAMPLING = 4
 WORD_RIM = 3  # supersampled pixels
 
 
+def scenes_version() -> str:
+    """A hash of this file. Where it changes, scenes of the same seed are taken to be others."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Stamp:
     """One object, ready to be pasted.
@@ -65,7 +71,9 @@ def _photograph(name: str) -> Image.Image:
 
     path = Path(skimage.data.__file__).parent / name
     if not path.exists():
-        raise ValueError(f"{path}: no such photograph, though scikit-image's wheel has it; pip install -e '.[demo]'")
+        raise ValueError(
+            f"{path}: no such photograph, though scikit-image's wheel has it; pip install --force-reinstall scikit-image"
+        )
     return Image.open(path).convert("RGB")
 
 

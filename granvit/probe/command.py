@@ -114,7 +114,7 @@ def _probe(options: argparse.Namespace) -> None:
     levels = _levels(candidates, options.level)
     joined = seed_groups({each.name: each.checkpoint for each in candidates if each.checkpoint is not None})
     if joined and importlib.util.find_spec("scipy") is None:
-        raise ValueError("runs of several seeds: their intervals need scipy: pip install -e '.[ablate]'")
+        raise ValueError("runs of several seeds: their intervals need scipy: pip install scipy")
     for candidate in candidates:
         if options.crop_size is not None and (options.crop_size <= 0 or options.crop_size % candidate.vision.patch_size):
             raise ValueError(f"--crop-size {options.crop_size} is not a multiple of the patch size of {candidate.path}, "
@@ -180,7 +180,7 @@ def _check_options(options: argparse.Namespace) -> None:
     if not 0 <= small <= large <= 1:
         raise ValueError(f"--sizes {small:g} {large:g}: expected two areas relative to the image, 0 <= SMALL <= LARGE <= 1")
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("the report's plot needs matplotlib: pip install -e '.[demo]'")
+        raise ValueError("the report's plot needs matplotlib: pip install matplotlib")
 
 
 def _smaller_features(options: argparse.Namespace) -> str:

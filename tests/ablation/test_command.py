@@ -205,6 +205,30 @@ def test_leakage_is_refused_before_anything_is_trained(base, stores, tmp_path, o
     assert "copy equals t3" in done.stderr and not (tmp_path / "out" / "cells").exists()
 
 
+def test_what_earlier_runs_were_trained_on_is_compared_too(base, stores, tmp_path):
+    """A grid whose first stage starts from a run: its store is not among those of the grid."""
+    earlier = tmp_path / "earlier"
+    config = ["--config", str(base / "stage1.yaml"), f"output={earlier}", f"data.sources=[{{path: {stores['held']}}}]",
+              "eval.source=null", "--framework", "torch"]  # fmt: skip
+    subprocess.run([sys.executable, TOY, "rank", "stage1", *config], env=environment(), check=True, capture_output=True)
+    tree = grid_tree(base)
+    tree["stages"]["stage1"]["overrides"] = [f"model.init_from={earlier}"]
+    done = run(write_grid(tmp_path / "leak.yaml", tree), tmp_path / "out")
+    assert done.returncode == 2 and f"{stores['held']} is also trained on" in done.stderr and str(earlier) in done.stderr
+    assert not (tmp_path / "out" / "cells").exists()
+
+
+def test_a_directory_that_cannot_be_used_fails_its_cell_alone(base, tmp_path):
+    grid, out = write_grid(tmp_path / "grid.yaml", grid_tree(base, seeds=[0])), tmp_path / "out"
+    first, second = (cell.runs[0].directory for cell in expand(read_grid(grid), "torch", out))
+    (first / ".grid_lock").mkdir(parents=True)  # a lock that cannot be opened
+    done = run(grid, out)
+    assert done.returncode == 1, done.stderr
+    failed = json.loads((out / "grid" / "results.json").read_text())["failed"]
+    assert [each["setting"] for each in failed] == ["without"] and ".grid_lock" in failed[0]["reason"]
+    assert (second / "finished.json").exists()
+
+
 def test_a_grid_without_its_data_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main([str(CONFIGS / "ablations" / "table3.yaml"), "--framework", "torch"]) == 2
@@ -237,7 +261,7 @@ def test_a_missing_package_is_named_before_anything_is_trained(base, tmp_path, c
     grid = write_grid(tmp_path / "grid.yaml", grid_tree(base))
     assert main([str(grid), "--framework", "torch", "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and package in said and "pip install -e '.[ablate]'" in said
+    assert said.count("\n") == 1 and package in said and "pip install scipy matplotlib markdown" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -251,7 +275,10 @@ def test_a_mistake_in_a_setting_names_the_grid_file(base, tmp_path, capsys):
 def test_more_ranks_than_devices_are_refused_before_anything_is_trained(base, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     grid = write_grid(tmp_path / "grid.yaml", grid_tree(base))
-    for dry in ([], ["--dry-run"]):
-        assert main([str(grid), "--framework", "torch", "--out", str(tmp_path / "out"), "--jobs", "2", "--ranks", "2", *dry]) == 2
-        assert "--jobs 2 x --ranks 2 = 4 ranks need a device each, and 2 are there" in capsys.readouterr().err
-        assert not (tmp_path / "out").exists()
+    arguments = [str(grid), "--framework", "torch", "--out", str(tmp_path / "out"), "--jobs", "2", "--ranks", "2"]
+    assert main(arguments) == 2
+    assert "--jobs 2 x --ranks 2 = 4 ranks need a device each, and 2 are there" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*arguments, "--dry-run"]) == 0  # the commands for a cluster, without a launcher of this machine
+    listed = capsys.readouterr().out
+    assert "Put your launcher before each command" in listed and "torchrun" not in listed and " rank stage1 --config " in listed

@@ -1,4 +1,7 @@
 """What the demo's start weights have seen: the training rows of both runs, read back as text."""
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
@@ -10,8 +13,9 @@ from granvit.data.chat import Chat, train_tokenizer
 from granvit.data.loader import Loader
 from granvit.data.prompts import parse_box, question_text
 from granvit.data.store_writer import write_store
+from granvit.demo import pretrain
 from granvit.demo.pretrain import PHRASES, Asked, Pretraining, prompts_of, tokenizer_texts
-from granvit.demo.scenes import PHOTOGRAPHS, scene
+from granvit.demo.scenes import scene
 from granvit.demo.text_maps import WHERE, compose_text, text_map
 
 RECORDS = [scene("train", 1000, index) for index in range(24)]
@@ -67,11 +71,18 @@ def test_the_encoder_sees_whole_images_and_global_captions_alone(files):
         assert has_image and answer in captions and text.startswith(prompts.GLOBAL) and "[" not in text
 
 
-def test_both_are_trained_on_the_training_photographs():
+def test_both_are_trained_on_the_training_photographs(tmp_path, monkeypatch):
+    """The store that both configurations name is drawn from the photographs of the training split."""
+    drawn = {}
+    monkeypatch.setattr(pretrain, "scenes", lambda split, count, seed: (split, seed))
+    monkeypatch.setattr(pretrain, "write_store", lambda records, out: drawn.update({out: records}))
+    monkeypatch.setattr(pretrain, "Store", lambda path: SimpleNamespace(record=lambda index: RECORDS[index % len(RECORDS)]))
+    monkeypatch.setattr(pretrain, "train_tokenizer", lambda *_: SimpleNamespace(save=lambda path: None))
+    making = Pretraining(tmp_path, 1000, "torch")
+    making.make("data")
     for part in ("pretrain_text", "pretrain_image"):
-        sources = load_config(CONFIGS / "demo" / f"{part}.yaml").data.sources
-        assert [source.path for source in sources] == [str(Pretraining.plan.root / "data" / "train")]
-    assert not set(PHOTOGRAPHS["train"]) & set(PHOTOGRAPHS["heldout"])
+        sources = making.config(part).data.sources
+        assert [drawn[Path(source.path)] for source in sources] == [("train", 1000)]
 
 
 def test_a_text_map_is_asked_with_its_tokens_in_the_image_s_place(files):
