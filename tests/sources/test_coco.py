@@ -179,6 +179,8 @@ def test_results_of_a_detector(tmp_path):
     reader = CocoResults(write_json(tmp_path / "results.json", RESULTS), images, threshold=0.5)
     assert reader.parts() == ("results.json",)
     assert everything(reader) == [
+        Refused("result 1", "score is below the threshold"),
+        Refused("result 3", "score is below the threshold"),
         Refused("result 9", "score is not a number"),
         Refused("result 10", "image id of the annotation is neither a whole number nor text"),
         Refused("result 11", "result is not a mapping"),

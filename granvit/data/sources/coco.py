@@ -65,7 +65,7 @@ class CocoResults:
     """What a detector found: `results` is a list of `image_id`, `category_id`, `bbox`, `score`, for the images of `images`.
 
     `images` is a JSON file with `images` and `categories` (its annotations are not read). Results with a score below `threshold`
-    are left out, without being counted. `region_caption` as in `Coco`.
+    are refused. `region_caption` as in `Coco`.
     """
 
     results: str | Path
@@ -102,7 +102,9 @@ class CocoResults:
             score = result.get("score")
             if isinstance(score, bool) or not isinstance(score, int | float):
                 yield Refused(what, "score is not a number")
-            elif score >= self.threshold:
+            elif not score >= self.threshold:
+                yield Refused(what, "score is below the threshold")
+            else:
                 try:
                     groups.add_row(result.get("image_id"), {"what": what} | _pick(result, "bbox", "category_id"))
                 except ValueError as error:
