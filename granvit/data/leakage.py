@@ -37,7 +37,7 @@ STRUCTURE = 0.5  # share of the neighbours that differ by at least STEP in an im
 NO_IMAGE, FLAT, STRUCTURED, DAMAGED = range(4)
 NAMED = 5  # pairs that the error names
 _SHARE = 4096  # records per share of the work
-_DTYPE = np.dtype([("pixels", "V16"), ("bits", "<u2", SIDE), ("state", "u1")])
+FINGERPRINT = np.dtype([("pixels", "V16"), ("bits", "<u2", SIDE), ("state", "u1")])
 
 
 def difference_hash(image_HW3: np.ndarray) -> tuple[np.ndarray, bool]:
@@ -67,7 +67,7 @@ def fingerprints(store: Store) -> np.ndarray:
             if error.errno == errno.EROFS:
                 continue
             raise
-        found = np.memmap(path, _DTYPE, "r")
+        found = np.memmap(path, FINGERPRINT, "r")
         if len(found) != store.records:
             raise ValueError(f"{path}: {len(found)} fingerprints of {store.records} records; delete the file")
         return found
@@ -87,15 +87,18 @@ def _make(store: Store, first: int, last: int) -> Iterator[bytes]:
 
 
 def _fingerprint(store: Store, index: int) -> np.ndarray:
-    found = np.zeros((), _DTYPE)
+    found = np.zeros((), FINGERPRINT)
     try:
         record = store.record(index)
-        if not record.image:
-            return found
-        pixels_HW3 = decode(record.image, MAX_PIXELS)
+        return fingerprint_of(decode(record.image, MAX_PIXELS)) if record.image else found
     except ValueError:
         found["state"] = DAMAGED
         return found
+
+
+def fingerprint_of(pixels_HW3: np.ndarray) -> np.ndarray:
+    """The fingerprint of an image, upright RGB uint8: an entry of the array that `fingerprints` returns."""
+    found = np.zeros((), FINGERPRINT)
     digest = hashlib.blake2b(repr(pixels_HW3.shape).encode(), digest_size=16)
     digest.update(pixels_HW3.tobytes())
     bits, structured = difference_hash(pixels_HW3)

@@ -18,6 +18,7 @@ import hashlib
 import json
 import struct
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -218,6 +219,17 @@ class Store:
             raise ValueError(
                 f"store {self.path}: texts.bin is damaged (texts {first} to {last - 1} are not UTF-8); copy it again or rebuild"
             ) from None
+
+
+def read_shards(shards: Sequence[tuple[Path, int]]) -> Iterator[Record]:
+    """The records of shard files `(path, number of records)`, in order, without a manifest. `ValueError` names a damaged file."""
+    for path, count in shards:
+        source = ArrayRecordDataSource([f"{path}[0:{count}]"])
+        for index in range(count):
+            try:
+                yield _decode(source[index])
+            except (RuntimeError, ValueError, IndexError, KeyError, TypeError, struct.error):
+                raise ValueError(f"{path}: record {index} is damaged") from None
 
 
 if __name__ == "__main__":

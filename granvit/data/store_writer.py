@@ -4,11 +4,13 @@ import os
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from granvit.data.records import BboxFrame, Conversation, ImageRecord, image_box
@@ -48,8 +50,8 @@ def _header(record: Record) -> str:
     return json.dumps(tree, ensure_ascii=False, separators=(",", ":"))
 
 
-class _Writer:
-    """Writes a store into `folder`, which exists and is empty."""
+class StoreWriter:
+    """Writes a store into `folder`, which exists and is empty: `add` and `refuse`, then `finish`."""
 
     def __init__(self, folder: Path, kind: Kind, shard_bytes: int):
         self.folder, self.kind, self.shard_bytes = folder, kind, shard_bytes
@@ -108,20 +110,27 @@ class _Writer:
         for file in (*self._files, self._refused):
             if file is not None:
                 file.close()
-        names = [*(shard["file"] for shard in self.shards), *FILES]
-        manifest = {
-            "format": self.kind.format,
-            "version": VERSION,
-            **{count: getattr(self.summary, count) for count in self.kind.counts},
-            "bbox_frame": frame,  # of the input's boxes; stored boxes are relative to the image
-            "refused": dict(self.summary.refused),
-            "shards": self.shards,
-            "bytes": {name: (self.folder / name).stat().st_size for name in names},
-        }
-        (self.folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        for name in [*names, "manifest.json"]:
-            with open(self.folder / name, "rb") as written:
-                os.fsync(written.fileno())
+        counts = {count: getattr(self.summary, count) for count in self.kind.counts}
+        _write_manifest(self.folder, self.kind, counts, frame, dict(self.summary.refused), self.shards)
+
+
+def _write_manifest(folder: Path, kind: Kind, counts: dict[str, int], frame: BboxFrame | None, refused: dict[str, int],
+                    shards: list[dict]) -> None:  # fmt: skip
+    """Writes the manifest of a store whose other files are complete, and syncs all."""
+    names = [*(shard["file"] for shard in shards), *FILES]
+    manifest = {
+        "format": kind.format,
+        "version": VERSION,
+        **counts,
+        "bbox_frame": frame,  # of the input's boxes; stored boxes are relative to the image
+        "refused": refused,
+        "shards": shards,
+        "bytes": {name: (folder / name).stat().st_size for name in names},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    for name in [*names, "manifest.json"]:
+        with open(folder / name, "rb") as written:
+            os.fsync(written.fileno())
 
 
 Item = tuple[Record | None, list[tuple[str, str]]]  # a record (None: refused), and what was refused of it as (what, reason)
@@ -136,7 +145,7 @@ def write_items(items: Iterable[Item], out: str | Path, kind: Kind, frame: BboxF
     shutil.rmtree(partial_out, ignore_errors=True)  # left by a build that was killed
     partial_out.mkdir(parents=True)
     try:
-        writer = _Writer(partial_out, kind, shard_bytes)
+        writer = StoreWriter(partial_out, kind, shard_bytes)
         for record, refused in items:
             for what, reason in refused:
                 writer.refuse(what, reason)
@@ -151,6 +160,36 @@ def write_items(items: Iterable[Item], out: str | Path, kind: Kind, frame: BboxF
         shutil.rmtree(partial_out, ignore_errors=True)
         raise
     return writer.summary
+
+
+def join_stores(parts: Sequence[Path], names: Sequence[str], out: Path) -> None:
+    """Joins region stores into `out`, which exists and is empty: shards are hard links with names from `names`, one for each
+    part, and the text files are concatenated. A part may hold no image. `OSError` if the file system has no hard links."""
+    shards: list[dict] = []
+    counts, refused = Counter({count: 0 for count in REGIONS.counts}), Counter()
+    texts_end = regions_end = 0
+    with ExitStack() as stack:
+        texts, ends, starts, sizes = (stack.enter_context(open(out / name, "wb")) for name in FILES)
+        ends.write(struct.pack("<Q", 0))
+        starts.write(struct.pack("<q", 0))
+        for part, name in zip(parts, names, strict=True):
+            manifest = json.loads((part / "manifest.json").read_text())
+            for number, shard in enumerate(manifest["shards"]):
+                file = f"{name}-{number:05d}.array_record"
+                os.link(part / shard["file"], out / file)
+                shards.append({"file": file, "images": shard["images"]})
+            for file, target in (("texts.bin", texts), ("sizes.u4", sizes)):
+                with open(part / file, "rb") as source:
+                    shutil.copyfileobj(source, target, 1 << 24)
+            ends.write((np.fromfile(part / "text_ends.u8", "<u8")[1:] + np.uint64(texts_end)).tobytes())
+            starts.write((np.fromfile(part / "region_starts.i8", "<i8")[1:] + regions_end).tobytes())
+            texts_end, regions_end = texts.tell(), regions_end + manifest["regions"]
+            counts.update({count: manifest[count] for count in REGIONS.counts})
+            refused.update(manifest["refused"])
+            if (part / REFUSED).exists():
+                with open(part / REFUSED, "rb") as source, open(out / REFUSED, "ab") as target:
+                    shutil.copyfileobj(source, target)
+    _write_manifest(out, REGIONS, dict(counts), "image", dict(refused), shards)
 
 
 def write_store(records: Iterable[ImageRecord], out: str | Path, shard_bytes: int = 256 << 20) -> Summary:

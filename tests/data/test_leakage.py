@@ -102,7 +102,7 @@ def test_scenes_of_the_demo_are_no_copies_of_each_other(tmp_path):
 def test_the_search_misses_no_pair():
     """Against the distances of all pairs, among hashes at 0 to 60 bits from each other."""
     rng = np.random.default_rng(0)
-    held_out, trained = np.zeros(40, leakage._DTYPE), np.zeros(400, leakage._DTYPE)
+    held_out, trained = np.zeros(40, leakage.FINGERPRINT), np.zeros(400, leakage.FINGERPRINT)
     for part in (held_out, trained):
         part["pixels"] = rng.integers(0, 2**63, (len(part), 2)).view("V16")[:, 0]
         part["state"] = leakage.STRUCTURED

@@ -1,0 +1,95 @@
+"""Builds region stores from public data, as a configuration says: reads, annotates, filters, and accounts for every image.
+
+    python scripts/build_gran.py --config configs/gran29m.yaml
+    mpiexec -n 64 python scripts/build_gran.py --config configs/gran29m.yaml
+
+The result does not depend on the number of processes. The same command continues an interrupted build, also after kill -9.
+OUT gets a folder for each store (docs/data.md), and report.md and report.html.
+"""
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from granvit.config import find_config
+from granvit.data.gran.config import BuildConfig, read_build
+from granvit.data.gran.join import duplicates_of, join_store, kept_folder, leave_out
+from granvit.data.gran.make_unit import make_unit
+from granvit.data.gran.ranks import Ranks
+from granvit.data.gran.units import all_units, parts_to_read, read_part
+from granvit.exit_status import exit_status
+from granvit.launch import RunLock, detect_launch
+from granvit.logs import log, to_console
+
+Task = TypeVar("Task")
+_EVERY = 10.0  # seconds between two lines of progress
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="a build's configuration, such as configs/gran29m.yaml")
+    parser.add_argument("--sources", metavar="NAME", nargs="+", help="only these sources of it (default: all)")
+    parser.add_argument("--out", metavar="DIR", help="directory (default: the configuration's `out`)")
+    options = parser.parse_args(arguments)
+    ranks: list[Ranks] = []
+
+    def body() -> None:
+        ranks.append(Ranks())
+        to_console(ranks[0].rank)
+        _build(options, ranks[0])
+
+    status = exit_status(body, [])
+    if status and ranks:
+        ranks[0].end_all(status)
+    return status
+
+
+def _build(options: argparse.Namespace, ranks: Ranks) -> None:
+    config = read_build(find_config(options.config))
+    if options.sources:
+        config = only(config, options.sources)
+    out = Path(options.out or config.out)
+    lock = RunLock(out, detect_launch()) if ranks.rank == 0 else None
+    ranks.barrier()
+    build(config, out, ranks)
+    if lock is not None:
+        lock.release()
+
+
+def only(config: BuildConfig, names: Sequence[str]) -> BuildConfig:
+    """The configuration with these sources alone. `ValueError` names one that it does not have."""
+    if unknown := [name for name in names if name not in config.sources]:
+        raise ValueError(f"--sources {unknown[0]}: no such source; there are {', '.join(config.sources)}")
+    kept = {name: source for name, source in config.sources.items() if name in names}
+    return config.model_copy(update={"sources": kept})
+
+
+def build(config: BuildConfig, out: Path, ranks: Ranks) -> list[Path]:
+    """Builds the stores of `config` in `out` together with the other ranks; returns their folders."""
+    annotators = {name: source.annotators() for name, source in config.sources.items()}
+    versions = {name: annotator.version for name, annotator in annotators.items()}
+    _share(ranks, "parts read", parts_to_read(config, out), lambda part: read_part(config, part))
+    units = all_units(config, out, versions)
+    _share(ranks, "units made", units, lambda unit: make_unit(config, unit, annotators[unit.source]))
+    duplicates = duplicates_of(config, units)
+    affected = [folder for folder, images in duplicates.items() if len(images)]
+    size = config.shard_megabytes << 20
+    _share(ranks, "units without duplicates", affected, lambda folder: leave_out(folder, duplicates[folder], size))
+    folders = {folder: kept_folder(folder, images) for folder, images in duplicates.items()}
+    stores = list(dict.fromkeys(source.store for source in config.sources.values()))
+    _share(ranks, "stores joined", stores, lambda name: join_store(config, name, units, folders, out))
+    return [out / name for name in stores]
+
+
+def _share(ranks: Ranks, what: str, tasks: Sequence[Task], do: Callable[[Task], object]) -> None:
+    """Does this rank's share of the tasks, and waits for the others."""
+    own, told, began = ranks.own(tasks), 0.0, time.monotonic()
+    for number, task in enumerate(own, 1):
+        do(task)
+        now = time.monotonic()
+        if ranks.rank == 0 and (now - told > _EVERY or number == len(own)):
+            told = now
+            log.info(f"{what}: {number} of {len(own)} by this process, {(now - began) / number:.1f} s each")
+    ranks.barrier()

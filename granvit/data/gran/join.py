@@ -1,0 +1,104 @@
+"""Joins the units of a build into its stores. Shards are linked, not copied.
+
+Duplicates are found over all units. A unit with duplicates is written once more without them, beside the first result, in a
+folder whose name says which images were left out.
+"""
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from granvit.checkpoint.tensors import write_synced
+from granvit.data.gran.config import BuildConfig
+from granvit.data.gran.duplicates import find_duplicates
+from granvit.data.gran.make_unit import COUNTS, FINGERPRINTS, Counts, read_counts
+from granvit.data.gran.units import Unit
+from granvit.data.leakage import FINGERPRINT
+from granvit.data.records import ImageRecord
+from granvit.data.store import REGIONS, read_shards
+from granvit.data.store_writer import StoreWriter, join_stores
+
+DUPLICATE = "image: duplicate of another one"
+BUILT = "build.json"
+
+
+def duplicates_of(config: BuildConfig, units: Sequence[Unit]) -> dict[Path, np.ndarray]:
+    """For each unit's folder the indices of its images that are duplicates of images before them, int64, ascending."""
+    prints = [np.fromfile(unit.folder / FINGERPRINTS, FINGERPRINT) for unit in units]
+    sizes = [len(own) for own in prints]
+    rules = [config.sources[unit.source].duplicates for unit in units]
+    exact, near = (np.repeat(np.array([getattr(rule, kind) for rule in rules], bool), sizes) for kind in ("exact", "near"))
+    found = find_duplicates(np.concatenate([np.zeros(0, FINGERPRINT), *prints]), exact, near)
+    ends = np.cumsum(sizes)
+    return {unit.folder: np.flatnonzero(found[end - size : end]) for unit, size, end in zip(units, sizes, ends, strict=True)}
+
+
+def kept_folder(folder: Path, duplicates: np.ndarray) -> Path:
+    """The folder of a unit's result without its duplicates."""
+    if not len(duplicates):
+        return folder
+    return folder.with_name(f"{folder.name}-without-{hashlib.sha256(duplicates.tobytes()).hexdigest()[:12]}")
+
+
+def leave_out(folder: Path, duplicates: np.ndarray, shard_bytes: int) -> None:
+    """Writes a unit's result without its duplicates, unless that is done. The folder appears complete or not at all."""
+    kept = kept_folder(folder, duplicates)
+    if kept.exists():
+        return
+    partial = kept.with_name(f"{kept.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    writer, counts, dropped = StoreWriter(partial, REGIONS, shard_bytes), Counts(), set(duplicates.tolist())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for number, record in enumerate(read_shards([(folder / shard["file"], shard["images"]) for shard in manifest["shards"]])):
+        assert isinstance(record, ImageRecord)
+        if number not in dropped:
+            writer.add(record)
+            counts.written(record)
+        else:
+            writer.refuse(record.id, DUPLICATE)
+    writer.finish("image")
+    before = read_counts(folder)
+    for name in ("records_read", "regions_read", "regions_found", "globals_dropped", "reencoded"):
+        setattr(counts, name, getattr(before, name))
+    counts.images_dropped = before.images_dropped + Counter({DUPLICATE: len(dropped)})
+    lost = before.regions_written - counts.regions_written
+    counts.regions_dropped = before.regions_dropped + Counter({f"image left out: {DUPLICATE}": lost})
+    counts.check()
+    write_synced(partial / COUNTS, json.dumps(asdict(counts), indent=1) + "\n")
+    os.rename(partial, kept)
+
+
+def join_store(config: BuildConfig, name: str, units: Sequence[Unit], folders: Mapping[Path, Path], out: Path) -> Path:
+    """Joins the units of a store, in their order, into OUT/NAME, unless it is joined from the same ones. `folders`: unit's folder
+    -> `kept_folder`. `ValueError` if no image is left, with the reasons."""
+    own = [unit for unit in units if config.sources[unit.source].store == name]
+    counts: dict[str, Counts] = {}
+    for unit in own:
+        counts.setdefault(unit.source, Counts()).add(read_counts(folders[unit.folder]))
+    parts = [folders[unit.folder] for unit in own]
+    tree = {
+        "units": [str(part.relative_to(out)) for part in parts],
+        "sources": {source: asdict(found) for source, found in counts.items()},
+    }
+    text, store = json.dumps(tree, indent=1) + "\n", out / name
+    if (store / BUILT).exists() and (store / BUILT).read_text() == text:
+        return store
+    if not any(found.images_written for found in counts.values()):
+        reasons = sum((found.images_dropped for found in counts.values()), Counter())
+        raise ValueError(f"store {store}: no image is left; dropped: {dict(reasons.most_common(5))}")
+    partial = store.with_name(f"{name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    join_stores(parts, [f"{unit.source}-{unit.number:06d}" for unit in own], partial)
+    write_synced(partial / BUILT, text)
+    if store.exists():  # of other settings
+        shutil.rmtree(store)
+    os.rename(partial, store)
+    return store
