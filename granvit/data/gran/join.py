@@ -9,7 +9,6 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +70,7 @@ def leave_out(folder: Path, duplicates: np.ndarray, shard_bytes: int) -> None:
     lost = before.regions_written - counts.regions_written
     counts.regions_dropped = before.regions_dropped + Counter({f"image left out: {DUPLICATE}": lost})
     counts.check()
-    write_synced(partial / COUNTS, json.dumps(asdict(counts), indent=1) + "\n")
+    write_synced(partial / COUNTS, json.dumps(vars(counts), indent=1) + "\n")
     os.rename(partial, kept)
 
 
@@ -85,7 +84,7 @@ def join_store(config: BuildConfig, name: str, units: Sequence[Unit], folders: M
     parts = [folders[unit.folder] for unit in own]
     tree = {
         "units": [str(part.relative_to(out)) for part in parts],
-        "sources": {source: asdict(found) for source, found in counts.items()},
+        "sources": {source: vars(found) for source, found in counts.items()},
     }
     text, store = json.dumps(tree, indent=1) + "\n", out / name
     if (store / BUILT).exists() and (store / BUILT).read_text() == text:

@@ -10,7 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -116,7 +116,7 @@ def make_unit(config: BuildConfig, unit: Unit, annotator: Annotator) -> None:
             fingerprints.write(print_of_image.tobytes())
     writer.finish("image")
     counts.check()
-    write_synced(partial / COUNTS, json.dumps(asdict(counts), indent=1) + "\n")
+    write_synced(partial / COUNTS, json.dumps(vars(counts), indent=1) + "\n")
     os.rename(partial, unit.folder)
 
 

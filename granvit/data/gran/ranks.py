@@ -1,4 +1,4 @@
-"""The processes of a build: one, or those that `mpiexec -n N` starts. They share files and a barrier, and exchange nothing else."""
+"""The processes of a build: one, or those that `mpiexec -n N` starts. They share files and a barrier, nothing else."""
 import os
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -35,5 +35,5 @@ def _world() -> Any:
     try:
         from mpi4py import MPI
     except ImportError as error:
-        raise ValueError(f"this process was started by MPI, and mpi4py cannot be imported ({error}): pip install mpi4py") from None
+        raise ValueError(f"started by MPI, but mpi4py cannot be imported ({error}): pip install mpi4py") from None
     return MPI.COMM_WORLD
