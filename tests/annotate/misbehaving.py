@@ -80,6 +80,7 @@ def serving(*replies: Reply | Callable[[dict], Reply | None] | None) -> Iterator
     listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     listening.daemon_threads = True
     listening.block_on_close = False
+    listening.handle_error = lambda *_: None  # a client that hangs up is not an error
     server.url = f"http://127.0.0.1:{listening.server_port}/v1"
     thread = threading.Thread(target=listening.serve_forever, args=(0.01,))
     thread.start()

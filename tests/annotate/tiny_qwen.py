@@ -57,11 +57,12 @@ def write_qwen(directory: Path) -> Path:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
+        model.lm_head.weight[tokenizer.eos_token_id] = 0  # less likely than one of the letters
     letters = set(tokenizer.convert_tokens_to_ids(list("abcdefghijklmnopqrstuvwxyz")))
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=sorted(set(range(len(tokenizer))) - letters),
+        suppress_tokens=sorted(set(range(len(tokenizer))) - letters - {tokenizer.eos_token_id}),
         forced_eos_token_id=tokenizer.eos_token_id,
         do_sample=True,  # as the published one; the captioners ask for greedy decoding
         temperature=2.0,
