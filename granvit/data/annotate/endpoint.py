@@ -55,7 +55,8 @@ class EndpointCaptioner(Captioner):
 
     A server that refuses one request (400, 413, 422) fails that part of the image. One that cannot be reached after all attempts
     raises `ConnectionError`; any other answer, such as 401 or 404, raises `ValueError`. `transformers serve` does not tell that
-    an answer was cut off at the limit of tokens, vLLM does.
+    an answer was cut off at the limit of tokens, vLLM does. Nor does it keep requests about Qwen2.5-VL apart that it answers at
+    the same time (4.57): use `concurrent` 1 with it.
     """
 
     endpoint: str
