@@ -67,7 +67,7 @@ def test_every_console_command_leads_to_a_function(unpacked):
     parser = configparser.ConfigParser()
     parser.read(next(unpacked.glob("*.dist-info")) / "entry_points.txt")
     commands = dict(parser["console_scripts"])
-    names = ("train", "predict", "probe", "store", "conversations", "demo", "ablate", "export", "convert", "check")
+    names = ("train", "predict", "probe", "store", "conversations", "plan", "demo", "ablate", "export", "convert", "check")
     assert sorted(commands) == sorted(f"granvit-{name}" for name in names)
     for target in commands.values():
         module, _, function = target.partition(":")
