@@ -117,8 +117,11 @@ def _record(store: Store, index: int) -> Record:
 
 
 def drawn_boxes(marked: Sequence[Marked]) -> Sequence[Marked]:
-    """The boxes that are drawn: all, or every n-th of them if there are more than `DRAWN`."""
-    return marked[:: -(-len(marked) // DRAWN) or 1]
+    """The boxes that are drawn: all, or `DRAWN` of them, always the same, drawn at random (every n-th could be one column)."""
+    if len(marked) <= DRAWN:
+        return marked
+    chosen = np.random.default_rng(0).choice(len(marked), DRAWN, replace=False)
+    return [marked[index] for index in sorted(chosen.tolist())]
 
 
 def _drawn(store: Store, record: Record, marked: Sequence[Marked]) -> Image.Image:
@@ -178,8 +181,8 @@ def facts(record: Record, marked: Sequence[Marked]) -> str:
         told.append(boxes)
     size = f"{record.width} x {record.height} pixels" if record.image else "no image"
     drawn = drawn_boxes(marked)
-    limited = f" {len(drawn)} of {len(marked)} boxes are drawn; all are listed." if len(drawn) < len(marked) else ""
-    return f"{size}, {', '.join(told)}.{limited}"
+    limited = f" {len(drawn)} of the {len(marked)} boxes, chosen at random, are drawn; all are listed."
+    return f"{size}, {', '.join(told)}." + limited * (len(drawn) < len(marked))
 
 
 def page(store: Store, indices: Sequence[int], how: str) -> str:
