@@ -2,7 +2,8 @@
 states and activations.
 
 A training step costs, in forward passes: 3 for a trained part (forward, gradients of inputs, gradients of weights), 2 for a
-frozen part that gradients pass through, 1 for the teacher and for a frozen encoder.
+frozen part that gradients pass through, 1 for the teacher and for a frozen encoder. Attention has no weights: both factors of its
+two products are activations, so where gradients pass through it costs 3, in a frozen part too.
 """
 import math
 import os
@@ -22,8 +23,57 @@ def vision_macs(c: VisionConfig, image_size: int | None = None) -> float:
 def language_macs(c: LanguageConfig, length: int, logits: int) -> float:
     """MACs of one row: `L [S (2 h q + 2 h kv + 3 h m) + 2 S^2 q] + n_logits h V`, without the saving of a causal mask."""
     h, q, kv = c.width, c.heads * c.head_dim, c.kv_heads * c.head_dim
-    block = length * (2 * h * q + 2 * h * kv + 3 * h * c.mlp) + 2 * length**2 * q
-    return c.layers * block + logits * h * c.vocab
+    block = length * (2 * h * q + 2 * h * kv + 3 * h * c.mlp)
+    return c.layers * block + attention_macs(c, length) + logits * h * c.vocab
+
+
+def attention_macs(c: LanguageConfig, length: int) -> float:
+    """The part of `language_macs` that the two products of activations take, QK^T and its softmax with V: `L 2 S^2 q`."""
+    return c.layers * 2 * length**2 * c.heads * c.head_dim
+
+
+def projector_macs(vision: VisionConfig, language: LanguageConfig) -> float:
+    """MACs of the two-layer MLP on the tokens of one image: `tokens (token_width h + h^2)`, h the decoder's width."""
+    return vision.image_tokens * (vision.token_width * language.width + language.width**2)
+
+
+def forward_flops(
+    vision: VisionConfig, language: LanguageConfig, length: int, logits: int, crops: float = 0, crop_size: int | None = None
+) -> dict[str, float]:
+    """FLOPs of a forward pass over one row, by module: the encoder on all views of the image, the projector, the decoder on
+    `length` tokens with logits at `logits` of them, the teacher on `crops` crops of `crop_size` pixels (default: the image size).
+
+    Counted are matrix products and the patch embedding; norms, activations, softmax, ROIAlign and the loss are not. Attention is
+    counted in full: the causal mask saves nothing.
+    """
+    return {
+        "vision": 2 * vision.views * vision_macs(vision),
+        "projector": 2 * projector_macs(vision, language),
+        "language": 2 * language_macs(language, length, logits),
+        "teacher": 2 * crops * vision_macs(vision, crop_size),
+    }
+
+
+def training_flops(
+    vision: VisionConfig, language: LanguageConfig, trains: Collection[str], length: int, logits: int, crops: float = 0,
+    crop_size: int | None = None, recompute: bool = False,
+) -> dict[str, float]:  # fmt: skip
+    """FLOPs of a training step for one row, by module: those of `forward_flops`, times the factors at the head of this file.
+
+    `recompute` adds a second forward pass of the blocks of encoder and decoder that gradients pass through; the head is not
+    computed again. Optimizer and EMA are not counted: they do not depend on the number of rows.
+    """
+    cost = forward_flops(vision, language, length, logits, crops, crop_size)
+    blocks = {"vision": cost["vision"], "language": 2 * language_macs(language, length, 0)}
+    for number, part in enumerate(PARTS):
+        reached = any(earlier in trains for earlier in PARTS[: number + 1])  # gradients pass through this part
+        factor = 1 if not reached else 3 if part in trains else 2
+        cost[part] *= factor
+        if factor == 2 and part == "language":
+            cost[part] += 2 * attention_macs(language, length)
+        if recompute and reached and part in blocks:
+            cost[part] += blocks[part]
+    return cost
 
 
 def host_memory() -> int:

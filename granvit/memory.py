@@ -1,5 +1,6 @@
 """Device memory: a check before the start that the model fits, and error messages for out-of-memory errors that name the
 overrides with which a step needs less memory."""
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,18 +8,35 @@ from pathlib import Path
 
 from granvit.checkpoint.run import newest_step
 from granvit.config import RunConfig, largest_divisor
-from granvit.cost import state_bytes
-from granvit.models import LanguageConfig, VisionConfig
+from granvit.cost import activation_bytes, state_bytes
+from granvit.models import LanguageConfig, VisionConfig, parameter_shapes, part_of
 from granvit.trainer import TrainingStopped
 
 OUT_OF_MEMORY = re.compile(
     r"out of memory|memory isn't enough|memory not enough|(can't|cannot) allocate memory|alloc.{0,40}failed", re.IGNORECASE
 )
+_COMPUTE_BYTES = {"float64": 8, "float32": 4}  # of the others 2
+
+
+def predicted_memory(config: RunConfig, vision: VisionConfig, language: LanguageConfig, framework: str) -> tuple[int, int]:
+    """Bytes on every device, by formula: weights, gradients and moments; and the peak of a training step on `train.micro_batch`
+    rows of the largest bucket. The peak is that of forward and backward pass or of the update, which needs one float32 array of
+    the size of the trained weights (docs/memory.md compares both with measurements)."""
+    stage, bucket = config.stage_spec, config.data.buckets[-1]
+    state = state_bytes(vision, language, stage.trains, stage.distill, _COMPUTE_BYTES.get(config.runtime.compute, 2))
+    passes = activation_bytes(
+        *(vision, language, stage.trains, config.train.micro_batch, bucket.length, bucket.answers),
+        recompute=config.runtime.recompute,
+        framework=framework,
+    )
+    shapes = parameter_shapes(vision, language)
+    update = 4 * sum(math.prod(shape) for name, shape in shapes.items() if part_of(name) in stage.trains)
+    return state, state + max(sum(passes), update)
 
 
 def check_memory(config: RunConfig, vision: VisionConfig, language: LanguageConfig, memory: int) -> None:
     """`ValueError` if weights, gradients and optimizer states alone exceed a device's `memory` (bytes)."""
-    stage, compute = config.stage_spec, {"float64": 8, "float32": 4}.get(config.runtime.compute, 2)
+    stage, compute = config.stage_spec, _COMPUTE_BYTES.get(config.runtime.compute, 2)
     needed = state_bytes(vision, language, stage.trains, stage.distill, compute)
     if needed > memory:
         raise ValueError(

@@ -24,9 +24,10 @@ from granvit.cost import activation_bytes, state_bytes
 from granvit.data.batch import Batch
 from granvit.engine import StepInputs
 from granvit.models import LanguageConfig, VisionConfig
+from granvit.plan import DEVICES
 from pt_granvit import engine as pt_engine
 
-USABLE_910B = 62.3e9  # bytes that a program can use of a 910B's 64 GB
+USABLE_910B = DEVICES["910B3"].memory  # bytes
 FUSED = "aten._scaled_dot_product_flash_attention_for_cpu"
 
 

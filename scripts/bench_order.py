@@ -33,12 +33,13 @@ from granvit.data.store_writer import write_store
 from granvit.demo.scenes import scenes
 from granvit.engine import StepInputs
 from granvit.launch import load_engine_class
+from granvit.plan import ANSWER, SOURCES, TEMPLATE, TEXT
 from granvit.stages import TASKS
 
 SCALE = 90  # images of the paper for each simulated image
-PREFIX, BOX = 1044, 26
-SOURCES = ((23_964_098, 81_997_719, True), (5_550_550, 101_560_803, False))  # images, regions, natural (with a global caption)
-MEANS = {"global": 1224, "bbox2caption": 1114, "caption2bbox": 1099}  # tokens of a row that asks one question
+IMAGE_TOKENS = 1024
+PREFIX, BOX = IMAGE_TOKENS + TEMPLATE, ANSWER["caption2bbox"]
+MEANS = {task: IMAGE_TOKENS + text for task, text in TEXT.items()}  # tokens of a row that asks one question
 STEPS = 2016  # a whole number of windows
 RANKS = (128, 8)
 RUNS = ("stage1", "stage2", "stage1_packed", "stage2_packed")
@@ -113,7 +114,7 @@ class Rows:
 def simulated(config: RunConfig) -> Plan:
     """The real plan of a configuration over simulated stores."""
     rng = np.random.default_rng(0)
-    stores = [SimulatedStore(*source, rng) for source in SOURCES]
+    stores = [SimulatedStore(*source, natural, rng) for source, natural in zip(SOURCES, (True, False), strict=True)]
     return Plan(
         stores, [SimulatedTurns(store, rng) for store in stores], [source.rate for source in config.data.sources],
         config.stage_spec.mix, config.data.regions_per_row, config.train.global_batch,

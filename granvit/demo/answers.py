@@ -1,7 +1,5 @@
 """Answers of the demo as cards: a held-out picture with boxes, the truth as title, and what the runs answered."""
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -11,40 +9,12 @@ from granvit.data.prompts import Box, parse_box
 from granvit.data.records import ImageRecord
 from granvit.data.store import MAX_PIXELS
 from granvit.demo.results import RIGHT, START, Prediction, Run, answer_to
+from granvit.page import RIGHT_COLOUR, WRONG_COLOUR, Answer, Card
+from granvit.pictures import outline
 
-RIGHT_COLOUR, WRONG_COLOUR, TRUE_COLOUR = "#00805e", "#c8400a", "#111111"  # the first two differ for the colour-blind too
-RIGHT_SIGN, WRONG_SIGN = "✓", "✗"
+TRUE_COLOUR = "#111111"
 SIDE = 320  # pixels, the longer side of a card's picture
 _LINE, _RIM = 4, 2  # pixels: a box's line, and the white rim on both sides of it
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one run answered, and whether that is right."""
-
-    run: str
-    text: str
-    right: bool
-
-    @property
-    def marked(self) -> str:
-        """The answer with a sign before it."""
-        return f"{RIGHT_SIGN if self.right else WRONG_SIGN} {self.run}: {self.text}"
-
-
-@dataclass(frozen=True)
-class Card:
-    """`picture_HW3` is uint8 with the boxes drawn; `alt` describes it in words."""
-
-    picture_HW3: np.ndarray
-    title: str
-    answers: tuple[Answer, ...]
-    alt: str
-
-    def jpeg(self) -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(self.picture_HW3).save(buffer, "JPEG", quality=85, subsampling=0)
-        return buffer.getvalue()
 
 
 def draw_boxes(record: ImageRecord, boxes: Sequence[tuple[Box, str]]) -> np.ndarray:
@@ -56,10 +26,7 @@ def draw_boxes(record: ImageRecord, boxes: Sequence[tuple[Box, str]]) -> np.ndar
     draw = ImageDraw.Draw(picture)
     for box, colour in boxes:
         x1, y1, x2, y2 = (np.array(box) * np.tile(size, 2)).round().astype(int).tolist()
-        x1, x2, y1, y2 = min(x1, x2), max(x1, x2), min(y1, y2), max(y1, y2)
-        outer = _LINE // 2 + _RIM
-        draw.rectangle((x1 - outer, y1 - outer, x2 + outer, y2 + outer), outline="white", width=_LINE + 2 * _RIM)
-        draw.rectangle((x1 - outer + _RIM, y1 - outer + _RIM, x2 + outer - _RIM, y2 + outer - _RIM), outline=colour, width=_LINE)
+        outline(draw, (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)), colour, _LINE, _RIM)
     return np.asarray(picture)
 
 

@@ -22,6 +22,7 @@ from granvit.demo.pair import SHIPPED, copy_pair, read_sums
 from granvit.demo.parts import Lanes, Parts, Plan
 from granvit.demo.pretrain import SEED, Pretraining
 from granvit.demo.scenes import scenes, scenes_version
+from granvit.demo.seeds import compare_seeds
 from granvit.demo.text_maps import compose_text
 from granvit.exit_status import exit_status
 from granvit.launch import RunLock, detect_launch
@@ -71,9 +72,12 @@ def main() -> int:
         stage = "stage1" if part == "stage1_mixed" else part
         return train_command(stage, sys.argv[3:], compose, f"{sys.argv[0]} rank {part}")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("all", "prepare", "report", "pretrain"), default="all",
-                        help="all (default); prepare: data and start weights; report: write the report again; "
-                             "pretrain: make the start weights from nothing, which takes hours")  # fmt: skip
+    parser.add_argument("what", nargs="?", default="all",
+                        choices=("all", "prepare", "report", "compare", "pretrain"),
+                        help="all (default); prepare: data and start weights; report: write the report again; compare: mean "
+                             "and spread over the finished demos of --seeds; pretrain: make the start weights from nothing, "
+                             "which takes hours")  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="for compare (default: 0 1 2)")
     parser.add_argument("--seed", type=int, help=f"seed of scenes, weights and data order (default: 0; pretrain: {SEED})")
     parser.add_argument("--framework", choices=("mindspore", "torch"), default="mindspore", help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="directory (default: runs/demo, runs/demo-SEED for other seeds, "
@@ -83,11 +87,19 @@ def main() -> int:
     return exit_status(lambda: _run(options), [])
 
 
+def _root(plan: Plan, seed: int, usual: int) -> Path:
+    """The directory of a seed, if none is named."""
+    return plan.root if seed == usual else Path(f"{plan.root}-{seed}")
+
+
 def _run(options: argparse.Namespace) -> None:
+    if options.what == "compare":
+        print(compare_seeds({seed: _root(Demo.plan, seed, 0) for seed in options.seeds}))
+        return
     kind: type[Parts] = Pretraining if options.what == "pretrain" else Demo
     usual = SEED if kind is Pretraining else 0
     seed = usual if options.seed is None else options.seed
-    root = options.out or (kind.plan.root if seed == usual else Path(f"{kind.plan.root}-{seed}"))
+    root = options.out or _root(kind.plan, seed, usual)
     lock = RunLock(root, detect_launch())
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: runs save a checkpoint and end
     if kind is Pretraining:

@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from granvit.data.prompts import Box
-from granvit.demo.answers import RIGHT_COLOUR, WRONG_COLOUR, Card
 from granvit.demo.results import NAMES, Run, percent
 from granvit.demo.times import KINDS, Times
+from granvit.page import RIGHT_COLOUR, WRONG_COLOUR, Card
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

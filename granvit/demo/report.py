@@ -13,19 +13,9 @@ from granvit.checkpoint.run import newest_checkpoint
 from granvit.data.images import box_to_features
 from granvit.data.records import ImageRecord
 from granvit.data.store import Store
-from granvit.demo.answers import (
-    RIGHT_SIGN,
-    TRUE_COLOUR,
-    WRONG_SIGN,
-    Card,
-    box_card,
-    caption_card,
-    draw_boxes,
-    worst_caption_card,
-)
+from granvit.demo.answers import TRUE_COLOUR, box_card, caption_card, draw_boxes, worst_caption_card
 from granvit.demo.features import CELLS, component_colours, features_of, similarity_map
 from granvit.demo.figures import draw_cards, draw_components, draw_curve, draw_similarity, draw_times
-from granvit.demo.page import Block, Cell, Code, Gallery, Heading, Items, Picture, Table, Text, to_html, to_markdown
 from granvit.demo.results import (
     NAMES,
     ROWS,
@@ -44,6 +34,22 @@ from granvit.demo.results import (
 )
 from granvit.demo.times import KINDS, Times, read_times
 from granvit.launch import Framework
+from granvit.page import (
+    RIGHT_SIGN,
+    WRONG_SIGN,
+    Block,
+    Card,
+    Cell,
+    Code,
+    Gallery,
+    Heading,
+    Items,
+    Picture,
+    Table,
+    Text,
+    to_html,
+    to_markdown,
+)
 from granvit.stages import Task
 
 SHOWN = 12  # pictures of a random sample

@@ -13,8 +13,8 @@ from PIL import Image
 
 from granvit.demo import features, report
 from granvit.demo.figures import _font, _spread, _wrapped
-from granvit.demo.page import escape_markdown
 from granvit.demo.report import write_report
+from granvit.page import escape_markdown
 from tests.demo.toy_demo import IMAGES, ODD, REGIONS, evaluation, right, write_demo, write_run
 from tests.probe.conftest import VISION
 

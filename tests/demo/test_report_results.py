@@ -4,10 +4,11 @@ import json
 import numpy as np
 import pytest
 
-from granvit.demo.answers import RIGHT_COLOUR, TRUE_COLOUR, WRONG_COLOUR, box_card, caption_card
+from granvit.demo.answers import TRUE_COLOUR, box_card, caption_card
 from granvit.demo.results import aims, answer_to, columns, percent, random_sample, read_runs, worst
 from granvit.demo.times import KINDS, read_times
 from granvit.evaluate import Evaluation
+from granvit.page import RIGHT_COLOUR, WRONG_COLOUR
 from tests.demo.toy_demo import RECORDS, evaluation, right, write_run
 
 REPORTED = ("exact_match", "rouge_l", "acc_iou50", "unparsable")

@@ -1,17 +1,21 @@
 """A page of headings, text, tables and pictures, written as Markdown and as one self-contained HTML file.
 
-All texts are plain: what they contain of either language is escaped. Pictures are PNG files beside the Markdown; the HTML file
-holds them as data URIs.
+All texts are plain: what they contain of either language is escaped. Pictures are PNG or JPEG files beside the Markdown; the HTML
+file holds them as data URIs.
 """
 import base64
+import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from granvit.demo.answers import RIGHT_COLOUR, RIGHT_SIGN, WRONG_COLOUR, WRONG_SIGN, Card
+import numpy as np
+from PIL import Image
 
+RIGHT_COLOUR, WRONG_COLOUR = "#00805e", "#c8400a"  # they differ for the colour-blind too
+RIGHT_SIGN, WRONG_SIGN = "✓", "✗"
 STYLE = f"""
 body{{font:16px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:#222;background:#fff;max-width:60rem;margin:0 auto;
 padding:1rem}}
@@ -23,6 +27,8 @@ figure{{margin:1rem 0}}figcaption,.note{{font-size:.85rem;color:#555}}img{{max-w
 .cards{{display:grid;grid-template-columns:repeat(4,1fr);gap:1rem}}.five{{grid-template-columns:repeat(5,1fr)}}
 .card{{break-inside:avoid;overflow-wrap:anywhere;font-size:.8rem;line-height:1.35}}.card img{{width:100%;margin-bottom:.3rem}}
 .card b,.card span{{display:block}}.right{{color:{RIGHT_COLOUR}}}.wrong{{color:{WRONG_COLOUR}}}
+td.exact{{white-space:pre-wrap;overflow-wrap:anywhere;min-width:9rem}}.number{{color:#fff;padding:0 .35rem;border-radius:.2rem}}
+summary{{cursor:pointer;color:#555;font-size:.9rem}}
 pre{{background:#f4f4f4;padding:.6rem;overflow-x:auto}}
 @media(max-width:40rem){{.cards,.five{{grid-template-columns:1fr 1fr}}}}
 @media print{{body{{max-width:none;font-size:10pt}}h2,h3{{break-after:avoid}}figure,table{{break-inside:avoid}}}}
@@ -60,20 +66,67 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Number:
+    """A cell with a white number on a colour (of the form #rrggbb)."""
+
+    text: str
+    colour: str
+
+
+@dataclass(frozen=True)
+class Exact:
+    """A cell whose text keeps its spaces and line breaks in HTML."""
+
+    text: str
+
+
+AnyCell = str | Cell | Number | Exact
+
+
+@dataclass(frozen=True)
 class Table:
     """A table. Cells that begin with a sign for right or wrong have its colour in HTML."""
 
     header: Sequence[str]
-    rows: Sequence[Sequence[str | Cell]]
+    rows: Sequence[Sequence[AnyCell]]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """The PNG file `name` beside the page; `alt` describes it in words."""
+    """The PNG or JPEG (.jpg) file `name` beside the page; `alt` describes it in words."""
 
     name: str
     alt: str
     caption: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one run answered, and whether that is right."""
+
+    run: str
+    text: str
+    right: bool
+
+    @property
+    def marked(self) -> str:
+        """The answer with a sign before it."""
+        return f"{RIGHT_SIGN if self.right else WRONG_SIGN} {self.run}: {self.text}"
+
+
+@dataclass(frozen=True)
+class Card:
+    """`picture_HW3` is uint8 with the boxes drawn; `alt` describes it in words."""
+
+    picture_HW3: np.ndarray
+    title: str
+    answers: tuple[Answer, ...]
+    alt: str
+
+    def jpeg(self) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(self.picture_HW3).save(buffer, "JPEG", quality=85, subsampling=0)
+        return buffer.getvalue()
 
 
 @dataclass(frozen=True)
@@ -93,7 +146,16 @@ class Code:
     text: str
 
 
-Block = Heading | Text | Items | Table | Picture | Gallery | Code
+@dataclass(frozen=True)
+class Folded:
+    """A table under a line that shows and hides it in HTML; `shown` is how it is at first."""
+
+    line: str
+    table: Table
+    shown: bool
+
+
+Block = Heading | Text | Items | Table | Picture | Gallery | Code | Folded
 
 
 def escape_markdown(text: str) -> str:
@@ -125,16 +187,18 @@ def _markdown(block: Block) -> str:
             return f"![{escaped(alt)}]({name})"
         case Code(text):
             return f"```\n{text}\n```"
+        case Folded(line, table):
+            return f"{escaped(line)}\n\n{_markdown(table)}"
 
 
-def _markdown_cell(cell: str | Cell) -> str:
+def _markdown_cell(cell: AnyCell) -> str:
     if isinstance(cell, Cell):
         return f"{escape_markdown(cell.text)} ({escape_markdown(cell.detail)})"
-    return escape_markdown(cell)
+    return escape_markdown(cell if isinstance(cell, str) else cell.text)
 
 
 def to_html(title: str, blocks: Sequence[Block], folder: Path) -> str:
-    """The page as one HTML file without scripts and without references to other files. PNG files are read from `folder`."""
+    """The page as one HTML file without scripts and without references to other files. Pictures are read from `folder`."""
     html = ElementTree.Element("html", lang="en")
     head = ElementTree.SubElement(html, "head")
     ElementTree.SubElement(head, "meta", charset="utf-8")
@@ -174,7 +238,7 @@ def _add_block(body: ElementTree.Element, block: Block, folder: Path) -> None:
                     _add_cell(line, cell)
         case Picture(name, alt, caption):
             figure = ElementTree.SubElement(body, "figure")
-            _add_image(figure, "png", (folder / name).read_bytes(), alt)
+            _add_image(figure, "jpeg" if name.endswith(".jpg") else "png", (folder / name).read_bytes(), alt)
             _add(figure, "figcaption", caption)
         case Gallery():
             grid = ElementTree.SubElement(body, "div", {"class": "cards five" if block.columns == 5 else "cards"})
@@ -182,9 +246,19 @@ def _add_block(body: ElementTree.Element, block: Block, folder: Path) -> None:
                 _add_card(grid, card)
         case Code(text):
             _add(body, "pre", text)
+        case Folded(line, table):
+            details = ElementTree.SubElement(body, "details", {"open": "open"} if block.shown else {})
+            _add(details, "summary", line)
+            _add_block(details, table, folder)
 
 
-def _add_cell(line: ElementTree.Element, cell: str | Cell) -> None:
+def _add_cell(line: ElementTree.Element, cell: AnyCell) -> None:
+    if isinstance(cell, Number):
+        _add(_add(line, "td", ""), "span", cell.text, **{"class": "number", "style": f"background:{cell.colour}"})
+        return
+    if isinstance(cell, Exact):
+        _add(line, "td", cell.text, **{"class": "exact"})
+        return
     text = cell.text if isinstance(cell, Cell) else cell
     kind = {RIGHT_SIGN: "right", WRONG_SIGN: "wrong"}.get(text[:1])
     element = _add(line, "td", text, **({"class": kind} if kind else {}))
