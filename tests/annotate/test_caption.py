@@ -91,7 +91,8 @@ def test_transformers_serve_gives_the_same_captions(directory, batch, results, t
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"transformers serve needs {module}")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # the server leaves the images it was sent there
-    options = {"model": str(directory), "concurrent": 1, "attempts": 1, "cache": tmp_path / "answers.sqlite"}
+    options = {"model": str(directory), "concurrent": 1, "attempts": 1, "timeout": 30.0}
+    options["cache"] = tmp_path / "answers.sqlite"
     with transformers_serve() as url:
         assert EndpointCaptioner(endpoint=url, **options, **LENGTHS).annotate(batch) == results
     assert EndpointCaptioner(endpoint=url, **options, **LENGTHS).annotate(batch) == results  # from the cache
@@ -102,10 +103,22 @@ def test_detecting_and_captioning_in_a_chain(directory, tmp_path_factory, batch)
     regions = LocalCaptioner(directory=directory, global_prompt=None, **LENGTHS)
     whole = LocalCaptioner(directory=directory, region_prompt=None, **LENGTHS)
     chain = Chain((detector, regions, whole))
-    (result,) = chain.annotate([batch[1]])
+    (result,) = chain.annotate([KnownImage(batch[0].pixels_HW3)])
     assert result.regions and all(len(region.caption) == 5 and region.score > 0.3 for region in result.regions)
     assert len(result.global_caption) == 8
     assert len({chain.version, Chain((detector, regions)).version, Chain((regions, detector, whole)).version}) == 3
+
+
+def test_directories_as_published_have_no_text_config(directory, batch, results, tmp_path):
+    """Qwen's own config.json has the text model's keys beside the others; save_pretrained of 4.57 nests them."""
+    flat = tmp_path / "flat"
+    shutil.copytree(directory, flat)
+    tree = json.loads((flat / "config.json").read_text())
+    text = tree.pop("text_config")
+    del tree["vision_config"]["model_type"]
+    (flat / "config.json").write_text(json.dumps(text | tree))
+    assert tree["model_type"] == "qwen2_5_vl" and text["model_type"] == "qwen2_5_vl_text"
+    assert LocalCaptioner(directory=flat, **LENGTHS).annotate(batch[:1]) == results[:1]
 
 
 def test_answers_that_do_not_end_and_images_that_fail_are_refused(directory, tmp_path):

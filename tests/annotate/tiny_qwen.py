@@ -111,11 +111,13 @@ def transformers_serve() -> Iterator[str]:
     with mock.patch.object(serving.uvicorn, "run", run):
         thread = threading.Thread(target=command.run, daemon=True)
         thread.start()
+        limit = time.monotonic() + 60
         while not (started and started[0].started):
-            assert thread.is_alive()
+            assert thread.is_alive() and time.monotonic() < limit
             time.sleep(0.02)
         try:
             yield f"http://127.0.0.1:{port}/v1"
         finally:
             started[0].should_exit = True
-            thread.join()
+            thread.join(30)
+            assert not thread.is_alive()

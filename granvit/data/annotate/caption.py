@@ -156,7 +156,8 @@ class LocalCaptioner(Captioner):
     def _model(self) -> Any:
         model_files(self.directory)
         transformers = needed("transformers", "torch")
-        kind = loaded(transformers.AutoConfig, self.directory).model_type
+        # Of the class: with a text_config, as save_pretrained writes it, the object's own model_type is that of the text model.
+        kind = type(loaded(transformers.AutoConfig, self.directory)).model_type
         if kind != "qwen2_5_vl":
             raise ValueError(f"directory {self.directory}: model_type is {kind}, not qwen2_5_vl; serve other models with vLLM")
         return loaded_model(transformers.Qwen2_5_VLForConditionalGeneration, self.directory, self.device, "auto")
