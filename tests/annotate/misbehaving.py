@@ -88,5 +88,5 @@ def serving(*replies: Reply | Callable[[dict], Reply | None] | None) -> Iterator
         yield server
     finally:
         listening.shutdown()
-        thread.join()
+        thread.join(30)
         listening.server_close()

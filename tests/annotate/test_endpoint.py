@@ -39,6 +39,7 @@ def captioner(tmp_path):
     def make(server, **options):
         url = server if isinstance(server, str) else server.url
         fixed = {"endpoint": url, "model": "m", "cache": tmp_path / "cache" / "answers.sqlite", "region_prompt": None}
+        fixed |= {"timeout": 10.0}
         return EndpointCaptioner(**(fixed | options))
 
     return make
@@ -114,7 +115,7 @@ def test_answers_are_kept_over_restarts(captioner, waits):
 )  # fmt: skip
 def test_bad_answers_are_asked_for_again_and_then_fail(captioner, waits, reply, reason):
     with serving(reply) as server:
-        made = captioner(server, attempts=3, global_tokens=10)
+        made = captioner(server, attempts=3, global_tokens=10, concurrent=1)  # each attempt gives its connection back
         assert only(made) == Result(refused=(("global", reason),))
         assert len(server.requests) == 3 and waits == [1.0, 2.0]
     with serving(reply, reply, events("A cup.")) as server:
@@ -204,7 +205,7 @@ def test_requests_are_concurrent_within_bounds(captioner):
         return events("A cup.")
 
     with serving(reply) as server:
-        results = captioner(server, concurrent=3).annotate([noise(30, 30, seed) for seed in range(9)])
+        results = captioner(server, concurrent=3, attempts=1).annotate([noise(30, 30, seed) for seed in range(9)])
     assert all(result == Result(global_caption="A cup.") for result in results)
     assert len(server.requests) == 9 and server.most == 3
 

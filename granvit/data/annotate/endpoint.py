@@ -156,12 +156,14 @@ class EndpointCaptioner(Captioner):
                 retries=False,
                 redirect=False,
                 preload_content=False,
+                pool_timeout=self.timeout,
             )
             try:
                 self._check(response)
                 return read_answer(_chunks(response, deadline), max_tokens)
             finally:
                 response.close()  # the connection is used again if the answer was read to its end
+                response.release_conn()  # makes room in the pool, which close alone does not
         except (errors.NewConnectionError, errors.ConnectTimeoutError):
             raise _Unreachable("the server cannot be reached") from None
         except errors.TimeoutError:
