@@ -166,7 +166,8 @@ def join_stores(parts: Sequence[Path], names: Sequence[str], out: Path) -> None:
     """Joins region stores into `out`, which exists and is empty: shards are hard links with names from `names`, one for each
     part, and the text files are concatenated. A part may hold no image. `OSError` if the file system has no hard links."""
     shards: list[dict] = []
-    counts, refused = Counter({count: 0 for count in REGIONS.counts}), Counter()
+    counts = Counter({count: 0 for count in REGIONS.counts})
+    refused: Counter[str] = Counter()
     texts_end = regions_end = 0
     with ExitStack() as stack:
         texts, ends, starts, sizes = (stack.enter_context(open(out / name, "wb")) for name in FILES)

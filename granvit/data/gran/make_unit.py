@@ -32,7 +32,7 @@ from granvit.data.store_writer import StoreWriter
 BATCH = 16  # images that are decoded and annotated together
 COUNTS, FINGERPRINTS = "unit.json", "fingerprints.bin"
 # Edges of the report's histograms; the last bin of each is open.
-EDGES = {
+EDGES: dict[str, list[float]] = {
     "boxes": [0, 1, 2, 3, 5, 8, 12, 20, 40, 80, 160],
     "area": [0, 10**3, 3162, 10**4, 31623, 10**5, 316228, 10**6],
     "aspect": [0, 1 / 3, 0.5, 2 / 3, 1, 1.5, 2, 3],
@@ -96,8 +96,8 @@ class Counts:
 def read_counts(folder: Path) -> Counts:
     """The counts of a unit that is made, by its folder."""
     tree = json.loads((folder / COUNTS).read_text())
-    counters = {name: Counter(tree.pop(name)) for name in ("images_dropped", "regions_dropped", "globals_dropped")}
-    return Counts(**tree, **counters)
+    tree |= {name: Counter(tree[name]) for name in ("images_dropped", "regions_dropped", "globals_dropped")}
+    return Counts(**tree)
 
 
 def make_unit(config: BuildConfig, unit: Unit, annotator: Annotator) -> None:
@@ -199,9 +199,9 @@ def _annotated(opened: Opened, result: Result, counts: Counts, writer: StoreWrit
         reason = reasons.get(f"region {number}", "region: no caption")
         counts.regions_dropped[reason] += 1
         writer.refuse(f"{opened.id} region {number}", reason)
-    if (reason := reasons.get("global")) is not None:
-        counts.globals_dropped[reason] += 1
-        writer.refuse(f"{opened.id} global", reason)
+    if "global" in reasons:
+        counts.globals_dropped[reasons["global"]] += 1
+        writer.refuse(f"{opened.id} global", reasons["global"])
     height, width = opened.pixels_HW3.shape[:2]
     return ImageRecord(opened.id, width, height, opened.image, result.global_caption or None, tuple(regions))
 
