@@ -8,7 +8,7 @@ LABELS = {0: "cup", 1: "<|im_end|>", 2: "spoon"}
 
 
 def write_detector(directory: Path) -> Path:
-    """Writes a DETR whose scores spread over 0..1."""
+    """Writes a DETR whose scores are 0.2 to 0.6, different for each image; label 1 is always the best."""
     torch.manual_seed(0)
     stem = {"embedding_size": 8, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "layer_type": "basic"}
     config = DetrConfig(
