@@ -43,8 +43,8 @@ def start(words: Sequence[str], cores: Collection[int], output: int | IO[str] | 
           environment: Mapping[str, str] | None = None) -> subprocess.Popen:  # fmt: skip
     """Starts a command on these cores; `output` is what `subprocess` takes for stdout, and gets stderr too.
 
-    The child has a session of its own, so Ctrl-C in a terminal does not reach it: `stop` asks it to stop, once. It is killed by
-    the kernel if this thread's process dies.
+    The child has a session of its own, so Ctrl-C in a terminal does not reach it: `stop` asks it to stop, once. The kernel
+    kills it when the thread that started it ends, also after kill -9 of this process.
     """
     search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # msrun starts the first `python` in it
 

@@ -110,18 +110,18 @@ def _ablate(options: argparse.Namespace) -> list[str]:
 def _check_earlier_runs(cells: list[Cell]) -> None:
     """`ValueError` if a run that a cell's first stage starts from, or one before that, was trained on a held-out image, or on
     data that cannot be compared."""
-    origins: dict[str, dict[str, Checkpoint]] = {}
+    origins: dict[str, dict[Path, Checkpoint]] = {}  # held-out store -> the checkpoints, by their paths
     for cell in cells:
         origin = cell.runs[0].config.model.init_from if cell.problem is None else None
         if origin is not None:
             source = cell.runs[-1].config.eval.source
             checkpoint = newest_checkpoint(origin)
             assert source is not None and checkpoint is not None  # `expand` has read both
-            origins.setdefault(source, {})[origin] = checkpoint
+            origins.setdefault(source, {})[checkpoint.path] = checkpoint
     for source, checkpoints in origins.items():
-        for origin, reasons in zip(checkpoints, not_held_out(checkpoints.values(), Store(source)).values(), strict=True):
+        for path, reasons in not_held_out(checkpoints.values(), Store(source)).items():
             if reasons:
-                raise ValueError(f"model.init_from {origin}: {reasons[0]}; name another eval.source")
+                raise ValueError(f"model.init_from: {path}: {reasons[0]}; name another eval.source")
 
 
 def _check_packages() -> None:

@@ -1,8 +1,6 @@
 """Annotators add boxes and captions to images. `annotator_class` finds one by its kind."""
-import difflib
-from importlib import import_module
-
 from granvit.data.annotate.annotator import Annotator
+from granvit.data.named_class import named_class
 
 KINDS = {
     "ocr": "ocr.Ocr",
@@ -14,8 +12,4 @@ KINDS = {
 
 def annotator_class(name: str) -> type[Annotator]:
     """The annotator of a kind. `ValueError` names the nearest kind if there is none of this name."""
-    if name not in KINDS:
-        near = difflib.get_close_matches(name, KINDS, n=1, cutoff=0.3)
-        raise ValueError(f"annotator {name!r}: " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(KINDS)}"))
-    module, _, class_name = KINDS[name].partition(".")
-    return getattr(import_module(f"{__name__}.{module}"), class_name)
+    return named_class("annotator", name, KINDS, __name__)

@@ -128,7 +128,8 @@ def _records(config: BuildConfig, source: SourceConfig, unit: Unit, annotator: A
 
     def drop(name: str, reason: str, regions: int) -> None:
         counts.images_dropped[reason] += 1
-        counts.regions_dropped[f"image left out: {reason}"] += regions
+        if regions:
+            counts.regions_dropped[f"image left out: {reason}"] += regions
         writer.refuse(name, reason)
 
     def opened_or_reason(item: Item) -> Opened | str:

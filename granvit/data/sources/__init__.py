@@ -1,7 +1,5 @@
 """Readers of public region data, one file per format. `read_class` finds a reader by the name of its format."""
-import difflib
-from importlib import import_module
-
+from granvit.data.named_class import named_class
 from granvit.data.sources.annotated import Reader
 
 FORMATS = {
@@ -30,8 +28,4 @@ FORMATS = {
 
 def read_class(name: str) -> type[Reader]:
     """The reader of a format. `ValueError` names the nearest format if there is none of this name."""
-    if name not in FORMATS:
-        near = difflib.get_close_matches(name, FORMATS, n=1, cutoff=0.3)
-        raise ValueError(f"format {name!r}: " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(FORMATS)}"))
-    module, _, class_name = FORMATS[name].partition(".")
-    return getattr(import_module(f"{__name__}.{module}"), class_name)
+    return named_class("format", name, FORMATS, __name__)
