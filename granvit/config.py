@@ -5,13 +5,14 @@ only the keys that differ from it. The resolved configuration is written to the 
 configuration.
 """
 import difflib
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, field_validator, model_validator
 
 from granvit.models import PARTS, LanguageConfig, Strict, VisionConfig
 from granvit.stages import STAGES, RegionTask, Stage, StageName, Task
@@ -30,11 +31,22 @@ class Bucket(Strict):
 
 
 class Source(Strict):
-    """One store of regions (`granvit.data.store`) or of conversations (`granvit.data.conversations`). `rate` is the share of its
-    region questions or conversations that one epoch uses."""
+    """One store of regions (`granvit.data.store`) or of conversations (`granvit.data.conversations`).
+
+    `rate` is the share of its region questions or conversations that one epoch uses, drawn anew for every epoch. `count` states
+    instead, for each task, how many of its questions an epoch uses (none of a task that it does not name). They are the same in
+    every epoch and for every seed of the run; `draw` is the seed that chooses them (granvit/data/draw.py)."""
 
     path: str
     rate: float = Field(1.0, ge=0, le=1)
+    count: dict[Task, NonNegativeInt] | None = None
+    draw: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "Source":
+        if self.count is not None and self.rate != 1:
+            raise ValueError("rate and count both choose questions; leave one of them out")
+        return self
 
 
 class ModelSection(Strict):
@@ -58,9 +70,11 @@ class VisionSection(Strict):
 
 
 class DataSection(Strict):
-    """`mix` replaces the stage's shares of the tasks; an override such as `data.mix.global=0.5` changes one share and keeps the
-    others. With `regions_per_row` 1 every row has one question (the paper's literal reading). Above 1, up to that many region
-    questions about an image and its global question share one row and its prefix."""
+    """`sources` is a list of stores, or the path of a mix (OUT/mixes/NAME.yaml of scripts/build_gran.py), which holds such a list
+    with paths relative to its own folder. `mix` replaces the stage's shares of the tasks; an override such as
+    `data.mix.global=0.5` changes one share and keeps the others. With `regions_per_row` 1 every row has one question (the paper's
+    literal reading). Above 1, up to that many region questions about an image and its global question share one row and its
+    prefix."""
 
     sources: tuple[Source, ...]
     mix: dict[Task, float] | None = None
@@ -69,6 +83,19 @@ class DataSection(Strict):
     workers: int = Field(0, ge=0)  # processes that read and decode images; 0: threads of this process
     max_bad_fraction: float = Field(0.001, ge=0, le=1)
     max_pixels: int = Field(89_478_485, gt=0)  # Pillow's default limit
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _of_mix(cls, value: Any) -> Any:
+        return read_mix(Path(value)) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _counts_or_shares(self) -> "DataSection":
+        counted = {task for source in self.sources for task in source.count or ()}
+        for task, share in (self.mix or {}).items():
+            if task in counted and 0 < share < 1:
+                raise ValueError(f"mix.{task} is {share:g}, but a source states a count for it: set it to 1, or to 0 to ask none")
+        return self
 
 
 class TrainSection(Strict):
@@ -372,6 +399,15 @@ def read_yaml(path: str | Path) -> dict:
     if not isinstance(tree, dict):
         raise ValueError(f"configuration {path}: expected a mapping of keys, found {type(tree).__name__}")
     return tree
+
+
+def read_mix(path: Path) -> list[Any]:
+    """The sources of a mix (OUT/mixes/NAME.yaml of scripts/build_gran.py); their paths, relative to its folder, become relative
+    to the working directory. `ValueError` names the file if it is not a mix."""
+    sources = read_yaml(path).get("sources")
+    if not isinstance(sources, list) or not all(isinstance(s, dict) and isinstance(s.get("path"), str) for s in sources):
+        raise ValueError(f"{path}: is not a mix: it needs a list `sources` whose entries have a `path`")
+    return [source | {"path": os.path.normpath(path.parent / source["path"])} for source in sources]
 
 
 def _read_with_base(path: Path) -> dict:

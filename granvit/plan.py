@@ -31,6 +31,7 @@ from granvit.config import (
     CONFIGS,
     Bucket,
     RunConfig,
+    Source,
     find_config,
     language_config,
     load_config,
@@ -39,6 +40,7 @@ from granvit.config import (
     vision_config,
 )
 from granvit.cost import forward_flops, training_flops
+from granvit.data.draw import available
 from granvit.data.store import REGIONS, Store
 from granvit.exit_status import exit_status
 from granvit.logs import to_console
@@ -154,9 +156,18 @@ def store_images(config: RunConfig) -> list[Images] | None:
         captioned = store.text_ends[first_texts + 1] > store.text_ends[first_texts]
         regions = np.diff(store.region_starts)
         for share in (0.0, 1.0):
-            asked = {task: mix[task] * (share if task == "global" else source.rate) for task in _asked_tasks(mix)}
+            asked = {
+                task: mix[task] * _rate(source, store, task) * (share if task == "global" else 1.0) for task in _asked_tasks(mix)
+            }
             found.append(Images(np.bincount(regions[captioned == share], minlength=1).astype(float), asked))
     return found
+
+
+def _rate(source: Source, store: Store, task: Task) -> float:
+    """The share of a store's questions of a task that its source uses."""
+    if source.count is None:
+        return 1.0 if task == "global" else source.rate
+    return source.count.get(task, 0) / max(available(store, task), 1)
 
 
 def _asked_tasks(mix: dict[Task, float]) -> list[Task]:

@@ -14,7 +14,9 @@ from granvit.stages import STAGES, WITH_SCRIPTS, StageName
 from granvit.train import train_command
 
 ROOT = Path(__file__).resolve().parents[1]
-RUNS = sorted(p for p in CONFIGS.rglob("*.yaml") if not {"models", "ablations"}.intersection(p.parts))
+RUNS = sorted(
+    p for p in CONFIGS.rglob("*.yaml") if not {"models", "ablations"}.intersection(p.parts) and not p.name.startswith("gran")
+)
 SCRIPTS = ("projector", "stage1", "stage2", "continued", "sft")
 PAPER = [CONFIGS / f"{name}.yaml" for name in (*SCRIPTS, "stage1_packed", "stage2_packed")]
 

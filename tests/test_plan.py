@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from granvit import plan as planning
-from granvit.config import CONFIGS, language_config, load_config, resolve_models, vision_config
+from granvit.config import CONFIGS, Source, language_config, load_config, resolve_models, vision_config
 from granvit.cost import attention_macs, forward_flops, language_macs, projector_macs, training_flops, vision_macs
 from granvit.data.sampler import Plan as Sampler
 from granvit.memory import predicted_memory
@@ -168,12 +168,21 @@ def test_packed_is_cheaper_by_what_is_not_computed_again():
 @pytest.mark.parametrize("per_row", [1, 3, 4])
 @pytest.mark.parametrize("mix", [{"global": 1.0, "bbox2caption": 1.0}, {"bbox2caption": 1.0, "caption2bbox": 1.0}])
 def test_rows_are_those_of_the_sampler(store, per_row, mix):
-    sampler = Sampler([store], [], [1.0], mix, per_row, 1, [], [], 0)
+    sampler = Sampler([store], [], [Source(path=str(store.path))], mix, per_row, 1, [], [], 0)
     contents = sampler.contents(0, np.arange(sampler.epoch_steps(0)))
     expected = Counter((sum(q.region is not None for q in asked), sum(q.region is None for q in asked)) for *_, asked in contents)
     config = run_config(data={"sources": [{"path": str(store.path)}], "mix": mix})
     rows = row_classes(store_images(config), per_row)
     assert rows == pytest.approx(dict(expected))
+
+
+def test_exact_counts_are_planned(store):
+    counts = {"global": 5, "bbox2caption": 40}
+    source = {"path": str(store.path), "count": counts}
+    sampler = Sampler([store], [], [Source(**source)], dict.fromkeys(counts, 1), 1, 1, [], [], 0)
+    config = run_config(data={"sources": [source], "mix": dict.fromkeys(counts, 1)})
+    rows = row_classes(store_images(config), 1)
+    assert sum(rows.values()) == pytest.approx(45) and sampler.epoch_steps(0) == 45
 
 
 def test_shares_thin_the_questions_of_an_image():

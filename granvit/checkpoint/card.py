@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from granvit.checkpoint.history import PastRun
-from granvit.config import RunConfig
+from granvit.config import RunConfig, Source
 from granvit.models import PARTS, Shapes, part_of
 
 DIGITS = 16  # of a hash, as in the names of RUN/parts
@@ -94,13 +94,19 @@ def _origin(part: str, config: RunConfig, missing_origin: str | None) -> str:
     return f"`{short_path(config.model.weights_vision if part == 'vision' else config.model.weights_language)}`"
 
 
+def _part_of(source: Source) -> str:
+    """Which part of a store a run used, in brackets; empty for all of it."""
+    if source.count is not None:
+        return f" ({', '.join(f'{count:,} {task}' for task, count in source.count.items())})"
+    return f" ({source.rate:g} of its regions)" if source.rate != 1 else ""
+
+
 def _stage(number: int, run: PastRun) -> str:
     """The section on one run: trained parts, data, optimizer, losses and evaluation."""
     checkpoint, config = run.checkpoint, run.checkpoint.config
     stage, rate, data = config.stage_spec, config.optimizer, config.data
     trains = " and ".join(part for part in PARTS if part in stage.trains)
-    shares = [f" ({source.rate:g} of its regions)" if source.rate != 1 else "" for source in data.sources]
-    sources = ", ".join(f"`{short_path(source.path)}`{share}" for source, share in zip(data.sources, shares, strict=True))
+    sources = ", ".join(f"`{short_path(source.path)}`{_part_of(source)}" for source in data.sources)
     mix = ", ".join(f"{task} {share:g}" for task, share in stage.mix.items())
     decay = f", weight decay {rate.weight_decay:g}" if rate.weight_decay else ""
     own = [f"{part} {rate.of_part(part)[0]:g}" for part in PARTS if rate.of_part(part)[0] != rate.lr]

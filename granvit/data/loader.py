@@ -95,17 +95,22 @@ class Loader:
             if asked and not asked.intersection(store.kind.tasks):
                 kind = store.kind.format
                 raise ValueError(f"data.sources: {store.path} is a {kind} store and holds none of the tasks mixed: {stage.mix}")
-        tasks_held = {task for store in stores for task in store.kind.tasks}
+        tasks_held = {
+            task
+            for store, source in zip(stores, config.data.sources, strict=True)
+            for task in store.kind.tasks
+            if source.count is None or source.count.get(task, 0) > 0
+        }
         if never_asked := [task for task in TASKS if task in asked - tasks_held]:
             paths = ", ".join(str(store.path) for store in stores)
             raise ValueError(
-                f"data.mix asks {', '.join(never_asked)}, which no store of data.sources ({paths}) holds; name a store that "
-                f"does, or set the share to 0"
+                f"data.mix asks {', '.join(never_asked)}, which no store of data.sources ({paths}) holds or states a count for; "
+                f"name a store that does, or set the share to 0"
             )
         self.plan = Plan(
             stores,
             [TurnLengths(store, chat, asked) for store in stores],
-            [source.rate for source in config.data.sources],
+            config.data.sources,
             stage.mix,
             config.data.regions_per_row,
             config.train.global_batch,

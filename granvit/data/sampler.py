@@ -3,6 +3,7 @@
 `Plan` is a pure function of the stores, the tokenizer, the configuration, the seed and the step. It does not depend on ranks.
 - Selection: an epoch includes a region question iff a counter-based hash of (seed, epoch, region, task), scaled to 0..1, is below
   the task's share times the source's rate. The same holds for conversations. For global questions the threshold is the share.
+  Where a source states counts, every epoch includes the same questions, exactly as many (`granvit.data.draw`).
 - Rows: the included region questions of one image, of both tasks and in random order, are cut into chunks of K =
   `data.regions_per_row`. Each chunk is a row. The global question belongs to the image's first row; with K = 1 it is a row of its
   own. A conversation is always a row of its own.
@@ -20,35 +21,16 @@ from dataclasses import dataclass, fields
 import numpy as np
 from grain.experimental import index_shuffle
 
-from granvit.config import Bucket
+from granvit.config import Bucket, Source
 from granvit.data.batch import Question
+from granvit.data.draw import WHOLE, Draw, has_whole
 from granvit.data.lengths import PrefixLengths, TurnLengths
+from granvit.data.splitmix import splitmix64
 from granvit.data.store import CONVERSATIONS, Store
 from granvit.stages import TASKS, Task
 
 WINDOW = 32  # steps whose rows are divided into batches together
 _CHUNK = 1 << 20  # regions hashed at a time
-_GOLDEN = 0x9E3779B97F4A7C15
-
-
-def splitmix64(counters: np.ndarray, *key: int) -> np.ndarray:
-    """uint64 hash of each counter under a key: output number `counter` of the SplitMix64 generator seeded by the key."""
-    state = 0
-    for part in key:
-        state = int(_finish(np.array([(state ^ part) & (2**64 - 1)], np.uint64))[0])
-    with np.errstate(over="ignore"):
-        return _finish(np.uint64(state) + counters.astype(np.uint64) * np.uint64(_GOLDEN))
-
-
-def _finish(z: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        z = z + np.uint64(_GOLDEN)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
-
-
-WHOLE = ("global", "conversation")  # tasks about a whole record instead of a region
 _ASK, _ORDER, _SHUFFLE, _BATCHES = range(4)  # last part of a hash key: what the random number is used for
 
 
@@ -70,14 +52,14 @@ def stratified(classes: np.ndarray, buckets: np.ndarray, rng: np.random.Generato
 class Plan:
     """The order of the data: rows, buckets and global batches of every epoch.
 
-    `lengths`, `rates` and `prefixes` have one entry per store: token lengths, sampling rate, prefix lengths. `mix` maps tasks to
-    shares. `rows_per_step` is the global batch size. A row's number is its index in the unshuffled order of the epoch; -1 stands
-    for a row of weight zero. Memory: one int64 per image for each of the last two epochs.
+    `lengths`, `sources` and `prefixes` have one entry per store: token lengths, sampling rate or counts, prefix lengths. `mix`
+    maps tasks to shares. `rows_per_step` is the global batch size. A row's number is its index in the unshuffled order of the
+    epoch; -1 stands for a row of weight zero. Memory: one int64 per image for each of the last two epochs.
     """
 
     stores: Sequence[Store]
     lengths: Sequence[TurnLengths]
-    rates: Sequence[float]
+    sources: Sequence[Source]
     mix: dict[Task, float]
     regions_per_row: int
     rows_per_step: int
@@ -89,6 +71,12 @@ class Plan:
         self._record_starts = np.cumsum([0] + [store.records for store in self.stores])
         self._region_starts = np.cumsum([0] + [store.regions for store in self.stores])
         self._tasks = [(index, task) for index, task in enumerate(TASKS) if self.mix.get(task, 0) > 0]
+        self._draws = {
+            (number, task): Draw(store, task, source.count.get(task, 0), source.draw)
+            for number, (store, source) in enumerate(zip(self.stores, self.sources, strict=True))
+            for _, task in self._tasks
+            if source.count is not None
+        }
         self._lock = threading.RLock()  # reading threads share the tables
         self._epochs: dict[int, np.ndarray] = {}
         self._epoch_steps: list[int] = []
@@ -135,12 +123,16 @@ class Plan:
             questions[r].append(Question(TASKS[t], None if g < 0 else g))
         return list(zip(source.tolist(), image.tolist(), questions, strict=True))
 
-    def _asked(self, epoch: int, task: int, counters: np.ndarray, rate: float) -> np.ndarray:
-        """bool: whether the epoch includes this task for the regions `counters`, numbered over all sources (tasks in `WHOLE`: for
-        the images)."""
-        share = self.mix[TASKS[task]] * rate
+    def _asked(self, epoch: int, source: int, task: int, numbers: np.ndarray) -> np.ndarray:
+        """bool: whether the epoch includes this task for the regions with these numbers in a source (tasks in `WHOLE`: for its
+        records)."""
+        name = TASKS[task]
+        if (source, name) in self._draws:
+            return self._draws[source, name].includes(numbers)
+        share = self.mix[name] * (1.0 if name == "global" else self.sources[source].rate)
         if share >= 1:
-            return np.ones(len(counters), bool)
+            return np.ones(len(numbers), bool)
+        counters = numbers + (self._record_starts if name in WHOLE else self._region_starts)[source]
         return (splitmix64(counters, self.seed, epoch, task, _ASK) >> np.uint64(11)) * 2.0**-53 < share
 
     def _whole_task(self, source: int) -> Task:
@@ -152,10 +144,7 @@ class Plan:
         store, task = self.stores[source], self._whole_task(source)
         if self.mix.get(task, 0) <= 0:
             return np.zeros(len(images), bool)
-        number = store.region_starts[images] + images
-        present = store.text_ends[number + 1] > store.text_ends[number]
-        rate = self.rates[source] if task == "conversation" else 1.0
-        return present & self._asked(epoch, TASKS.index(task), self._record_starts[source] + images, rate)
+        return has_whole(store, images) & self._asked(epoch, source, TASKS.index(task), images)
 
     def _row_starts(self, epoch: int) -> np.ndarray:
         """int64 `[images + 1]`: number of each image's first row in the epoch, over all sources; the last entry is the total."""
@@ -169,17 +158,17 @@ class Plan:
 
     def _count_rows(self, epoch: int, source: int) -> np.ndarray:
         """int64 `[images]`: number of rows of each image of one source."""
-        store, rate = self.stores[source], self.rates[source]
+        store = self.stores[source]
         asked, whole = np.zeros(store.records, np.int64), np.zeros(store.records, bool)
         first = 0
         while first < store.records:
             limit = int(store.region_starts[first]) + _CHUNK
             last = max(int(np.searchsorted(store.region_starts, limit, "right")) - 1, first + 1)
             starts = store.region_starts[first : last + 1].astype(np.int64)
-            counters = np.arange(starts[0], starts[-1]) + self._region_starts[source]
+            numbers = np.arange(starts[0], starts[-1])
             for task, name in self._tasks:
                 if name not in WHOLE:
-                    running = np.concatenate([[0], np.cumsum(self._asked(epoch, task, counters, rate))])
+                    running = np.concatenate([[0], np.cumsum(self._asked(epoch, source, task, numbers))])
                     asked[first:last] += np.diff(running[starts - starts[0]])
             whole[first:last] = self._asked_whole(epoch, source, np.arange(first, last))
             first = last
@@ -206,12 +195,12 @@ class Plan:
             counts = store.region_starts[image + 1].astype(np.int64) - starts
             member = np.repeat(np.arange(len(members)), counts)  # for each region: index into `members`
             region = np.arange(len(member)) - np.repeat(np.cumsum(counts) - counts, counts)
-            counters = self._region_starts[source] + starts[member] + region
+            numbers = starts[member] + region
             candidates = []
             for index, name in self._tasks:
                 if name not in WHOLE:
-                    asked = self._asked(epoch, index, counters, self.rates[source])
-                    order = splitmix64(counters[asked], self.seed, epoch, index, _ORDER)
+                    asked = self._asked(epoch, source, index, numbers)
+                    order = splitmix64(self._region_starts[source] + numbers[asked], self.seed, epoch, index, _ORDER)
                     candidates.append((member[asked], np.full(asked.sum(), index), region[asked], order))
             asked_regions = np.zeros(len(members), np.int64)  # number of region questions of each row's image
             if candidates:
