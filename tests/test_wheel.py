@@ -19,6 +19,7 @@ LOAD = """
 import sys
 from granvit.config import CONFIGS, load_config, read_yaml, resolve_models, find_config, vision_config, language_config
 from granvit.ablation.grid import read_grid
+from granvit.data.gran.config import read_build
 from pathlib import Path
 assert str(CONFIGS).startswith(sys.argv[1]), CONFIGS
 for path in CONFIGS.rglob("*.yaml"):
@@ -27,6 +28,8 @@ for path in CONFIGS.rglob("*.yaml"):
     elif path.parent.name == "ablations":
         for stage in read_grid(path).stages.values():
             load_config(find_config(stage.config), stage.overrides)
+    elif path.name.startswith("gran"):
+        read_build(path)
     else:
         resolve_models(load_config(find_config(Path("configs") / path.relative_to(CONFIGS))))
         print(path.relative_to(CONFIGS))

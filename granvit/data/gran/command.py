@@ -4,7 +4,7 @@
     mpiexec -n 64 python scripts/build_gran.py --config configs/gran29m.yaml
 
 The result does not depend on the number of processes. The same command continues an interrupted build, also after kill -9.
-OUT gets a folder for each store (docs/data.md), and report.md and report.html.
+OUT gets a folder for each store (docs/data.md), mixes/ with what stages take as data.sources, and report.md and report.html.
 """
 import argparse
 import time
@@ -16,7 +16,9 @@ from granvit.config import find_config
 from granvit.data.gran.config import BuildConfig, read_build
 from granvit.data.gran.join import duplicates_of, join_store, kept_folder, leave_out
 from granvit.data.gran.make_unit import make_unit
+from granvit.data.gran.mixes import write_mixes
 from granvit.data.gran.ranks import Ranks
+from granvit.data.gran.token_counts import count_tokens, stage_chats
 from granvit.data.gran.units import all_units, parts_to_read, read_part
 from granvit.exit_status import exit_status
 from granvit.launch import RunLock, detect_launch
@@ -68,6 +70,7 @@ def only(config: BuildConfig, names: Sequence[str]) -> BuildConfig:
 
 def build(config: BuildConfig, out: Path, ranks: Ranks) -> list[Path]:
     """Builds the stores of `config` in `out` together with the other ranks; returns their folders."""
+    chats = stage_chats(config.stages)
     annotators = {name: source.annotators() for name, source in config.sources.items()}
     versions = {name: annotator.version for name, annotator in annotators.items()}
     _share(ranks, "parts read", parts_to_read(config, out), lambda part: read_part(config, part))
@@ -80,6 +83,10 @@ def build(config: BuildConfig, out: Path, ranks: Ranks) -> list[Path]:
     folders = {folder: kept_folder(folder, images) for folder, images in duplicates.items()}
     stores = list(dict.fromkeys(source.store for source in config.sources.values()))
     _share(ranks, "stores joined", stores, lambda name: join_store(config, name, units, folders, out))
+    count_tokens(chats, [out / name for name in stores])
+    if ranks.rank == 0:
+        write_mixes(config, out)
+    ranks.barrier()
     return [out / name for name in stores]
 
 

@@ -4,7 +4,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError, model_validator
 
 from granvit.config import DataSection, read_yaml, validate
 from granvit.data.annotate.annotator import Annotator, Chain
@@ -12,6 +12,9 @@ from granvit.data.filters import Filters
 from granvit.data.sources import read_class
 from granvit.data.sources.annotated import Reader
 from granvit.models import Strict
+from granvit.stages import RegionTask
+
+RESERVED = ("read", "units", "mixes")  # folders of a build that are no stores
 
 
 class Duplicates(Strict):
@@ -31,6 +34,12 @@ class ImageLimits(Strict):
     quality: int = Field(95, ge=1, le=100)
 
 
+# The rows of the paper's Table 7.
+Category = Literal[
+    "UMG-41M", "LAION", "FLICKR30k", "Text Images", "Chart, Table", "Invoice Receipt", "Rich Text Images"
+]  # fmt: skip
+
+
 class Published(Strict):
     """What the paper's Table 6 states of a source, after its filters."""
 
@@ -44,8 +53,8 @@ class SourceConfig(Strict):
     `read` has the key `format` (granvit/data/sources/__init__.py) and the fields of its reader; `images` is the folder that image
     paths are relative to (absent where the images come with the annotations). `store` is the store that the source goes into.
     `annotate` are annotators, one after the other, each with the key `kind` and its fields. `keep_captions` `regions` or `global`
-    false leaves out captions of the source, so that annotators write them. `paper`, `data_type`, `where`, `licence` are for
-    readers of the configuration and for the report.
+    false leaves out captions of the source, so that annotators write them. `paper`, `data_type`, `category`, `where`, `licence`
+    are for readers of the configuration and for the report.
     """
 
     store: str
@@ -57,6 +66,7 @@ class SourceConfig(Strict):
     filters: Filters = Filters()
     duplicates: Duplicates = Duplicates()
     data_type: Literal["natural", "ocr"] = "natural"
+    category: Category | None = None
     paper: Published | None = None
     where: str = ""
     licence: str = ""
@@ -100,12 +110,38 @@ def _built(kind: type, given: Mapping[str, Any], origin: str) -> Any:
         raise ValueError(f"{origin}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
+Amount = Literal["all"] | NonNegativeInt
+
+
+class MixConfig(Strict):
+    """A mix of questions (granvit/data/gran/mixes.py).
+
+    `questions` states for each task how many are asked: a number or `all` for each store, or for all stores together; then a
+    number is divided over them in proportion to the questions that they have. `total` or `fraction` then reduces all counts in
+    proportion: to so many questions in all, or to a part. `draw` is the seed that chooses the questions.
+    """
+
+    questions: dict[RegionTask, Amount | dict[str, Amount]]
+    total: int | None = Field(None, gt=0)
+    fraction: float = Field(1.0, gt=0, le=1)
+    draw: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "MixConfig":
+        if self.total is not None and self.fraction != 1:
+            raise ValueError("total and fraction both reduce the mix; leave one of them out")
+        return self
+
+
 class BuildConfig(Strict):
-    """A build: `out` is its directory, `sources` by name in their order. `unit_images` is the number of images of a unit of work
-    where a source's annotations do not hold its images."""
+    """A build: `out` is its directory, `sources` by name in their order, `mixes` by name. `unit_images` is the number of images
+    of a unit of work where a source's annotations do not hold its images. `stages` are configurations of stages: the tokens of
+    the stores are counted for their tokenizers, so that a training starts at once."""
 
     out: str
     sources: dict[str, SourceConfig]
+    mixes: dict[str, MixConfig] = Field(default_factory=dict)
+    stages: tuple[str, ...] = ()
     unit_images: int = Field(2000, gt=0)
     shard_megabytes: int = Field(256, gt=0)
     max_pixels: int = Field(DataSection.model_fields["max_pixels"].default, gt=0)
@@ -113,11 +149,19 @@ class BuildConfig(Strict):
 
     @model_validator(mode="after")
     def _names(self) -> "BuildConfig":
-        for name in (*self.sources, *(source.store for source in self.sources.values())):
+        stores = {source.store for source in self.sources.values()}
+        for name in (*self.sources, *stores, *self.mixes):
             if not name or Path(name).name != name or name.startswith("."):
-                raise ValueError(f"{name!r} cannot be the name of a source or store: it becomes the name of a folder")
+                raise ValueError(f"{name!r} cannot be the name of a source, store or mix: it becomes the name of a file")
+        if taken := stores & set(RESERVED):
+            raise ValueError(f"{min(taken)!r} cannot be the name of a store: a build has a folder of this name already")
         if not self.sources:
             raise ValueError("sources: names none")
+        for name, mix in self.mixes.items():
+            named = {store for amount in mix.questions.values() if isinstance(amount, dict) for store in amount}
+            if unknown := sorted(named - stores):
+                there = ", ".join(sorted(stores))
+                raise ValueError(f"mixes.{name}: no source goes into the store {unknown[0]!r}; there are {there}")
         return self
 
 
