@@ -1,4 +1,5 @@
 # make demo: installs into .venv, trains a tiny GranViT, prints its table and draws pictures.
+# make data: installs into .venv, builds two stores from photographs, scans and drawn documents, writes their report (docs/data.md).
 # make test: installs into .venv and runs the whole test suite.
 # make lint: ruff over everything, mypy over the core.
 # make test-torch PYTHON=python3.13: runs the tests without MindSpore in a separate environment, on a newer Python if you name one.
@@ -9,12 +10,24 @@ VENV := .venv
 READY := $(VENV)/.ready
 VENV5 := .venv-transformers5
 VENV_TORCH := .venv-torch
+# `make data` needs two photographs of scikit-learn. It lies beside the packages: transformers imports it where it is installed.
+SCIKIT_LEARN := $(VENV)/scikit-learn
+EXAMPLE := runs/data_example
 # Two workers, a file of tests at a time, in the order of tests/conftest.py.
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint test-torch transformers5 clean
+.PHONY: demo data test lint test-torch transformers5 clean
 demo: $(READY)
 	$(VENV)/bin/python scripts/demo.py
+
+data: $(READY) $(SCIKIT_LEARN)/.ready
+	PYTHONPATH=$(SCIKIT_LEARN) $(VENV)/bin/python -m granvit.data.gran.example $(EXAMPLE)/sources
+	$(VENV)/bin/python scripts/build_gran.py --config configs/gran_example.yaml
+	$(VENV)/bin/python -m granvit.data.gran.example $(EXAMPLE)/sources --compare $(EXAMPLE)/ocr
+
+$(SCIKIT_LEARN)/.ready: $(READY)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(SCIKIT_LEARN) scikit-learn==1.9.1
+	touch $@
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest $(WORKERS)

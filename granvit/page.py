@@ -25,12 +25,13 @@ th,td{{border-bottom:1px solid #ddd;padding:.35rem .6rem;text-align:left;vertica
 td:not(:first-child){{font-variant-numeric:tabular-nums}}td small{{display:block;color:#666;white-space:nowrap}}
 figure{{margin:1rem 0}}figcaption,.note{{font-size:.85rem;color:#555}}img{{max-width:100%;height:auto;display:block}}
 .cards{{display:grid;grid-template-columns:repeat(4,1fr);gap:1rem}}.five{{grid-template-columns:repeat(5,1fr)}}
+.three{{grid-template-columns:repeat(3,1fr);gap:1.5rem 1rem}}.card .label{{margin-top:.15rem}}.card .number{{display:inline}}
 .card{{break-inside:avoid;overflow-wrap:anywhere;font-size:.8rem;line-height:1.35}}.card img{{width:100%;margin-bottom:.3rem}}
 .card b,.card span{{display:block}}.right{{color:{RIGHT_COLOUR}}}.wrong{{color:{WRONG_COLOUR}}}
 td.exact{{white-space:pre-wrap;overflow-wrap:anywhere;min-width:9rem}}.number{{color:#fff;padding:0 .35rem;border-radius:.2rem}}
 summary{{cursor:pointer;color:#555;font-size:.9rem}}
 pre{{background:#f4f4f4;padding:.6rem;overflow-x:auto}}
-@media(max-width:40rem){{.cards,.five{{grid-template-columns:1fr 1fr}}}}
+@media(max-width:40rem){{.cards,.five,.three{{grid-template-columns:1fr 1fr}}}}
 @media print{{body{{max-width:none;font-size:10pt}}h2,h3{{break-after:avoid}}figure,table{{break-inside:avoid}}}}
 """
 
@@ -123,19 +124,25 @@ class Card:
     answers: tuple[Answer, ...]
     alt: str
 
-    def jpeg(self) -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(self.picture_HW3).save(buffer, "JPEG", quality=85, subsampling=0)
-        return buffer.getvalue()
+
+@dataclass(frozen=True)
+class Labelled:
+    """`picture_HW3` is uint8 with numbered boxes drawn, `labels` say what the numbers mean, `note` and `alt` describe it."""
+
+    picture_HW3: np.ndarray
+    title: str
+    note: str
+    labels: tuple[tuple[Number, str], ...]
+    alt: str
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Cards, 4 or 5 in a row: one PNG file in Markdown, single pictures with text in HTML."""
+    """Cards, 3 to 5 in a row: one PNG or JPEG file in Markdown, single pictures with text in HTML."""
 
     name: str
     alt: str
-    cards: Sequence[Card]
+    cards: Sequence[Card | Labelled]
     columns: int
 
 
@@ -241,7 +248,8 @@ def _add_block(body: ElementTree.Element, block: Block, folder: Path) -> None:
             _add_image(figure, "jpeg" if name.endswith(".jpg") else "png", (folder / name).read_bytes(), alt)
             _add(figure, "figcaption", caption)
         case Gallery():
-            grid = ElementTree.SubElement(body, "div", {"class": "cards five" if block.columns == 5 else "cards"})
+            kind = {3: "cards three", 4: "cards", 5: "cards five"}[block.columns]
+            grid = ElementTree.SubElement(body, "div", {"class": kind})
             for card in block.cards:
                 _add_card(grid, card)
         case Code(text):
@@ -254,7 +262,7 @@ def _add_block(body: ElementTree.Element, block: Block, folder: Path) -> None:
 
 def _add_cell(line: ElementTree.Element, cell: AnyCell) -> None:
     if isinstance(cell, Number):
-        _add(_add(line, "td", ""), "span", cell.text, **{"class": "number", "style": f"background:{cell.colour}"})
+        _add_number(_add(line, "td", ""), cell)
         return
     if isinstance(cell, Exact):
         _add(line, "td", cell.text, **{"class": "exact"})
@@ -266,10 +274,22 @@ def _add_cell(line: ElementTree.Element, cell: AnyCell) -> None:
         _add(element, "small", cell.detail)
 
 
-def _add_card(grid: ElementTree.Element, card: Card) -> None:
+def _add_number(parent: ElementTree.Element, number: Number) -> ElementTree.Element:
+    return _add(parent, "span", number.text, **{"class": "number", "style": f"background:{number.colour}"})
+
+
+def _add_card(grid: ElementTree.Element, card: Card | Labelled) -> None:
     element = ElementTree.SubElement(grid, "div", {"class": "card"})
-    _add_image(element, "jpeg", card.jpeg(), card.alt)
+    buffer = io.BytesIO()
+    Image.fromarray(card.picture_HW3).save(buffer, "JPEG", quality=85, subsampling=0)
+    _add_image(element, "jpeg", buffer.getvalue(), card.alt)
     _add(element, "b", card.title)
+    if isinstance(card, Labelled):
+        _add(element, "span", card.note, **{"class": "note"})
+        for number, text in card.labels:
+            label = _add(element, "div", "", **{"class": "label"})
+            _add_number(label, number).tail = f" {text}"
+        return
     for answer in card.answers:
         _add(element, "span", answer.marked, **{"class": "right" if answer.right else "wrong"})
 

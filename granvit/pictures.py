@@ -11,6 +11,7 @@ from granvit.data.prompts import Box
 
 # Colours of numbered boxes, in turn. White text is readable on each.
 COLOURS = ("#d81b60", "#1e62d0", "#c75000", "#00796b", "#8e24aa", "#a0282c", "#4a7c10", "#00729f", "#6d4c41", "#3f3fb5")
+OTHER = "#7a7a7a"  # of boxes without a number
 WIDTH, HEIGHT, ENLARGED = 928, 1400, 5.0  # a numbered picture's largest sides in pixels, and its largest scale
 Corners = tuple[int, int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -53,19 +54,25 @@ def number_colour(number: int) -> str:
     return COLOURS[(number - 1) % len(COLOURS)]
 
 
-def draw_numbered_boxes(image_HW3: np.ndarray, boxes: Mapping[int, Box]) -> Image.Image:
-    """The image (uint8), scaled to `WIDTH` or `HEIGHT` (small ones at most `ENLARGED` times), with the outlines and numbers of
-    `boxes`: number from 1 -> xyxy box relative to the image size.
+def draw_numbered_boxes(
+    image_HW3: np.ndarray, boxes: Mapping[int, Box], others: Sequence[Box] = (), width: int = WIDTH, height: int = HEIGHT
+) -> Image.Image:
+    """The image (uint8), scaled to `width` or `height` (small ones at most `ENLARGED` times), with the outlines and numbers of
+    `boxes`: number from 1 -> xyxy box relative to the image size, and thin outlines of `others`.
 
     Lines are outside their box, or as far as the picture goes. Large boxes are drawn first. A number stands beside its box, where
     it covers least of other numbers and of boxes.
     """
     image = Image.fromarray(image_HW3)
-    scale = min(WIDTH / image.width, HEIGHT / image.height, ENLARGED)
+    scale = min(width / image.width, height / image.height, ENLARGED)
     size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
     picture = image.resize(size, Image.Resampling.LANCZOS)
-    draw, many = ImageDraw.Draw(picture), len(boxes) > 20
-    corners_N4 = (np.array(list(boxes.values())).reshape(-1, 4) * np.tile(size, 2)).round().astype(int)
+    draw, many = ImageDraw.Draw(picture), len(boxes) > 20 or len(others) > 0
+    corners_N4, others_M4 = (
+        (np.array(some).reshape(-1, 4) * np.tile(size, 2)).round().astype(int) for some in (list(boxes.values()), others)
+    )
+    for x1, y1, x2, y2 in others_M4.tolist():
+        outline(draw, (x1, y1, x2, y2), OTHER, 1, 0)
     sides = corners_N4[:, 2:] - corners_N4[:, :2]
     line, edge = (2, 2) if many else (3, 3)  # with its rim of 1 pixel, half of a line is `edge` pixels wide
     around_N4 = (corners_N4 + np.array([-edge, -edge, edge, edge])).clip(edge - 1, np.tile(size, 2) - edge)
@@ -74,10 +81,10 @@ def draw_numbered_boxes(image_HW3: np.ndarray, boxes: Mapping[int, Box]) -> Imag
         x1, y1, x2, y2 = around_N4[index].tolist()
         outline(draw, (x1, y1, x2, y2), number_colour(numbers[index]), line, 1)
     font = text_font(11 if many else 15)
-    taken = np.zeros((0, 4), int)
+    taken, all_boxes = np.zeros((0, 4), int), np.concatenate([corners_N4, others_M4])
     for number, corners in zip(numbers, corners_N4.tolist(), strict=True):
         left, top, right, bottom = map(int, font.getbbox(str(number), anchor="lt"))
-        place = _free_place(corners, (right - left + 6, bottom - top + 6), 2 * edge, size, taken, corners_N4)
+        place = _free_place(corners, (right - left + 6, bottom - top + 6), 2 * edge, size, taken, all_boxes)
         taken = np.concatenate([taken, [place]])
         draw.rectangle(place, fill=number_colour(number), outline="white")
         draw.text((place[0] + 4, place[1] + 4), str(number), "white", font, anchor="lt")

@@ -102,8 +102,8 @@ def _more_than_one_core() -> Iterator[None]:
 
 
 def _other_threads_first(rank: int) -> None:
-    """From here on, this thread runs only while no other thread of the process can: all share one core, and a `SCHED_BATCH` thread
-    does not interrupt another one when it wakes up.
+    """From here on, this thread waits for the other threads of the process: all share one core, and a `SCHED_BATCH` thread does
+    not interrupt another one when it wakes up.
 
     When the interpreter exits, MindSpore's main thread leaves the cluster and deletes its connection as soon as the scheduler's
     answer is there, even if the thread that received the answer is still inside its handler. That thread then reads freed memory:

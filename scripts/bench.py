@@ -5,9 +5,12 @@
     python scripts/bench.py convert [--gigabytes 0.5]                 parity/convert.py against a plain copy of the same file
     python scripts/bench.py encoders                                  every encoder row at full size against transformers
     python scripts/bench.py load                                      memory while SigLIP2 and Qwen2.5-1.5B are loaded
-    python scripts/bench.py order                                     steps and padding under several orders of the data
+    python scripts/bench.py order [--scale 90|paper]                  steps and padding under several orders of the data; `paper`:
+                                                                      time and memory of the order at the paper's scale
     python scripts/bench.py seeds --other CHECKOUT                    a toy stage 1 in this checkout's order and another's
     python scripts/bench.py memory --config configs/stage1.yaml       predicted memory of a training step of full size
+    python scripts/bench.py build [--records 20000]                   speed of scripts/build_gran.py, and its memory
+    python scripts/bench.py loader                                    what a core decodes and packs against what an NPU consumes
 """
 import argparse
 import json
@@ -16,27 +19,29 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
+import bench_build
+import bench_loader
 import bench_loading
 import bench_order
 import ml_dtypes
 import numpy as np
+from bench_process import alone
 from rich.console import Console
 from rich.table import Table
 
 from granvit.checkpoint.layouts.qwen2 import QWEN2
 from granvit.checkpoint.tensors import TensorWriter
 from granvit.config import RunConfig, language_config, parse_config, vision_config
-from granvit.cost import language_macs, vision_macs
+from granvit.cost import training_flops
 from granvit.data.batch import Batch
 from granvit.engine import StepInputs, TrainEngine
 from granvit.init import initial_values
 from granvit.launch import load_engine_class
 from granvit.models import LanguageConfig, VisionConfig, language_shapes, parameter_shapes
+from granvit.stages import STAGES
 
 PREFIX, QUESTION, ANSWER = 20, 48, 8  # text tokens: prefix around the image, one region question, its answer
 
@@ -114,8 +119,7 @@ def config_for(size: Size, regions: int, crops: bool) -> RunConfig:
 def seconds_per_step(framework: str, size: Size, regions: int, rows: int, crops: bool, repeats: int) -> float:
     """Median seconds of a training step (forward, backward, update), after one step to compile and warm up. It runs in a separate
     process, because MindSpore does not free the memory of a graph, and the graphs of one table do not fit into 24 GB together."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_seconds_per_step, framework, size, regions, rows, crops, repeats).result()
+    return alone(_seconds_per_step, framework, size, regions, rows, crops, repeats)
 
 
 def _seconds_per_step(framework: str, size: Size, regions: int, rows: int, crops: bool, repeats: int) -> float:
@@ -131,10 +135,10 @@ def _seconds_per_step(framework: str, size: Size, regions: int, rows: int, crops
 
 
 def train_macs(size: Size, regions: int, rows: int, crops: bool) -> float:
-    """Multiply-accumulates of stage 1 by formula: encoder three passes, frozen decoder two, teacher one per region."""
-    length = PREFIX + size.vision.patches + regions * (QUESTION + ANSWER)
-    row = 3 * vision_macs(size.vision) + 2 * language_macs(size.language, length, regions * ANSWER)
-    return rows * (row + crops * regions * vision_macs(size.vision, size.crop))
+    """Multiply-accumulates of a stage-1 step by formula (`granvit.cost.training_flops`), the teacher on one crop a region."""
+    length, answers = PREFIX + size.vision.patches + regions * (QUESTION + ANSWER), regions * ANSWER
+    trains, teacher = STAGES["stage1"].trains, crops * regions
+    return rows * sum(training_flops(size.vision, size.language, trains, length, answers, teacher, size.crop).values()) / 2
 
 
 def packing(console: Console, framework: str, regions: int, repeats: int) -> None:
@@ -232,17 +236,31 @@ def conversion(console: Console, gigabytes: float, repeats: int) -> None:
     console.print(table)
 
 
+def scale(text: str) -> int | str:
+    """`--scale`: a whole number above 0, or `paper`."""
+    if text != "paper" and int(text) < 1:
+        raise ValueError
+    return text if text == "paper" else int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("packing", "twins", "convert", "encoders", "load", "memory", "order", "seeds"))
+    names = ("packing", "twins", "convert", "encoders", "load", "memory", "order", "seeds", "build", "loader")
+    parser.add_argument("what", choices=names)
     parser.add_argument("--framework", choices=("mindspore", "torch"), default="mindspore")
     parser.add_argument("--regions", type=int, default=6, help="questions per image (default 6; the paper's data has 6.2)")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps; the median is printed (default 5)")
     parser.add_argument("--gigabytes", type=float, default=0.5, help="size of the file to convert (default 0.5)")
     parser.add_argument("--other", type=Path, help="with seeds: the checkout of this repository to compare with")
     parser.add_argument("--config", default="configs/stage1.yaml", help="with memory: the run's file (default: %(default)s)")
+    records_help = "with build: the records over which memory is measured (default: %(default)s)"
+    parser.add_argument("--records", type=int, default=20_000, help=records_help)
+    scale_help = "with order: the paper's images for each simulated one, or `paper` (default: %(default)s)"
+    parser.add_argument("--scale", type=scale, default=90, help=scale_help)
     args = parser.parse_args()
     console = Console(width=130)
+    if args.records < 1 or args.records % bench_build.MEMORY_UNITS:
+        parser.error(f"--records {args.records}: expected a multiple of {bench_build.MEMORY_UNITS}")
     if args.what == "packing":
         packing(console, args.framework, args.regions, args.repeats)
     elif args.what == "convert":
@@ -253,8 +271,15 @@ def main() -> None:
         bench_memory.memory(console, args.config)
     elif args.what in ("encoders", "load"):
         getattr(bench_loading, args.what)(console)
+    elif args.what == "build":
+        bench_build.build(console, args.records)
+    elif args.what == "loader":
+        bench_loader.loader(console)
     elif args.what == "order":
-        bench_order.order(console)
+        if args.scale == "paper":
+            bench_order.paper_scale(console)
+        else:
+            bench_order.order(console, args.scale)
     elif args.what == "seeds":
         if args.other is None:
             parser.error("seeds needs another checkout to compare with: --other DIRECTORY")

@@ -4,14 +4,11 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
+from bench_process import Peak, alone
 from rich.console import Console
 from rich.table import Table
 
@@ -24,30 +21,6 @@ from granvit.models import LanguageConfig, Shapes, VisionConfig, language_shapes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for tests/, which is not installed
 PACKAGES = {"torch": "pt_granvit", "mindspore": "ms_granvit"}
-
-
-def _alone(function: Callable, *arguments: Any) -> Any:
-    """The result of the function, run in a separate process, so that memory is measured without what ran before."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def _memory(what: str) -> int:
-    """VmRSS or VmHWM of this process in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024
-
-
-class Peak:
-    """Measures by how much this process's memory rises inside the block: `with Peak() as peak: ...; peak.bytes`."""
-
-    def __enter__(self) -> "Peak":
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the memory in use now
-        self.before = _memory("VmRSS")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bytes = _memory("VmHWM") - self.before
 
 
 def _publish(row: str, folder: Path) -> float:
@@ -107,10 +80,10 @@ def encoders(console: Console) -> None:
         table.add_column(column, justify="right")
     for row in ROWS:
         with tempfile.TemporaryDirectory() as temporary:
-            theirs = _alone(_publish, row, Path(temporary))
+            theirs = alone(_publish, row, Path(temporary))
             size = 4 * sum(int(np.prod(shape)) for shape in vision_shapes(vision_config(row).with_all_blocks).values())
             for framework in PACKAGES:
-                loading, peak, seconds, errors = _alone(_compare, framework, Path(temporary))
+                loading, peak, seconds, errors = alone(_compare, framework, Path(temporary))
                 shown = [f"{errors[level]:.1e}" if level in errors else "" for level in ("penultimate", "last", "final")]
                 cells = (row, framework, *shown, f"{loading:.1f}", f"{peak / 1e9:.2f} / {size / 1e9:.2f} GB", f"{seconds:.1f}",
                          f"{theirs:.1f}")  # fmt: skip
@@ -160,6 +133,6 @@ def load(console: Console) -> None:
         _write(folder / "vision", SIGLIP, vision, vision_shapes(vision.with_all_blocks))
         _write(folder / "language", QWEN2, language, language_shapes(language))
         for framework, dtype in ((f, d) for f in PACKAGES for d in ("bfloat16", "float32")):
-            seconds, peak, size = _alone(_load, framework, dtype, folder)
+            seconds, peak, size = alone(_load, framework, dtype, folder)
             table.add_row(framework, dtype, f"{seconds:.1f}", f"{size / 1e9:.2f}", f"{peak / 1e9:.2f}", f"{size / 1e9 + 1:.2f}")
     console.print(table)

@@ -124,13 +124,17 @@ def drawn_boxes(marked: Sequence[Marked]) -> Sequence[Marked]:
     return [marked[index] for index in sorted(chosen.tolist())]
 
 
-def _drawn(store: Store, record: Record, marked: Sequence[Marked]) -> Image.Image:
-    """The record's image with its boxes."""
+def pixels_of(store: Store, record: Record) -> np.ndarray:
+    """The record's image, uint8 `[H, W, 3]`. `ValueError` names store and record if it cannot be decoded."""
     try:
-        image_HW3 = record_pixels(record, max(MAX_PIXELS, record.width * record.height))
+        return record_pixels(record, max(MAX_PIXELS, record.width * record.height))
     except ValueError as error:
         raise ValueError(f"store {store.path}: record {record.id!r}: {error}") from None
-    return draw_numbered_boxes(image_HW3, {each.number: each.box for each in drawn_boxes(marked)})
+
+
+def _drawn(store: Store, record: Record, marked: Sequence[Marked]) -> Image.Image:
+    """The record's image with its boxes."""
+    return draw_numbered_boxes(pixels_of(store, record), {each.number: each.box for each in drawn_boxes(marked)})
 
 
 def marked_boxes(record: Record) -> list[Marked]:
@@ -232,17 +236,21 @@ def sheet(store: Store, index: int) -> Image.Image:
     else:
         legend = [(each.number, f"{each.text} ({each.pixels(record)})") for each in marked]
         head += ["", f"Image: {record.global_caption}"] if record.global_caption is not None else []
-    blocks = [_text(head), _columns(legend, 1 if len(legend) <= 20 else 3), _text(told)]
-    parts = [picture, *(block for block in blocks if block.height)]
-    whole = Image.new("RGB", (WIDTH + 2 * _MARGIN, sum(part.height + _MARGIN for part in parts) + _MARGIN), "white")
+    return stacked([picture, text_block(head), legend_block(legend, 1 if len(legend) <= 20 else 3), text_block(told)])
+
+
+def stacked(blocks: Sequence[Image.Image], width: int = WIDTH) -> Image.Image:
+    """The pictures, at most `width` pixels wide, one below the other with margins around. Those without height are left out."""
+    parts = [block for block in blocks if block.height]
+    whole = Image.new("RGB", (width + 2 * _MARGIN, sum(part.height + _MARGIN for part in parts) + _MARGIN), "white")
     top = _MARGIN
     for part in parts:
-        whole.paste(part, (_MARGIN + (WIDTH - part.width) // 2, top))
+        whole.paste(part, (_MARGIN + (width - part.width) // 2, top))
         top += part.height + _MARGIN
     return whole
 
 
-def _text(lines: Sequence[str], width: int = WIDTH) -> Image.Image:
+def text_block(lines: Sequence[str], width: int = WIDTH) -> Image.Image:
     """The lines, wrapped to `width` pixels."""
     font = text_font(_TEXT)
     wrapped = [part for line in lines for part in _wrapped(line, font, width)]
@@ -252,13 +260,13 @@ def _text(lines: Sequence[str], width: int = WIDTH) -> Image.Image:
     return block
 
 
-def _columns(legend: Sequence[tuple[int, str]], columns: int) -> Image.Image:
-    """The numbered lines of a legend, down the first column, then down the next."""
-    width = (WIDTH - (columns - 1) * _MARGIN) // columns
+def legend_block(legend: Sequence[tuple[int, str]], columns: int, whole: int = WIDTH) -> Image.Image:
+    """The numbered lines of a legend, down the first column, then down the next, in all `whole` pixels wide."""
+    width = (whole - (columns - 1) * _MARGIN) // columns
     entries = [_entry(number, text, width) for number, text in legend]
     each = -(-len(entries) // columns)
     stacks = [entries[first : first + each] for first in range(0, len(entries), each or 1)]
-    block = Image.new("RGB", (WIDTH, max((sum(entry.height for entry in stack) for stack in stacks), default=0)), "white")
+    block = Image.new("RGB", (whole, max((sum(entry.height for entry in stack) for stack in stacks), default=0)), "white")
     for column, stack in enumerate(stacks):
         top = 0
         for entry in stack:
@@ -271,7 +279,7 @@ def _entry(number: int, text: str, width: int) -> Image.Image:
     """A number on its colour and the text beside it."""
     font = text_font(_TEXT)
     tag = round(font.getlength("000")) + 6
-    body = _text([text], width - tag - 8)
+    body = text_block([text], width - tag - 8)
     entry = Image.new("RGB", (width, body.height), "white")
     draw = ImageDraw.Draw(entry)
     draw.rectangle((0, 1, tag, _LINE - 2), fill=number_colour(number))

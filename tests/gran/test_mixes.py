@@ -63,6 +63,12 @@ def test_what_is_not_there_is_named_and_the_rest_taken(built):
     )
 
 
+def test_a_store_that_is_not_built_is_named(built):
+    found = count_mix(MixConfig(questions={"global": {"natural": 2, "ocr": "all"}}), {"natural": Store(built / "natural")})
+    assert found.counts == {"natural": {"global": 2}}
+    assert found.missing == ("questions of global of ocr, which is not built here",)
+
+
 def test_the_file_of_a_mix_gives_a_stage_exactly_its_questions(built, vision, chat):
     mixes = {"small": {"questions": {"bbox2caption": 28, "global": {"natural": 7}}, "draw": 3}}
     write_mixes(build_config(built, mixes=mixes), built)

@@ -18,6 +18,7 @@ from granvit.data.gran.join import duplicates_of, join_store, kept_folder, leave
 from granvit.data.gran.make_unit import make_unit
 from granvit.data.gran.mixes import write_mixes
 from granvit.data.gran.ranks import Ranks
+from granvit.data.gran.report import write_report
 from granvit.data.gran.token_counts import count_tokens, stage_chats
 from granvit.data.gran.units import all_units, parts_to_read, read_part
 from granvit.exit_status import exit_status
@@ -86,6 +87,7 @@ def build(config: BuildConfig, out: Path, ranks: Ranks) -> list[Path]:
     count_tokens(chats, [out / name for name in stores])
     if ranks.rank == 0:
         write_mixes(config, out)
+        log.info(f"report: {write_report(config, out).with_suffix('.html')}")
     ranks.barrier()
     return [out / name for name in stores]
 

@@ -50,6 +50,7 @@ def count_mix(mix: MixConfig, stores: Mapping[str, Store]) -> Counted:
         if isinstance(wanted, dict):
             amounts = [wanted.get(name, 0) for name in names]
             asked = [had if amount == "all" else amount for amount, had in zip(amounts, there, strict=True)]
+            missing += [f"questions of {task} of {name}, which is not built here" for name in wanted if name not in stores]
             missing += [
                 f"{amount:,} questions of {task} of {name}, which has {had:,}"
                 for name, amount, had in zip(names, asked, there, strict=True)
