@@ -1,91 +1,48 @@
-"""A build from sources of several formats: the same stores for any number of ranks and after any interruption, all counted."""
+"""A build from sources of every format: the same stores for any number of ranks and after any interruption, all counted."""
 import hashlib
-import io
 import json
 import os
+import random
+import shutil
 import signal
-import subprocess
-import sys
-import tarfile
-import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
-from PIL import Image
 
 from granvit.data.gran.command import build, main
 from granvit.data.gran.config import read_build
 from granvit.data.gran.join import BUILT
 from granvit.data.gran.ranks import Ranks
+from granvit.data.sources import FORMATS
 from granvit.data.store import Store
+from granvit.data.store_writer import REFUSED
+from tests.gran.fixture_tree import (
+    AGAIN,
+    COUNT,
+    CUT,
+    GONE,
+    HEIGHT,
+    HOLD_IMAGES,
+    OUTSIDE,
+    WIDTH,
+    WITHOUT_BOXES,
+    box_of,
+    caption_of,
+    write_tree,
+)
+from tests.gran.mpi import mpiexec
 
-SMALL = {"shorter_side": {"above": 20}, "box_area": {"above": 16}}
-
-
-def picture(seed: int, width: int = 48, height: int = 40, form: str = "PNG", **options) -> bytes:
-    """An image of noise that no other seed resembles."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, form, **options)
-    return buffer.getvalue()
-
-
-def write_tree(root: Path) -> Path:
-    """Three sources in the folder `root`, 130 images with duplicates among them, and their configuration; returns its path."""
-    (root / "images").mkdir(parents=True)
-    lines = []
-    for number in range(90):
-        name = f"{number:03d}.png"
-        (root / "images" / name).write_bytes(picture(number % 85))  # 85 to 89 repeat 0 to 4
-        boxes = [[2, 2, 12, 12], [5, 6, 25, 20], [0, 0, 3, 3], [10, 10, 60, 20]][: number % 5]
-        regions = [{"box": box, "caption": f"thing {k} of {number}"} for k, box in enumerate(boxes)]
-        lines.append(json.dumps({"image": name, "regions": regions, "global": f"picture {number}"}))
-    lines[7] = '{"image": "missing.png", "regions": [{"box": [1, 1, 20, 20], "caption": "gone"}]}'
-    lines[8] = '{"image": "../outside.png", "regions": []}'
-    lines[9] = "not JSON"
-    (root / "lines.jsonl").write_text("\n".join(lines) + "\n")
-    for shard in range(2):
-        with tarfile.open(root / f"shard{shard}.tar", "w") as archive:
-            for number in range(20):
-                for ending, data in ((".png", picture(200 + 20 * shard + number)), (".txt", f"tar {number}".encode())):
-                    info = tarfile.TarInfo(f"{number:04d}{ending}")
-                    info.size = len(data)
-                    archive.addfile(info, io.BytesIO(data))
-    (root / "tars").mkdir()
-    for shard in range(2):
-        (root / f"shard{shard}.tar").rename(root / "tars" / f"shard{shard}.tar")
-    tree = {
-        "out": str(root / "out"),
-        "unit_images": 16,
-        "sources": {
-            "lines": {"store": "natural", "images": str(root / "images"), "filters": SMALL,
-                      "read": {"format": "jsonl", "annotations": str(root / "lines.jsonl"), "boxes": "absolute"}},
-            "tars": {"store": "plain", "read": {"format": "tar", "shards": str(root / "tars"), "captions": "txt"},
-                     "filters": {**SMALL, "boxes": {}}},
-        },
-    }  # fmt: skip
-    path = root / "build.yaml"
-    path.write_text(yaml.safe_dump(tree, sort_keys=False))
-    return path
+STORES = ("boxes", "plain")
 
 
-class ThreadRanks(Ranks):
-    """One of several ranks in one process."""
-
-    def __init__(self, rank: int, size: int, barrier: threading.Barrier):
-        self.rank, self.size, self._world, self._barrier = rank, size, None, barrier
-
-    def barrier(self) -> None:
-        self._barrier.wait(60)
-
-
-def hashes(*stores: Path) -> dict[str, str]:
-    return {f"{store.name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest()
-            for store in stores for path in sorted(store.iterdir()) if path.is_file()}  # fmt: skip
+def hashes(out: Path) -> dict[str, str]:
+    """Of all files of the stores."""
+    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for store in STORES for path in sorted((out / store).rglob("*")) if path.is_file()}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -95,78 +52,133 @@ def tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(tree, tmp_path_factory):
+    """The directory of a build by one process, and the hashes of its files."""
     out = tmp_path_factory.mktemp("built")
-    return out, build(read_build(tree), out, Ranks())
-
-
-@pytest.mark.parametrize("size", [2, 4])
-def test_the_number_of_ranks_changes_nothing(tree, built, tmp_path, size):
-    barrier = threading.Barrier(size)
-    threads = [threading.Thread(target=build, args=(read_build(tree), tmp_path, ThreadRanks(rank, size, barrier)))
-               for rank in range(size)]  # fmt: skip
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert hashes(tmp_path / "natural", tmp_path / "plain") == hashes(*built[1])
+    assert build(read_build(tree), out, Ranks()) == [out / store for store in STORES]
+    return out, hashes(out)
 
 
 def test_every_record_is_written_or_counted(built):
-    _, stores = built
-    natural = json.loads((stores[0] / BUILT).read_text())["sources"]["lines"]
-    assert natural["records_read"] == 90
-    dropped = Counter(natural["images_dropped"])
-    assert dropped["image: duplicate of another one"] == 4  # 86 to 89 repeat 1 to 4; 85 and 0 have no regions
-    assert dropped["image file is missing"] == dropped["path of the image leads out of the folder"] == 1
-    assert dropped["line is not valid JSON"] == 1
-    assert natural["images_written"] == 90 - dropped.total()
-    regions = Counter(natural["regions_dropped"])
-    assert natural["regions_read"] == natural["regions_written"] + regions.total()
-    assert regions["region: area of the box"] and regions["box lies outside the image"]
-    store = Store(stores[0])
-    assert store.records == natural["images_written"] and store.regions == natural["regions_written"]
-    plain = Store(stores[1])
-    assert (plain.records, plain.globals, plain.regions) == (40, 40, 0)
-    assert plain.record(21).image == picture(221) and plain.record(21).global_caption == "tar 1"
+    sources: dict = {}
+    for store in STORES:
+        sources |= json.loads((built[0] / store / BUILT).read_text())["sources"]
+    assert sources.keys() == FORMATS.keys() and sum(found["records_read"] for found in sources.values()) >= 300
+    for name, found in sources.items():
+        expected = Counter({"image file is truncated or damaged": 1})
+        if name not in HOLD_IMAGES and name != "folder":
+            expected["image file is missing"] = 1
+        if name not in WITHOUT_BOXES:
+            expected["image: number of boxes"] = 1
+            assert found["regions_dropped"]["box lies outside the image"] == 1
+        if name == "jsonl":
+            expected["image: duplicate of another one"] = len(AGAIN)
+        assert found["images_dropped"] == expected, name
+        assert found["records_read"] == COUNT - (name == "folder") == found["images_written"] + expected.total()
+        assert found["regions_read"] == found["regions_written"] + sum(found["regions_dropped"].values())
+        assert found["regions_read"] == (0 if name in WITHOUT_BOXES else COUNT)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_every_dropped_image_is_listed(built, store):
+    """Also those of a unit that was written once more without its duplicates."""
+    sources = json.loads((built[0] / store / BUILT).read_text())["sources"].values()
+    dropped = sum((Counter(found["images_dropped"]) for found in sources), Counter[str]())
+    listed = Counter(json.loads(line)["reason"] for line in (built[0] / store / REFUSED).read_text().splitlines())
+    assert {reason: listed[reason] for reason in dropped} == dropped
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_the_stores_hold_the_boxes_and_captions_of_every_format(built, store):
+    expected = []
+    for form in FORMATS:
+        if (store == "plain") != (form in WITHOUT_BOXES):
+            continue
+        numbers = list(range(COUNT))
+        if form == "folder":  # images lie in two folders in turn
+            numbers = [*range(0, COUNT, 2), *range(1, COUNT, 2)]
+        if form == "cord_parquet":  # and rows in two files
+            numbers = [*range(0, COUNT, 2), *range(1, COUNT, 2)]
+        left_out = {CUT} | (set() if form in WITHOUT_BOXES else {OUTSIDE}) | (set() if form in HOLD_IMAGES else {GONE})
+        left_out |= set(AGAIN) if form == "jsonl" else set()
+        expected += [(form, number) for number in numbers if number not in left_out]
+    found = Store(built[0] / store)
+    assert found.records == len(expected)
+    for place, (form, number) in enumerate(expected):
+        record, wanted = found.record(place), caption_of(form, number)
+        assert (record.width, record.height) == (WIDTH, HEIGHT)
+        if form in WITHOUT_BOXES:
+            assert (record.global_caption, record.regions) == (wanted, ())
+            continue
+        (region,) = record.regions
+        assert region.caption == wanted
+        pixels = [value * side for value, side in zip(region.box, (WIDTH, HEIGHT, WIDTH, HEIGHT), strict=True)]
+        assert pixels == pytest.approx(box_of(number), abs=0.03 if form == "docbank" else 1e-4), (form, number)  # thousandths
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_number_of_ranks_changes_nothing(tree, built, tmp_path, size):
+    ranks = mpiexec(size, "--config", str(tree), "--out", str(tmp_path))
+    printed = ranks.communicate(timeout=300)[0]
+    assert ranks.returncode == 0, printed
+    assert hashes(tmp_path) == built[1]
+    assert not list(tmp_path.rglob("*.partial")) and not list(tmp_path.glob(".taken-*"))
 
 
 def test_a_build_killed_anywhere_ends_with_the_same_stores(tree, built, tmp_path):
-    command = [sys.executable, "-c", "import sys; from granvit.data.gran.command import main; sys.exit(main())", "--config",
-               str(tree), "--out", str(tmp_path / "out")]  # fmt: skip
+    finished = sorted(random.Random(16).sample(range(60), 4))  # kill it when so many parts and units are finished
     killed = 0
-    for finished in (0, 1, 4, 7, None):  # kill it when so many parts and units are finished; None: not at all
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ)
-        while finished is not None and process.poll() is None:
-            there = [*(tmp_path / "out").glob("read/*/*"), *(tmp_path / "out").glob("units/*/*")]
-            if len(there) > finished:  # with the one that is being written
-                process.send_signal(signal.SIGKILL)
+    for number, enough in enumerate([*finished, None]):  # None: not at all
+        ranks = mpiexec(2, "--config", str(tree), "--out", str(tmp_path))
+        while enough is not None and ranks.poll() is None:
+            if len([*tmp_path.glob("read/*/*"), *tmp_path.glob("units/*/*")]) > enough:  # with those that are being written
+                below = _below(ranks.pid)  # mpiexec's own helper, then the ranks
+                one = number % 2 == 1 and len(below) == 3
+                for process in [below[-1]] if one else [ranks.pid, *below]:
+                    with suppress(ProcessLookupError):
+                        os.kill(process, signal.SIGKILL)
                 break
             time.sleep(0.002)
-        printed = process.communicate(timeout=120)[0]
-        killed += process.returncode == -signal.SIGKILL
-        assert process.returncode in (0, -signal.SIGKILL), printed
+        printed = ranks.communicate(timeout=300)[0]
+        assert enough is not None or ranks.returncode == 0, printed
+        killed += ranks.returncode != 0
     assert killed >= 3
-    assert hashes(tmp_path / "out" / "natural", tmp_path / "out" / "plain") == hashes(*built[1])
+    assert hashes(tmp_path) == built[1]
 
 
-def test_the_second_build_in_a_directory_is_refused(tree, tmp_path, capsys):
-    from granvit.launch import RunLock, detect_launch
+def _below(process: int) -> list[int]:
+    """The processes that a process started, and those that they started."""
+    found = []
+    with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+        for child in Path(f"/proc/{process}/task/{process}/children").read_text().split():
+            found += [int(child), *_below(int(child))]
+    return found
 
-    held = RunLock(tmp_path, detect_launch())
-    assert main(["--config", str(tree), "--out", str(tmp_path)]) == 2
-    assert "is in use by" in capsys.readouterr().err
-    held.release()
+
+def test_changed_files_are_read_again(tree, built, tmp_path):
+    config = read_build(tree)
+    one = {"jsonl": config.sources["jsonl"]}
+    lines = tmp_path / "all.jsonl"
+    shutil.copy(tree.parent / "jsonl" / "all.jsonl", lines)
+    one["jsonl"].read["annotations"] = str(lines)
+    config = config.model_copy(update={"sources": one})
+    (store,) = build(config, tmp_path / "out", Ranks())
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "units").rglob("*")}
+    build(config, tmp_path / "out", Ranks())
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "units").rglob("*")} == made
+    lines.write_text(lines.read_text().replace("thing 4", "thing four"))
+    build(config, tmp_path / "out", Ranks())
+    assert [record.regions[0].caption for record in map(Store(store).record, range(4))][3] == "thing four"
 
 
 @pytest.mark.parametrize("change, named", [
     ({"read": {"format": "jsnl"}}, "did you mean 'jsonl'"),
     ({"read": {"format": "jsonl", "annotation": "a"}}, "unknown key 'annotation'"),
     ({"annotate": [{"kind": "ocrr"}]}, "did you mean 'ocr'"),
-    ({"filters": {"boxes": {"above": "x"}}}, "sources.lines.filters.boxes.above"),
+    ({"filters": {"boxes": {"above": "x"}}}, "sources.jsonl.filters.boxes.above"),
 ])  # fmt: skip
 def test_a_mistake_in_the_configuration_is_named(tree, tmp_path, capsys, change, named):
     found = yaml.safe_load(tree.read_text())
-    found["sources"]["lines"] |= change
+    found["sources"]["jsonl"] |= change
     path = tmp_path / "build.yaml"
     path.write_text(yaml.safe_dump(found))
     assert main(["--config", str(path)]) == 2

@@ -25,7 +25,7 @@ from granvit.data.gran.join import BUILT
 from granvit.data.gran.ranks import Ranks
 from granvit.data.sources.annotated import Annotated
 from granvit.data.store import Store
-from tests.gran.test_build import picture
+from tests.gran.small_tree import picture
 from tests.sources.reading import everything
 
 SHIPPED = CONFIGS / "gran29m.yaml"

@@ -3,12 +3,14 @@
     python scripts/build_gran.py --config configs/gran29m.yaml
     mpiexec -n 64 python scripts/build_gran.py --config configs/gran29m.yaml
 
-The result does not depend on the number of processes. The same command continues an interrupted build, also after kill -9.
+The result does not depend on the number of processes. mpiexec is that of the package mpich, beside python; it needs no flags. The
+same command continues an interrupted build, also after kill -9.
 OUT gets a folder for each store (docs/data.md), mixes/ with what stages take as data.sources, and report.md and report.html.
 """
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ranks: list[Ranks] = []
 
     def body() -> None:
+        to_console(0)  # for an error in the next line
         ranks.append(Ranks())
         to_console(ranks[0].rank)
         _build(options, ranks[0])
@@ -56,9 +59,11 @@ def _build(options: argparse.Namespace, ranks: Ranks) -> None:
     out = Path(options.out or config.out)
     lock = RunLock(out, detect_launch()) if ranks.rank == 0 else None
     ranks.barrier()
-    build(config, out, ranks)
-    if lock is not None:
-        lock.release()
+    try:
+        build(config, out, ranks)
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def only(config: BuildConfig, names: Sequence[str]) -> BuildConfig:
@@ -74,16 +79,17 @@ def build(config: BuildConfig, out: Path, ranks: Ranks) -> list[Path]:
     chats = stage_chats(config.stages)
     annotators = {name: source.annotators() for name, source in config.sources.items()}
     versions = {name: annotator.version for name, annotator in annotators.items()}
-    _share(ranks, "parts read", parts_to_read(config, out), lambda part: read_part(config, part))
+    share = partial(_share, ranks, out)
+    share("parts read", parts_to_read(config, out), lambda part: read_part(config, part))
     units = all_units(config, out, versions)
-    _share(ranks, "units made", units, lambda unit: make_unit(config, unit, annotators[unit.source]))
-    duplicates = duplicates_of(config, units)
+    share("units made", units, lambda unit: make_unit(config, unit, annotators[unit.source]))
+    duplicates = ranks.from_first(lambda: duplicates_of(config, units))
     affected = [folder for folder, images in duplicates.items() if len(images)]
     size = config.shard_megabytes << 20
-    _share(ranks, "units without duplicates", affected, lambda folder: leave_out(folder, duplicates[folder], size))
+    share("units without duplicates", affected, lambda folder: leave_out(folder, duplicates[folder], size))
     folders = {folder: kept_folder(folder, images) for folder, images in duplicates.items()}
     stores = list(dict.fromkeys(source.store for source in config.sources.values()))
-    _share(ranks, "stores joined", stores, lambda name: join_store(config, name, units, folders, out))
+    share("stores joined", stores, lambda name: join_store(config, name, units, folders, out))
     count_tokens(chats, [out / name for name in stores])
     if ranks.rank == 0:
         write_mixes(config, out)
@@ -92,13 +98,14 @@ def build(config: BuildConfig, out: Path, ranks: Ranks) -> list[Path]:
     return [out / name for name in stores]
 
 
-def _share(ranks: Ranks, what: str, tasks: Sequence[Task], do: Callable[[Task], object]) -> None:
-    """Does this rank's share of the tasks, and waits for the others."""
-    own, told, began = ranks.own(tasks), 0.0, time.monotonic()
-    for number, task in enumerate(own, 1):
-        do(task)
+def _share(ranks: Ranks, out: Path, what: str, tasks: Sequence[Task], do: Callable[[Task], object]) -> None:
+    """Does tasks together with the other ranks, and waits until all are done. Rank 0 logs the progress of all."""
+    began = told = time.monotonic()
+    for number, task in ranks.share(list(enumerate(tasks)), out):  # `number` tasks were taken before, by any rank
         now = time.monotonic()
-        if ranks.rank == 0 and (now - told > _EVERY or number == len(own)):
-            told = now
-            log.info(f"{what}: {number} of {len(own)} by this process, {(now - began) / number:.1f} s each")
-    ranks.barrier()
+        if ranks.rank == 0 and now - told > _EVERY:
+            told, left = now, (now - began) / number * (len(tasks) - number)
+            log.info(f"{what}: {number} of {len(tasks)}, about {left / 60:.0f} min left")
+        do(task)
+    if ranks.rank == 0:
+        log.info(f"{what}: {len(tasks)}, {time.monotonic() - began:.0f} s")

@@ -5,7 +5,6 @@ folder whose name says which images were left out.
 """
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,20 +16,27 @@ from granvit.checkpoint.tensors import write_synced
 from granvit.data.gran.config import BuildConfig
 from granvit.data.gran.duplicates import find_duplicates
 from granvit.data.gran.make_unit import COUNTS, FINGERPRINTS, Counts, read_counts
-from granvit.data.gran.units import Unit
+from granvit.data.gran.units import Unit, whole_folder
 from granvit.data.leakage import FINGERPRINT
 from granvit.data.records import ImageRecord
 from granvit.data.store import REGIONS, read_shards
-from granvit.data.store_writer import StoreWriter, join_stores
+from granvit.data.store_writer import REFUSED, StoreWriter, join_stores
+from granvit.logs import log
 
 DUPLICATE = "image: duplicate of another one"
 BUILT = "build.json"
 
 
 def duplicates_of(config: BuildConfig, units: Sequence[Unit]) -> dict[Path, np.ndarray]:
-    """For each unit's folder the indices of its images that are duplicates of images before them, int64, ascending."""
+    """For each unit's folder the indices of its images that are duplicates of images before them, int64, ascending. Warns of
+    sources of which the filters left no image."""
     prints = [np.fromfile(unit.folder / FINGERPRINTS, FINGERPRINT) for unit in units]
     sizes = [len(own) for own in prints]
+    left = {unit.source for unit, size in zip(units, sizes, strict=True) if size}
+    for name in config.sources:
+        if name not in left:
+            reasons = sum((read_counts(unit.folder).images_dropped for unit in units if unit.source == name), Counter[str]())
+            log.warning(f"sources.{name}: no image is left; dropped: {dict(reasons.most_common(5))}")
     rules = [config.sources[unit.source].duplicates for unit in units]
     exact, near = (np.repeat(np.array([getattr(rule, kind) for rule in rules], bool), sizes) for kind in ("exact", "near"))
     found = find_duplicates(np.concatenate([np.zeros(0, FINGERPRINT), *prints]), exact, near)
@@ -50,28 +56,29 @@ def leave_out(folder: Path, duplicates: np.ndarray, shard_bytes: int) -> None:
     kept = kept_folder(folder, duplicates)
     if kept.exists():
         return
-    partial = kept.with_name(f"{kept.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    writer, counts, dropped = StoreWriter(partial, REGIONS, shard_bytes), Counts(), set(duplicates.tolist())
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for number, record in enumerate(read_shards([(folder / shard["file"], shard["images"]) for shard in manifest["shards"]])):
-        assert isinstance(record, ImageRecord)
-        if number not in dropped:
-            writer.add(record)
-            counts.written(record)
-        else:
-            writer.refuse(record.id, DUPLICATE)
-    writer.finish("image")
-    before = read_counts(folder)
-    for name in ("records_read", "regions_read", "regions_found", "globals_dropped", "reencoded"):
-        setattr(counts, name, getattr(before, name))
-    counts.images_dropped = before.images_dropped + Counter({DUPLICATE: len(dropped)})
-    lost = before.regions_written - counts.regions_written
-    counts.regions_dropped = before.regions_dropped + Counter({f"image left out: {DUPLICATE}": lost})
-    counts.check()
-    write_synced(partial / COUNTS, json.dumps(vars(counts), indent=1) + "\n")
-    os.rename(partial, kept)
+    with whole_folder(kept) as partial:
+        writer, counts, dropped = StoreWriter(partial, REGIONS, shard_bytes), Counts(), set(duplicates.tolist())
+        if (folder / REFUSED).exists():
+            with open(folder / REFUSED) as refused:
+                for line in refused:
+                    writer.refuse(**json.loads(line))
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for number, record in enumerate(read_shards([(folder / shard["file"], shard["images"]) for shard in manifest["shards"]])):
+            assert isinstance(record, ImageRecord)
+            if number not in dropped:
+                writer.add(record)
+                counts.written(record)
+            else:
+                writer.refuse(record.id, DUPLICATE)
+        writer.finish("image")
+        before = read_counts(folder)
+        for name in ("records_read", "regions_read", "regions_found", "globals_dropped", "reencoded"):
+            setattr(counts, name, getattr(before, name))
+        counts.images_dropped = before.images_dropped + Counter({DUPLICATE: len(dropped)})
+        lost = before.regions_written - counts.regions_written
+        counts.regions_dropped = before.regions_dropped + Counter({f"image left out: {DUPLICATE}": lost})
+        counts.check()
+        write_synced(partial / COUNTS, json.dumps(vars(counts), indent=1) + "\n")
 
 
 def join_store(config: BuildConfig, name: str, units: Sequence[Unit], folders: Mapping[Path, Path], out: Path) -> Path:
@@ -92,12 +99,9 @@ def join_store(config: BuildConfig, name: str, units: Sequence[Unit], folders: M
     if not any(found.images_written for found in counts.values()):
         reasons = sum((found.images_dropped for found in counts.values()), Counter())
         raise ValueError(f"store {store}: no image is left; dropped: {dict(reasons.most_common(5))}")
-    partial = store.with_name(f"{name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    join_stores(parts, [f"{unit.source}-{unit.number:06d}" for unit in own], partial)
-    write_synced(partial / BUILT, text)
-    if store.exists():  # of other settings
-        shutil.rmtree(store)
-    os.rename(partial, store)
+    with whole_folder(store) as partial:
+        join_stores(parts, [f"{unit.source}-{unit.number:06d}" for unit in own], partial)
+        write_synced(partial / BUILT, text)
+        if store.exists():  # of other settings
+            shutil.rmtree(store)
     return store

@@ -5,8 +5,6 @@ A unit's folder has the files of a store (granvit/data/store.py; also if no imag
 """
 import io
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +19,9 @@ from granvit.checkpoint.tensors import write_synced
 from granvit.data.annotate.annotator import Annotator, FoundRegion, KnownImage, Result
 from granvit.data.filters import apply_filters, image_reason
 from granvit.data.gran.config import BuildConfig, ImageLimits, SourceConfig
+from granvit.data.gran.failing import Failing
 from granvit.data.gran.open_record import Opened, open_record
-from granvit.data.gran.units import Item, Unit, items_of
+from granvit.data.gran.units import Item, Unit, items_of, whole_folder
 from granvit.data.leakage import fingerprint_of
 from granvit.data.records import ImageRecord, Region
 from granvit.data.sources.annotated import Refused
@@ -101,23 +100,23 @@ def read_counts(folder: Path) -> Counts:
 
 
 def make_unit(config: BuildConfig, unit: Unit, annotator: Annotator) -> None:
-    """Makes a unit, unless that is done. `OSError` names the file where the disk is full."""
+    """Makes a unit, unless that is done. `OSError` names the file where the disk is full. `ValueError` names the source if its
+    folder of images is missing, or its images fail for one reason that is not theirs (`Failing`)."""
     if unit.folder.exists():
         return
-    partial = unit.folder.with_name(unit.folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a build that was killed
-    partial.mkdir(parents=True)
     source, counts = config.sources[unit.source], Counts()
-    writer = StoreWriter(partial, REGIONS, config.shard_megabytes << 20)
-    with open(partial / FINGERPRINTS, "wb") as fingerprints, ThreadPoolExecutor(4) as pool:
-        for record, print_of_image in _records(config, source, unit, annotator, counts, writer, pool):
-            writer.add(record)
-            counts.written(record)
-            fingerprints.write(print_of_image.tobytes())
-    writer.finish("image")
-    counts.check()
-    write_synced(partial / COUNTS, json.dumps(vars(counts), indent=1) + "\n")
-    os.rename(partial, unit.folder)
+    if source.images is not None and not Path(source.images).is_dir():
+        raise ValueError(f"sources.{unit.source}.images {source.images}: no such folder")
+    with whole_folder(unit.folder) as folder:
+        writer = StoreWriter(folder, REGIONS, config.shard_megabytes << 20)
+        with open(folder / FINGERPRINTS, "wb") as fingerprints, ThreadPoolExecutor(4) as pool:
+            for record, print_of_image in _records(config, source, unit, annotator, counts, writer, pool):
+                writer.add(record)
+                counts.written(record)
+                fingerprints.write(print_of_image.tobytes())
+        writer.finish("image")
+        counts.check()
+        write_synced(folder / COUNTS, json.dumps(vars(counts), indent=1) + "\n")
 
 
 def _records(config: BuildConfig, source: SourceConfig, unit: Unit, annotator: Annotator, counts: Counts, writer: StoreWriter,
@@ -125,6 +124,7 @@ def _records(config: BuildConfig, source: SourceConfig, unit: Unit, annotator: A
     """The records that are left, with their fingerprints, in the order of the source."""
     items = items_of(config, unit)
     folder = None if source.images is None else Path(source.images)
+    failing = Failing(unit.source)
 
     def drop(name: str, reason: str, regions: int) -> None:
         counts.images_dropped[reason] += 1
@@ -147,6 +147,7 @@ def _records(config: BuildConfig, source: SourceConfig, unit: Unit, annotator: A
             if isinstance(item, Refused):
                 drop(item.what, str(found), 0)
                 continue
+            failing.looked(found)
             stated = len(item.regions) + sum(what != "global" for what, _ in item.refused)
             counts.regions_read += stated
             if isinstance(found, str):
@@ -159,6 +160,7 @@ def _records(config: BuildConfig, source: SourceConfig, unit: Unit, annotator: A
             _count_refused(found.id, found.refused, counts, writer)
             usable.append((found, _known(found, source)))
         for (found, known), result in zip(usable, annotator.annotate([known for _, known in usable]), strict=True):
+            failing.told(known, result)
             counts.regions_found += len(result.regions) - len(known.regions)
             if result.failure is not None:
                 drop(found.id, result.failure, len(result.regions))
@@ -174,6 +176,7 @@ def _records(config: BuildConfig, source: SourceConfig, unit: Unit, annotator: A
                 kept, changed = within_limits(filtered.record, found.pixels_HW3, config.image)
                 counts.reencoded += changed
                 yield kept, fingerprint_of(found.pixels_HW3)
+    failing.end()
 
 
 def _count_refused(name: str, refused: tuple[tuple[str, str], ...], counts: Counts, writer: StoreWriter) -> None:

@@ -17,6 +17,7 @@ from granvit.data.sources.annotated import Annotated
 
 ORIENTATION = 0x0112  # EXIF tag
 TURNED = (5, 6, 7, 8)  # orientations that exchange width and height
+_NO_FOLDER, _MISSING, _UNREADABLE = "source has no folder of images", "image file is missing", "image file cannot be read"
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +69,7 @@ def read_inside(folder: Path | None, name: str) -> bytes:
     """The bytes of an image below `folder`. `ValueError` with the reason if the path leads out of the folder, also by a link, or
     the file cannot be read."""
     if folder is None:
-        raise ValueError("source has no folder of images")
+        raise ValueError(_NO_FOLDER)
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name:
         raise ValueError("path of the image leads out of the folder")
@@ -79,9 +80,14 @@ def read_inside(folder: Path | None, name: str) -> bytes:
             raise ValueError("path of the image leads out of the folder")
         return Path(inside).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError("image file is missing") from None
+        raise ValueError(_MISSING) from None
     except OSError as error:
-        raise ValueError(f"image file cannot be read ({type(error).__name__})") from None
+        raise ValueError(f"{_UNREADABLE} ({type(error).__name__})") from None
+
+
+def is_absent(reason: str) -> bool:
+    """Whether an image could not be used because its file is not there or the system does not let it be read."""
+    return reason in (_NO_FOLDER, _MISSING) or reason.startswith(_UNREADABLE)
 
 
 def _orientation(data: bytes) -> int:

@@ -3,21 +3,26 @@
 Where the annotations of a source hold its images (tar, Parquet), a unit is a part of its reader. Elsewhere each part is read once
 and cut into files of `unit_images` images (OUT/read), because one JSON file can describe millions of images that lie elsewhere.
 """
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from granvit.checkpoint.tensors import write_synced
 from granvit.data.gran.config import BuildConfig, SourceConfig
 from granvit.data.sources.annotated import Annotated, RawRegion, Refused
 
 Item = Annotated | Refused
+_HOLD_IMAGES = (".parquet", ".tar")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,9 @@ def parts_to_read(config: BuildConfig, out: Path) -> list[Part]:
     found = []
     for name, source in config.sources.items():
         if source.images is not None:
-            folder = out / "read" / f"{name}-{_read_key(config, source)}"
-            found += [Part(name, part, folder / f"{number:06d}") for number, part in enumerate(_parts(name, source))]
+            names = _parts(name, source)
+            folder = out / "read" / f"{name}-{_read_key(config, source, names)}"
+            found += [Part(name, part, folder / f"{number:06d}") for number, part in enumerate(names)]
     return found
 
 
@@ -55,13 +61,29 @@ def read_part(config: BuildConfig, part: Part) -> None:
     """Reads a part into files of `unit_images` items, unless that is done. Its folder appears complete or not at all."""
     if part.folder.exists():
         return
-    partial = part.folder.with_name(part.folder.name + ".partial")
+    with whole_folder(part.folder) as folder:
+        items = _of_source(part.source, config.sources[part.source].reader().read(part.name))
+        for number, chunk in enumerate(batched_items(items, config.unit_images)):
+            write_synced(folder / f"{number:06d}.jsonl", "".join(json.dumps(_tree(item)) + "\n" for item in chunk))
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder` at the end of the `with`; after an error nothing is left of it. `OSError`
+    names it, or the file in it, where the disk is full."""
+    partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a build that was killed
     partial.mkdir(parents=True)
-    items = _of_source(part.source, config.sources[part.source].reader().read(part.name))
-    for number, chunk in enumerate(batched_items(items, config.unit_images)):
-        write_synced(partial / f"{number:06d}.jsonl", "".join(json.dumps(_tree(item)) + "\n" for item in chunk))
-    os.rename(partial, part.folder)
+    try:
+        yield partial
+        os.rename(partial, folder)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in _FULL and not error.filename:
+            raise OSError(error.errno, os.strerror(error.errno), str(partial)) from None
+        if isinstance(error, RuntimeError) and "write() failed" in str(error):  # of array_record; the text has the file and why
+            raise OSError(str(error)) from None
+        raise
 
 
 def batched_items(items: Iterator[Item], size: int) -> Iterator[tuple[Item, ...]]:
@@ -73,15 +95,21 @@ def batched_items(items: Iterator[Item], size: int) -> Iterator[tuple[Item, ...]
 
 
 def all_units(config: BuildConfig, out: Path, versions: dict[str, str]) -> list[Unit]:
-    """The units of all sources in a fixed order, after all parts were read. `versions` are those of the sources' annotators."""
+    """The units of all sources in a fixed order, after all parts were read. `versions` are those of the sources' annotators.
+    `ValueError` names a source whose files have changed since they were read."""
     units = []
     for name, source in config.sources.items():
-        folder = out / "units" / f"{name}-{_unit_key(config, source, versions[name])}"
+        names = _parts(name, source)
+        read_key = _read_key(config, source, names)
+        folder = out / "units" / f"{name}-{_hash(read_key, _settings(config, source), versions[name])}"
+        origins: list[tuple[Path | None, str | None]] = []
         if source.images is None:
-            origins: list[tuple[Path | None, str | None]] = [(None, part) for part in _parts(name, source)]
+            origins += [(None, part) for part in names]
         else:
-            read = [part.folder for part in parts_to_read(config, out) if part.source == name]
-            origins = [(file, None) for part_folder in read for file in sorted(part_folder.glob("*.jsonl"))]
+            read = out / "read" / f"{name}-{read_key}"
+            if read.name not in os.listdir(read.parent):  # listed: `exists` can miss what another machine has just made on NFS
+                raise ValueError(f"sources.{name}: its files have changed since this build read them; start it again")
+            origins += [(file, None) for number in range(len(names)) for file in sorted((read / f"{number:06d}").glob("*.jsonl"))]
         units += [Unit(name, number, *origin, folder / f"{number:06d}") for number, origin in enumerate(origins)]
     return units
 
@@ -112,16 +140,34 @@ def _parts(name: str, source: SourceConfig) -> list[str]:
         raise ValueError(f"sources.{name}: {error}") from None
 
 
-def _read_key(config: BuildConfig, source: SourceConfig) -> str:
-    return _hash(source.read, config.unit_images)
+def _read_key(config: BuildConfig, source: SourceConfig, parts: Sequence[str]) -> str:
+    return _hash(source.read, config.unit_images, _state(source, parts))
 
 
-def _unit_key(config: BuildConfig, source: SourceConfig, version: str) -> str:
-    """A hash of all settings that a unit's result depends on. A changed setting makes other units; the files of a source are
-    taken to be unchanged."""
+def _state(source: SourceConfig, parts: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Path, size and time of change of the source's files and folders, so that what is read again after a change.
+
+    These are the paths among the reader's fields, and of a folder its Parquet and tar files and the folders that its parts are
+    in. Other files in folders, such as one annotation file per image, can be millions: that one is added or removed changes the
+    time of its folder, but that one is overwritten in place is not noticed.
+    """
+    reader = source.reader()
+    hints = get_type_hints(type(reader))
+    given = [getattr(reader, field.name) for field in fields(reader) if Path in get_args(hints[field.name])]  # type: ignore[arg-type]
+    found: set[Path] = set()
+    for path in (Path(value) for value in given if value is not None):
+        found.add(path)
+        if path.is_dir():
+            found |= {path / name for name in os.listdir(path) if name.endswith(_HOLD_IMAGES)}
+            found |= {path / part if (path / part).exists() else path / part.rpartition(":")[0] for part in parts}
+    states = [(str(path), path.stat()) for path in sorted(found) if path.exists()]
+    return [(name, 0 if stat.S_ISDIR(state.st_mode) else state.st_size, state.st_mtime_ns) for name, state in states]
+
+
+def _settings(config: BuildConfig, source: SourceConfig) -> list[Any]:
+    """The settings that a unit's result depends on, besides what is read and the annotators. Other settings make other units."""
     kept = source.model_dump(mode="json", include={"images", "keep_region_captions", "keep_global_captions", "filters"})
-    common = config.model_dump(mode="json", include={"max_pixels", "image", "shard_megabytes"})
-    return _hash(_read_key(config, source), kept, common, version)
+    return [kept, config.model_dump(mode="json", include={"max_pixels", "image", "shard_megabytes"})]
 
 
 def _hash(*values: Any) -> str:

@@ -47,6 +47,8 @@ class Groups:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
         self._folder.cleanup()
+        if isinstance(error, sqlite3.OperationalError):
+            raise OSError(f"temporary file in {self._folder.name}: {error}; name a larger place with TMPDIR") from None
 
     def add_image(self, key: Any, image: Any) -> bool:
         """False if an image with this key is already there; it stays. `ValueError` with the reason if `key` is not a key,
