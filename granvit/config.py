@@ -404,6 +404,8 @@ def read_yaml(path: str | Path) -> dict:
 def read_mix(path: Path) -> list[Any]:
     """The sources of a mix (OUT/mixes/NAME.yaml of scripts/build_gran.py); their paths, relative to its folder, become relative
     to the working directory. `ValueError` names the file if it is not a mix."""
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, not a mix; for one store write [{{path: {path}}}]")
     sources = read_yaml(path).get("sources")
     if not isinstance(sources, list) or not all(isinstance(s, dict) and isinstance(s.get("path"), str) for s in sources):
         raise ValueError(f"{path}: is not a mix: it needs a list `sources` whose entries have a `path`")

@@ -6,6 +6,7 @@ run's directory.
 import fcntl
 import importlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -19,8 +20,10 @@ from pathlib import Path
 from typing import Literal
 
 from granvit import watcher
+from granvit.data.shares import NO_LOCKS
 from granvit.engine import TrainEngine
 
+_log = logging.getLogger(__name__)
 Framework = Literal["mindspore", "torch"]
 FRAMEWORKS: dict[Framework, tuple[str, str]] = {"mindspore": ("ms_granvit", "MindSpore"), "torch": ("pt_granvit", "PyTorch")}
 
@@ -124,7 +127,8 @@ class RunLock:
     """An exclusive lock of rank 0 on the run's directory. The system releases it when the process ends, in whatever way."""
 
     def __init__(self, run: Path, launch: Launch):
-        """`ValueError` if another process holds the lock; the message names that process."""
+        """`ValueError` if another process holds the lock; the message names that process. On a file system without locks it logs
+        a warning and goes on."""
         run.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(watcher.lock_path(run), os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -133,6 +137,10 @@ class RunLock:
             owner = os.read(self._descriptor, 4096).decode(errors="replace").strip() or "an unnamed process"
             os.close(self._descriptor)
             raise ValueError(f"{run} is in use by {owner}; wait for it, stop it, or choose another output=") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            _log.warning(f"no locks on this file system ({error.strerror}): two runs in {run} would not notice each other")
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}, started {started}\n".encode(), 0)

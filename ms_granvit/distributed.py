@@ -110,9 +110,10 @@ def _other_threads_first(rank: int) -> None:
     of 17 pairs of ranks that only joined and left, on two busy cores, 4 ended with a segmentation fault; with this, none of 37.
     """
     cores = sorted(os.sched_getaffinity(0))
-    with suppress(OSError):  # a thread has ended, or the container does not allow it
-        for thread in os.listdir("/proc/self/task"):
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(OSError):  # it has ended, or the container does not allow this
             os.sched_setaffinity(int(thread), {cores[rank % len(cores)]})
+    with suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 

@@ -2,7 +2,10 @@
 
 The ranks are `tests/toy.py`: a whole training command with a numpy engine, so that nothing heavy is imported or compiled.
 """
+import errno
+import fcntl
 import json
+import logging
 import os
 import shutil
 import signal
@@ -268,6 +271,23 @@ def test_the_lock_goes_with_its_process(tmp_path):
         RunLock(tmp_path, single)
     lock.release()
     RunLock(tmp_path, single).release()
+
+
+def test_a_file_system_without_locks_does_not_stop_a_run(tmp_path, monkeypatch, caplog):
+    """Lustre that is mounted without `-o flock` answers ENOSYS."""
+    code = errno.ENOSYS
+
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(logging.getLogger("granvit"), "propagate", True)  # an earlier test may have called `to_console`
+    single = Launch(None, False, 0, 1, None, 0)
+    RunLock(tmp_path, single).release()
+    assert [f"two runs in {tmp_path} would not notice each other" in line for line in caplog.messages] == [True]
+    code = errno.EIO
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        RunLock(tmp_path, single)
 
 
 def test_fresh_puts_the_earlier_run_aside(tmp_path, configuration):

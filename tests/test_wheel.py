@@ -70,7 +70,7 @@ def test_every_console_command_leads_to_a_function(unpacked):
     parser = configparser.ConfigParser()
     parser.read(next(unpacked.glob("*.dist-info")) / "entry_points.txt")
     commands = dict(parser["console_scripts"])
-    names = "train predict probe store conversations view plan demo ablate export convert check"
+    names = "train predict probe store conversations build view plan demo ablate export convert check"
     assert sorted(commands) == sorted(f"granvit-{name}" for name in names.split())
     for target in commands.values():
         module, _, function = target.partition(":")

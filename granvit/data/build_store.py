@@ -8,6 +8,10 @@ Each line describes one image. `id` (default: the image's path), `global` and `r
 
 Invalid lines, images, regions and captions are left out and listed in OUT/refused.jsonl, one `{"what": ..., "reason": ...}` per
 line. The file exists only if something was left out.
+
+    python -m granvit.data.build_store --verify STORE
+
+reads all files of a store of any kind and names each that is not the one that was written.
 """
 import argparse
 import sys
@@ -16,14 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from rich.progress import Progress
 
 from granvit.data.records import BboxFrame, BoxUnit, make_record
 from granvit.data.sources.jsonl import described
 from granvit.data.sources.lines import parse_line
-from granvit.data.store import MAX_PIXELS, REGIONS
+from granvit.data.store import MAX_PIXELS, REGIONS, differing_files, stated_bytes
 from granvit.data.store_writer import REFUSED, Item, Summary, write_items
 
 Input = TypeVar("Input")
@@ -96,6 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--verify", action=_Verify, type=Path, metavar="STORE", help="check the files of a store, and exit")
     parser.add_argument("source", metavar="JSONL", help="annotations, one image per line")
     add_build_arguments(parser)
     frame_help = "frame that boxes are relative to (default: image)"
@@ -104,6 +109,33 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     counts = "{0.images} images, {0.regions} regions, {0.globals} global captions"
     return run_build(partial(build_store, unit=options.boxes), options, counts)
+
+
+class _Verify(argparse.Action):
+    """Ends the command with the status of `verify`: like `--help`, the option needs no other argument."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None):
+        parser.exit(verify(values))
+
+
+def verify(store: Path) -> int:
+    """Checks all files of a store against the hashes in its manifest and prints which differ. Returns the exit status: 0, or 2 if
+    a file differs or the store has no hashes."""
+    differing = 0
+    try:
+        with Progress(transient=True) as progress:
+            task = progress.add_task("bytes", total=(total := stated_bytes(store)))
+            for name, reason in differing_files(store, lambda count: progress.advance(task, count)):
+                differing += 1
+                print(f"{store / name}: {reason}")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if differing:
+        print(f"error: {store}: damaged files: {differing}; copy them again or rebuild the store", file=sys.stderr)
+        return 2
+    print(f"{store}: all files have the contents that were written ({total:,} bytes)")
+    return 0
 
 
 def add_build_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,8 +12,11 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from granvit.data.prompts import Box
 from granvit.data.records import ImageRecord, Region
 from granvit.models import Strict
+
+NUMBER_OF_BOXES = "image: number of boxes"  # a reason
 
 
 def _number(value: object) -> Fraction:
@@ -94,7 +97,7 @@ def apply_filters(record: ImageRecord, filters: Filters) -> Filtered:
         else:
             reasons[reason] += 1
     if not filters.boxes.hold(Fraction(len(kept))):
-        return Filtered(None, "image: number of boxes", reasons + Counter({"image: number of boxes": len(kept)}))
+        return Filtered(None, NUMBER_OF_BOXES, reasons + Counter({NUMBER_OF_BOXES: len(kept)}))
     return Filtered(replace(record, regions=tuple(kept)), None, reasons)
 
 
@@ -105,13 +108,23 @@ def image_reason(width: int, height: int, filters: Filters) -> str | None:
     return None if filters.image_aspect.hold(Fraction(width, height)) else "image: aspect ratio"
 
 
-def _region_reason(region: Region, width: int, height: int, filters: Filters) -> str | None:
-    x1, y1, x2, y2 = region.box
+def box_reason(box: Box, width: int, height: int, filters: Filters) -> str | None:
+    """Why a region with this box is left out whatever its caption is, None if it is not: known before it has a caption."""
+    x1, y1, x2, y2 = box
     across, down = _pixels((x2 - x1) * width), _pixels((y2 - y1) * height)
     if not down or not filters.box_aspect.hold(across / down):
         return "region: aspect ratio of the box"
-    if not filters.box_area.hold(across * down):
-        return "region: area of the box"
+    return None if filters.box_area.hold(across * down) else "region: area of the box"
+
+
+def has_too_few_boxes(count: int, filters: Filters) -> bool:
+    """Whether an image with so many regions is left out, however many of them are left out later."""
+    return not Bounds(above=filters.boxes.above, at_least=filters.boxes.at_least).hold(Fraction(count))
+
+
+def _region_reason(region: Region, width: int, height: int, filters: Filters) -> str | None:
+    if (of_box := box_reason(region.box, width, height, filters)) is not None:
+        return of_box
     return None if filters.caption_words.hold(Fraction(len(region.caption.split()))) else "region: words of the caption"
 
 

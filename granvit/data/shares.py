@@ -24,7 +24,7 @@ from rich.live import Live
 
 LOG_EVERY = 10.0  # seconds
 _POLL = 1.0  # seconds between checks of what other processes have finished
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # the file system has no locks: some shares are computed twice
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # the file system has no locks: here some shares are computed twice
 _REMOVED = (errno.ENOENT, errno.ESTALE)
 _log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def _locked(path: Path) -> Iterator[bool]:
             yield False
             return
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise
         yield True
 

@@ -3,7 +3,7 @@
 `granvit.data.build_store` builds one from a JSON-lines file and a folder of images, `granvit.data.store_writer` writes the files.
 
 A store is a directory:
-- `manifest.json`: format, version, counts, files with their sizes.
+- `manifest.json`: format, version, counts, files with their sizes and SHA-256.
 - `shard-*.array_record`: one record per image: uint32 length of a JSON header, the header, the encoded image.
 - `texts.bin`: UTF-8; for each image the global caption (empty if there is none), then the caption of each region.
 - `text_ends.u8`: a 0, then the offset at which each text ends. `region_starts.i8`: the number of each image's first region, then
@@ -14,18 +14,24 @@ The last three are memory-mapped, so that counts, lengths and tilings are known 
 A store of conversations (`granvit.data.conversations` builds it) has one record per conversation, no regions, and the JSON header
 of each conversation as its one text.
 """
+import errno
 import hashlib
 import json
+import os
+import resource
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import lru_cache
+from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
-from pydantic import ConfigDict, NonNegativeInt, PositiveInt
+from array_record.python.array_record_module import ArrayRecordReader
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from granvit.config import DataSection, validate
 from granvit.data.records import BboxFrame, Conversation, ImageRecord, Region
@@ -39,7 +45,9 @@ _BUILD = (
     "OUT` for conversations"
 )
 TEXT_SIDE = ("texts.bin", "text_ends.u8", "region_starts.i8")  # "sizes.u4" is not in older stores
+OPEN_SHARDS = 128  # of a store in each process: a file descriptor each. To open one of 256 MB takes about 0.1 ms
 _CHUNK = 1 << 20  # numbers checked at a time
+_DAMAGED = (RuntimeError, ValueError, IndexError, KeyError, TypeError, struct.error)  # RuntimeError: a checksum
 Record = ImageRecord | Conversation
 
 
@@ -51,7 +59,8 @@ class Shard(Strict):
 
 
 class Manifest(Strict):
-    """The keys of every manifest.json; values of another type are errors. `bytes` maps files to their sizes."""
+    """The keys of every manifest.json; values of another type are errors. `bytes` maps files to their sizes, `sha256` the same
+    files to the hashes of their contents; older stores have no hashes."""
 
     model_config = ConfigDict(strict=True)
 
@@ -61,6 +70,7 @@ class Manifest(Strict):
     refused: dict[str, PositiveInt]
     shards: list[Shard]
     bytes: dict[str, NonNegativeInt]
+    sha256: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field({})
 
 
 class RegionManifest(Manifest):
@@ -105,6 +115,25 @@ def _decode(data: bytes) -> Record:
     return ImageRecord(header["id"], header["width"], header["height"], data[4 + size :], header["global"], regions)
 
 
+def _open_shard(path: Path) -> ArrayRecordReader:
+    """A shard's reader; threads may share it. `OSError` if the process has no file descriptor left, `RuntimeError` if the shard
+    is damaged."""
+    reader = ArrayRecordReader(str(path), options="readahead_buffer_size:0", file_reader_buffer_size=1 << 15)
+    if not reader.ok():
+        try:
+            reader.close()  # raises the reason
+        except RuntimeError as error:
+            if os.strerror(errno.EMFILE) not in str(error):
+                raise
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            raise OSError(
+                errno.EMFILE,
+                f"{path}: too many open files. This process may have {limit} (`ulimit -n`), and each of its stores keeps up to "
+                f"{OPEN_SHARDS} shards open; raise `ulimit -n` and start again",
+            ) from None
+    return reader
+
+
 def _read_manifest(path: Path) -> tuple[Manifest, bytes]:
     """A store's validated manifest.json, and its bytes. `ValueError` if it is missing, damaged, of another format or version, or
     inconsistent."""
@@ -140,13 +169,16 @@ def _check_manifest(manifest: Manifest, kind: Kind) -> None:
     if unknown := [name for name in manifest.bytes if name not in (*shards, *TEXT_SIDE, "sizes.u4")]:
         raise ValueError(f"manifest.json has a size of {unknown[0]!r} under 'bytes', which is not a file of a store")
     count = kind.counts[0]
+    if manifest.sha256 and (odd := sorted(manifest.sha256.keys() ^ manifest.bytes.keys())):
+        raise ValueError(f"manifest.json has {odd[0]!r} under only one of 'bytes' and 'sha256'")
     records, stated = sum(shard.images for shard in manifest.shards), getattr(manifest, count)
     if records != stated:
         raise ValueError(f"manifest.json counts {stated} under {count!r} and {records} in its shards")
 
 
 class Store:
-    """A store opened for reading; cheap to pickle.
+    """A store opened for reading; cheap to pickle, and safe for threads. At most `OPEN_SHARDS` of its shards are open at a time,
+    those read last.
 
     `records` is the number of records (images or conversations), `regions` and `globals` that of regions and global captions;
     `kind` has the tasks. `region_starts` int64 `[records + 1]` and `text_ends` uint64 `[records + regions + 1]` are
@@ -186,7 +218,9 @@ class Store:
             self._check_rising("region_starts.i8", self.region_starts, self.regions)
             self._check_rising("text_ends.u8", self.text_ends, manifest.bytes["texts.bin"])
         self.fingerprint = hashlib.sha256(data).hexdigest()[:16]
-        self._shards = ArrayRecordDataSource([f"{path / s.file}[0:{s.images}]" for s in manifest.shards])
+        self._shards = [path / shard.file for shard in manifest.shards]
+        self._firsts = [0, *accumulate(shard.images for shard in manifest.shards)]  # each shard's first record, then their number
+        self._reader = lru_cache(OPEN_SHARDS)(_open_shard)
 
     def __reduce__(self):
         return Store, (self.path, False)
@@ -201,10 +235,12 @@ class Store:
             raise ValueError(f"store {self.path}: {name} is damaged (does not ascend from 0 to {last}); copy or rebuild it")
 
     def record(self, index: int) -> Record:
-        """Record `index`; `ValueError` with the reason if its bytes are damaged."""
+        """Record `index`; `ValueError` with the reason if its bytes are damaged, `OSError` if no more files can be opened."""
+        assert 0 <= index < self.records
+        shard = bisect_right(self._firsts, index) - 1
         try:
-            return _decode(self._shards[index])
-        except (RuntimeError, ValueError, IndexError, KeyError, TypeError, struct.error):  # RuntimeError: a checksum
+            return _decode(self._reader(self._shards[shard]).read([index - self._firsts[shard]])[0])
+        except _DAMAGED:
             raise ValueError("record is damaged in its shard") from None
 
     def texts(self, first: int, last: int) -> list[str]:
@@ -222,14 +258,53 @@ class Store:
 
 
 def read_shards(shards: Sequence[tuple[Path, int]]) -> Iterator[Record]:
-    """The records of shard files `(path, number of records)`, in order, without a manifest. `ValueError` names a damaged file."""
+    """The records of shard files `(path, number of records)`, in order, without a manifest. `ValueError` names a damaged file,
+    `OSError` one that cannot be opened because too many are."""
     for path, count in shards:
-        source = ArrayRecordDataSource([f"{path}[0:{count}]"])
-        for index in range(count):
-            try:
-                yield _decode(source[index])
-            except (RuntimeError, ValueError, IndexError, KeyError, TypeError, struct.error):
-                raise ValueError(f"{path}: record {index} is damaged") from None
+        index = 0
+        try:
+            reader = _open_shard(path)
+            for index in range(count):
+                yield _decode(reader.read([index])[0])
+        except _DAMAGED:
+            raise ValueError(f"{path}: record {index} is damaged") from None
+
+
+def file_sha256(path: Path, done: Callable[[int], object] = lambda count: None) -> str:
+    """SHA-256 of a file's contents, in hex. Calls `done` with the number of bytes of each piece that was read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(_CHUNK):
+            digest.update(data)
+            done(len(data))
+    return digest.hexdigest()
+
+
+def stated_bytes(path: Path) -> int:
+    """The size of all files of a store, as its manifest states it."""
+    return sum(_read_manifest(path)[0].bytes.values())
+
+
+def differing_files(path: Path, done: Callable[[int], object]) -> Iterator[tuple[str, str]]:
+    """Reads all files of a store; yields name and reason of each that is not the one whose hash is in the manifest.
+
+    Calls `done` with the number of bytes of each piece that was read. `ValueError` if the manifest is damaged or has no hashes.
+    """
+    manifest, _ = _read_manifest(path)
+    if not manifest.sha256:
+        raise ValueError(f"store {path}: manifest.json has no hashes (an earlier version wrote it); rebuild the store")
+    for name, size in manifest.bytes.items():
+        file = path / name
+        try:
+            found = file.stat().st_size
+            if found != size:
+                yield name, f"has {found} bytes instead of {size}"
+            elif file_sha256(file, done) != manifest.sha256[name]:
+                yield name, "has other contents than its SHA-256 in manifest.json"
+        except FileNotFoundError:
+            yield name, "is missing"
+        except OSError as error:
+            yield name, f"cannot be read ({error.strerror})"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Writes records to a new store (`granvit.data.store` documents its format), complete or not at all."""
+import errno
 import json
 import os
 import shutil
 import struct
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +16,12 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from granvit.data.records import BboxFrame, Conversation, ImageRecord, image_box
-from granvit.data.store import REGIONS, TEXT_SIDE, VERSION, Kind, Record
+from granvit.data.store import REGIONS, TEXT_SIDE, VERSION, Kind, Record, file_sha256
 
 _NAMED = 10  # refused items printed by name
 FILES = (*TEXT_SIDE, "sizes.u4")
 REFUSED = "refused.jsonl"  # not listed in the manifest: readers do not need it
+_NO_LINKS = (errno.EPERM, errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # the last: too many links of one file
 
 
 @dataclass
@@ -56,6 +59,7 @@ class StoreWriter:
     def __init__(self, folder: Path, kind: Kind, shard_bytes: int):
         self.folder, self.kind, self.shard_bytes = folder, kind, shard_bytes
         self.shards: list[dict] = []
+        self._hashes: dict[str, str] = {}  # of closed shards
         self.summary = Summary()
         self._shard: ArrayRecordWriter | None = None
         self._files = [open(folder / name, "wb") for name in FILES]  # noqa: SIM115 (closed by finish)
@@ -104,6 +108,8 @@ class StoreWriter:
         if self._shard is not None:
             self._shard.close()
             self._shard = None
+            name = self.shards[-1]["file"]
+            self._hashes[name] = file_sha256(self.folder / name)  # still in the page cache
 
     def finish(self, frame: BboxFrame | None) -> None:
         self._close_shard()
@@ -111,12 +117,12 @@ class StoreWriter:
             if file is not None:
                 file.close()
         counts = {count: getattr(self.summary, count) for count in self.kind.counts}
-        _write_manifest(self.folder, self.kind, counts, frame, dict(self.summary.refused), self.shards)
+        _write_manifest(self.folder, self.kind, counts, frame, dict(self.summary.refused), self.shards, self._hashes)
 
 
 def _write_manifest(folder: Path, kind: Kind, counts: dict[str, int], frame: BboxFrame | None, refused: dict[str, int],
-                    shards: list[dict]) -> None:  # fmt: skip
-    """Writes the manifest of a store whose other files are complete, and syncs all."""
+                    shards: list[dict], hashes: Mapping[str, str]) -> None:  # fmt: skip
+    """Writes the manifest of a store whose other files are complete, and syncs all. `hashes` are those of the shards."""
     names = [*(shard["file"] for shard in shards), *FILES]
     manifest = {
         "format": kind.format,
@@ -126,6 +132,7 @@ def _write_manifest(folder: Path, kind: Kind, counts: dict[str, int], frame: Bbo
         "refused": refused,
         "shards": shards,
         "bytes": {name: (folder / name).stat().st_size for name in names},
+        "sha256": {**hashes, **{name: file_sha256(folder / name) for name in FILES}},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
     for name in [*names, "manifest.json"]:
@@ -162,10 +169,35 @@ def write_items(items: Iterable[Item], out: str | Path, kind: Kind, frame: BboxF
     return writer.summary
 
 
+def check_links(folder: Path) -> None:
+    """Tries a hard link in `folder`, made if it is not there. `ValueError` if its file system has none: `join_stores` would
+    fail."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".links-", dir=folder) as trial:
+        file = Path(trial) / "file"
+        file.touch()
+        _link(file, Path(trial) / "link")
+
+
+def _link(source: Path, link: Path) -> None:
+    """`os.link`; `ValueError` if the file system cannot do it."""
+    try:
+        os.link(source, link)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        raise ValueError(
+            f"{link} cannot be a hard link to {source} ({error.strerror}): a build's directory must be on one file system, with "
+            "hard links; choose another directory"
+        ) from None
+
+
 def join_stores(parts: Sequence[Path], names: Sequence[str], out: Path) -> None:
     """Joins region stores into `out`, which exists and is empty: shards are hard links with names from `names`, one for each
-    part, and the text files are concatenated. A part may hold no image. `OSError` if the file system has no hard links."""
+    part, and the text files are concatenated. A part may hold no image. `ValueError` if the file system has no hard links (see
+    `check_links`)."""
     shards: list[dict] = []
+    hashes: dict[str, str] = {}
     counts = Counter({count: 0 for count in REGIONS.counts})
     refused: Counter[str] = Counter()
     texts_end = regions_end = 0
@@ -177,7 +209,8 @@ def join_stores(parts: Sequence[Path], names: Sequence[str], out: Path) -> None:
             manifest = json.loads((part / "manifest.json").read_text())
             for number, shard in enumerate(manifest["shards"]):
                 file = f"{name}-{number:05d}.array_record"
-                os.link(part / shard["file"], out / file)
+                _link(part / shard["file"], out / file)
+                hashes[file] = manifest.get("sha256", {}).get(shard["file"]) or file_sha256(part / shard["file"])
                 shards.append({"file": file, "images": shard["images"]})
             for file, target in (("texts.bin", texts), ("sizes.u4", sizes)):
                 with open(part / file, "rb") as source:
@@ -190,7 +223,7 @@ def join_stores(parts: Sequence[Path], names: Sequence[str], out: Path) -> None:
             if (part / REFUSED).exists():
                 with open(part / REFUSED, "rb") as source, open(out / REFUSED, "ab") as target:
                     shutil.copyfileobj(source, target)
-    _write_manifest(out, REGIONS, dict(counts), "image", dict(refused), shards)
+    _write_manifest(out, REGIONS, dict(counts), "image", dict(refused), shards, hashes)
 
 
 def write_store(records: Iterable[ImageRecord], out: str | Path, shard_bytes: int = 256 << 20) -> Summary:

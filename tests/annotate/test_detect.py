@@ -67,7 +67,7 @@ def test_an_image_that_fails_does_not_fail_its_batch(directory, monkeypatch):
             raise RuntimeError("out of memory by 3 bytes")
         return model.forward(*args, **kwargs)
 
-    forward.config = model.config
+    forward.config, forward.device = model.config, model.device
     monkeypatch.setitem(detector.__dict__, "_model", forward)
     first, second = detector.annotate([noise(60, 40), noise(60, 40)])
     assert first == Result(failure="detection failed (RuntimeError)")

@@ -92,3 +92,43 @@ def test_nothing_usable_leaves_nothing(sources):
     with pytest.raises(ValueError, match=r"no usable image.*line has no image path"):
         build_store(sources / "empty.jsonl", sources / "images", sources / "out")
     assert not list(sources.glob("out*"))
+
+
+def test_verify_names_the_files_that_differ(tmp_path, capsys):
+    path = tmp_path / "store"
+    write_store([random_record(f"r{i}", 2, i) for i in range(3)], path, shard_bytes=1)
+
+    def verify() -> int:
+        with pytest.raises(SystemExit) as ended:
+            main(["--verify", str(path)])
+        return ended.value.code
+
+    assert verify() == 0
+    total = sum(file.stat().st_size for file in path.iterdir() if file.name != "manifest.json")
+    assert f"{path}: all files have the contents that were written ({total:,} bytes)" in capsys.readouterr().out
+
+    texts = path / "texts.bin"
+    texts.write_bytes(texts.read_bytes().upper())
+    shard = path / "shard-00001.array_record"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (path / "shard-00002.array_record").unlink()
+    assert verify() == 2
+    printed = capsys.readouterr()
+    size = shard.stat().st_size
+    assert [line for line in printed.out.splitlines() if line] == [
+        f"{shard}: has {size} bytes instead of {size + 1}",
+        f"{path / 'shard-00002.array_record'}: is missing",
+        f"{texts}: has other contents than its SHA-256 in manifest.json",
+    ]
+    assert "damaged files: 3" in printed.err
+
+
+def test_verify_needs_hashes(tmp_path, capsys):
+    write_store([random_record("r", 2, 0)], tmp_path / "store")
+    manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
+    del manifest["sha256"]
+    (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
+    for path, message in ((tmp_path / "store", "has no hashes"), (tmp_path / "absent", "this is not a store")):
+        with pytest.raises(SystemExit) as ended:
+            main(["--verify", str(path)])
+        assert ended.value.code == 2 and message in capsys.readouterr().err

@@ -16,8 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from granvit.config import dump_config
 from granvit.data.sources import FORMATS
 from tests.gran.small_tree import SMALL, picture
+from tests.helpers import run_config
 from tests.sources import (
     test_coco,
     test_cord,
@@ -71,7 +73,10 @@ def write_tree(root: Path) -> Path:
         sources[form] = {"store": "plain" if form in WITHOUT_BOXES else "boxes", "read": {"format": form} | read, **images,
                          "filters": filters}  # fmt: skip
     path = root / "build.yaml"
-    tree = {"out": str(root / "out"), "unit_images": 6, "sources": sources}
+    stage = root / "stage1.yaml"  # with the built-in tokenizer of bytes
+    stage.write_text(dump_config(run_config()))
+    mixes = {"half": {"questions": {"bbox2caption": "all", "global": {"plain": 20}}, "fraction": 0.5}}
+    tree = {"out": str(root / "out"), "unit_images": 6, "sources": sources, "mixes": mixes, "stages": [str(stage)]}
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
     return path
 

@@ -21,7 +21,7 @@ def picture(seed: int, width: int = 48, height: int = 40, form: str = "PNG", **o
 
 
 def write_tree(root: Path) -> Path:
-    """Three sources in the folder `root`, 130 images with duplicates among them, and their configuration; returns its path."""
+    """Two sources in the folder `root`, 130 images with duplicates among them, and their configuration; returns its path."""
     (root / "images").mkdir(parents=True)
     lines = []
     for number in range(90):

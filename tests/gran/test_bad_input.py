@@ -19,13 +19,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from granvit.data.annotate.annotator import FoundRegion, KnownImage, Result, failed
+from granvit.data.annotate.annotator import Chain, FoundRegion, KnownImage, Result, failed
 from granvit.data.gran.command import build, main
 from granvit.data.gran.config import read_build
 from granvit.data.gran.failing import Failing
 from granvit.data.gran.join import BUILT
 from granvit.data.gran.make_unit import make_unit
-from granvit.data.gran.open_record import ORIENTATION
+from granvit.data.gran.open_record import LINKED, ORIENTATION
 from granvit.data.gran.ranks import Ranks
 from granvit.data.gran.units import all_units, parts_to_read, read_part
 from granvit.data.images import decode
@@ -80,7 +80,7 @@ def _images() -> dict[str, tuple[bytes | None, str | None]]:
         "turned.png": (_file(Image.fromarray(_noise(19)), orientation=6), NO_FRAME),
         "missing.png": (None, "image file is missing"),
         "../outside.png": (None, OUTSIDE),
-        "link.png": (None, OUTSIDE),
+        "link.png": (None, LINKED),
     }
 
 
@@ -375,6 +375,37 @@ def test_images_that_are_all_missing_end_the_build_and_a_few_do_not(tmp_path):
     assert f"sources.a.images {tmp_path / 'images'}: no such folder" in _error(path, tmp_path / "third")
 
 
+def test_images_that_are_all_links_out_of_the_folder_end_the_build(tmp_path):
+    source = _source(tmp_path, 20, 0)
+    (tmp_path / "images").rename(tmp_path / "real")
+    (tmp_path / "images").mkdir()
+    for image in (tmp_path / "real").iterdir():
+        (tmp_path / "images" / image.name).symlink_to(image)
+    printed = _error(_config(tmp_path, a=source), tmp_path / "out")
+    assert "sources.a.images" in printed and LINKED in printed and "name the folder they lead to" in printed
+    (tmp_path / "images").rename(tmp_path / "links")
+    (tmp_path / "images").symlink_to(tmp_path / "real")  # the folder itself may be a link
+    assert not _error(_config(tmp_path, a=source), tmp_path / "other")
+
+
+def test_captions_beside_images_that_cannot_be_read_are_no_regions(tmp_path):
+    (tmp_path / "images").mkdir()
+    for number, caption in enumerate((b"a cup", b"\xff")):
+        (tmp_path / "images" / f"{number}.png").write_bytes(picture(number))
+        (tmp_path / "images" / f"{number}.txt").write_bytes(caption)
+    test_tar._write(tmp_path / "images" / "a.tar", [test_tar._entry("0.png", picture(2)), test_tar._entry("0.txt", b"\xff")])
+    images, filters = str(tmp_path / "images"), SMALL | {"boxes": {}}
+    path = _config(
+        tmp_path,
+        folder={"images": images, "read": {"format": "folder", "images": images, "captions": ".txt"}, "filters": filters},
+        tar={"read": {"format": "tar", "shards": images, "captions": "txt"}, "filters": filters},
+    )
+    assert not _error(path, tmp_path / "out")
+    for found in json.loads((tmp_path / "out" / "boxes" / BUILT).read_text())["sources"].values():
+        assert found["regions_read"] == 0 and not found["regions_dropped"]
+        assert found["globals_dropped"] == {"caption is not UTF-8": 1}
+
+
 def test_a_server_that_cannot_be_reached_ends_the_build(tmp_path, capsys):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # and does not listen
@@ -390,7 +421,7 @@ def test_a_server_that_cannot_be_reached_ends_the_build(tmp_path, capsys):
 class _Broken:
     """An annotator that fails at all images but those with these numbers, in the order in which it gets them."""
 
-    version = "1"
+    version, finds_regions = "1", False
 
     def __init__(self, *good: int):
         self.good, self.seen = good, 0
@@ -408,9 +439,9 @@ def test_an_annotator_that_fails_at_a_whole_unit_ends_the_build(tmp_path):
         read_part(config, part)
     (unit,) = all_units(config, tmp_path, {"a": "1"})
     with pytest.raises(ValueError, match=r"sources\.a\.annotate.*model failed \(Error\)"):
-        make_unit(config, unit, _Broken())
+        make_unit(config, unit, Chain((_Broken(),)))
     assert not unit.folder.exists() and not list(unit.folder.parent.iterdir())
-    make_unit(config, unit, _Broken(19))
+    make_unit(config, unit, Chain((_Broken(19),)))
     assert json.loads((unit.folder / "unit.json").read_text())["images_dropped"] == {"model failed (Error)": 19}
 
 

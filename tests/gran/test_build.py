@@ -1,6 +1,7 @@
 """A build from sources of every format: the same stores for any number of ranks and after any interruption, all counted."""
 import hashlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -13,13 +14,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from granvit.data.filters import Filters
 from granvit.data.gran.command import build, main
-from granvit.data.gran.config import read_build
+from granvit.data.gran.config import MixConfig, read_build
 from granvit.data.gran.join import BUILT
 from granvit.data.gran.ranks import Ranks
 from granvit.data.sources import FORMATS
 from granvit.data.store import Store
 from granvit.data.store_writer import REFUSED
+from tests.gran import small_tree
 from tests.gran.fixture_tree import (
     AGAIN,
     COUNT,
@@ -40,9 +43,10 @@ STORES = ("boxes", "plain")
 
 
 def hashes(out: Path) -> dict[str, str]:
-    """Of all files of the stores."""
-    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for store in STORES for path in sorted((out / store).rglob("*")) if path.is_file()}  # fmt: skip
+    """Of all files of the stores (with the counted tokens), of the mixes and of the report."""
+    folders = [out / name for name in (*STORES, "mixes")]
+    files = [*out.glob("report*"), *(path for folder in folders for path in folder.rglob("*") if path.is_file())]
+    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +59,9 @@ def built(tree, tmp_path_factory):
     """The directory of a build by one process, and the hashes of its files."""
     out = tmp_path_factory.mktemp("built")
     assert build(read_build(tree), out, Ranks()) == [out / store for store in STORES]
-    return out, hashes(out)
+    made = hashes(out)
+    assert {"boxes/lengths", "plain/lengths", "mixes", "."} < {str(Path(name).parent) for name in made}
+    return out, made
 
 
 def test_every_record_is_written_or_counted(built):
@@ -121,16 +127,19 @@ def test_the_number_of_ranks_changes_nothing(tree, built, tmp_path, size):
     printed = ranks.communicate(timeout=300)[0]
     assert ranks.returncode == 0, printed
     assert hashes(tmp_path) == built[1]
-    assert not list(tmp_path.rglob("*.partial")) and not list(tmp_path.glob(".taken-*"))
+    assert not list(tmp_path.rglob("*partial*")) and not list(tmp_path.glob(".taken-*"))
 
 
 def test_a_build_killed_anywhere_ends_with_the_same_stores(tree, built, tmp_path):
-    finished = sorted(random.Random(16).sample(range(60), 4))  # kill it when so many parts and units are finished
+    """Killed when so many parts and units are there, when the first store is joined, and when the first mix is written."""
+    finished = sorted(random.Random(16).sample(range(60), 4))
+    reached = [lambda n=n: len([*tmp_path.glob("read/*/*"), *tmp_path.glob("units/*/*")]) > n for n in finished]
+    reached += [lambda: any((tmp_path / store).exists() for store in STORES), lambda: any(tmp_path.glob("mixes/*.yaml")), None]
     killed = 0
-    for number, enough in enumerate([*finished, None]):  # None: not at all
+    for number, condition in enumerate(reached):
         ranks = mpiexec(2, "--config", str(tree), "--out", str(tmp_path))
-        while enough is not None and ranks.poll() is None:
-            if len([*tmp_path.glob("read/*/*"), *tmp_path.glob("units/*/*")]) > enough:  # with those that are being written
+        while condition is not None and ranks.poll() is None:
+            if condition():
                 below = _below(ranks.pid)  # mpiexec's own helper, then the ranks
                 one = number % 2 == 1 and len(below) == 3
                 for process in [below[-1]] if one else [ranks.pid, *below]:
@@ -139,9 +148,9 @@ def test_a_build_killed_anywhere_ends_with_the_same_stores(tree, built, tmp_path
                 break
             time.sleep(0.002)
         printed = ranks.communicate(timeout=300)[0]
-        assert enough is not None or ranks.returncode == 0, printed
+        assert condition is not None or ranks.returncode == 0, printed
         killed += ranks.returncode != 0
-    assert killed >= 3
+    assert killed >= 5
     assert hashes(tmp_path) == built[1]
 
 
@@ -168,6 +177,35 @@ def test_changed_files_are_read_again(tree, built, tmp_path):
     lines.write_text(lines.read_text().replace("thing 4", "thing four"))
     build(config, tmp_path / "out", Ranks())
     assert [record.regions[0].caption for record in map(Store(store).record, range(4))][3] == "thing four"
+
+
+def test_nothing_of_others_is_replaced(tree, built, tmp_path, capsys):
+    """A folder that is no store of a build stays, and so does a store that has sources that this build leaves out."""
+    mine = tmp_path / "boxes" / "mine.jpg"
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine")
+    assert main(["--config", str(tree), "--out", str(tmp_path)]) == 2
+    assert f"{mine.parent}: is there and is not a store of a build" in capsys.readouterr().err and mine.read_bytes() == b"mine"
+    config = read_build(tree)
+    kept = {name: source for name, source in config.sources.items() if name not in ("grit", "coco")}
+    without = config.model_copy(update={"sources": kept})
+    with pytest.raises(ValueError, match="boxes: was built from coco, grit too, which this build leaves out"):
+        build(without, built[0], Ranks())
+    assert hashes(built[0]) == built[1]
+
+
+def test_a_changed_filter_makes_a_source_anew_and_an_earlier_mix_goes(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("granvit"), "propagate", True)
+    config = read_build(small_tree.write_tree(tmp_path))
+    before = config.model_copy(update={"mixes": {"m": MixConfig(questions={"global": "all"})}})
+    natural, plain = build(before, tmp_path / "out", Ranks())
+    images = Store(natural).records
+    unchanged = {path: path.stat().st_mtime_ns for path in plain.rglob("*")}
+    stricter = config.sources["lines"].model_copy(update={"filters": Filters(**small_tree.SMALL, boxes={"at_least": 2})})
+    build(config.model_copy(update={"sources": config.sources | {"lines": stricter}}), tmp_path / "out", Ranks())
+    assert 0 < Store(natural).records < images and not any((tmp_path / "out" / "mixes").iterdir())
+    assert "sources.lines is made anew" in caplog.text and "sources.tars is made anew" not in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in plain.rglob("*")} == unchanged
 
 
 @pytest.mark.parametrize("change, named", [

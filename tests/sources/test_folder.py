@@ -1,4 +1,7 @@
 """Bare images in folders, and how folders of files are cut into parts."""
+import os
+import tracemalloc
+
 import pytest
 
 from granvit.data.sources import per_image
@@ -49,8 +52,8 @@ def test_captions_that_cannot_be_read_are_refused(images):
     (images / "c.txt").mkdir()
     (images / "d.txt").write_bytes(b"\xef\xbb\xbfA cup.")
     first, _, third, fourth, *_ = everything(Folder(images, ".txt"))
-    assert first == Annotated("a.jpg", "a.jpg", refused=(("caption", "caption is not UTF-8"),))
-    assert third == Annotated("c.png", "c.png", refused=(("caption", "file cannot be read (IsADirectoryError)"),))
+    assert first == Annotated("a.jpg", "a.jpg", refused=(("global", "caption is not UTF-8"),))
+    assert third == Annotated("c.png", "c.png", refused=(("global", "file cannot be read (IsADirectoryError)"),))
     assert fourth == Annotated("d.webp", "d.webp", global_caption="A cup.")
 
 
@@ -60,6 +63,31 @@ def test_large_folders_are_cut_into_parts(images, monkeypatch):
     assert reader.parts() == [".:0", ".:3", "sub:0", "sub/deep:0", "z:0"]
     assert [record.image for record in reader.read(".:3")] == ["d.webp"]
     assert [record.image for record in everything(reader)] == ORDER
+
+
+def test_a_folder_is_listed_once_for_its_parts_and_again_after_a_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(per_image, "FILES_IN_PART", 3)
+    names = [f"{number}.jpg" for number in range(8)]
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    reader, listed, scandir = Folder(tmp_path), [], per_image.os.scandir
+    parts = reader.parts()
+    monkeypatch.setattr(per_image.os, "scandir", lambda place: listed.append(place) or scandir(place))
+    assert [record.image for part in parts for record in reader.read(part)] == names
+    assert len(listed) == 1
+    (tmp_path / "00.jpg").write_bytes(b"x")
+    os.utime(tmp_path, ns=(1, 1))
+    assert [record.image for record in reader.read(".:0")] == ["0.jpg", "00.jpg", "1.jpg"]
+
+
+def test_counting_does_not_list_the_names(tmp_path):
+    for number in range(1000):
+        (tmp_path / f"{number:0200}.jpg").touch()
+    tracemalloc.start()
+    Folder(tmp_path).parts()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000  # the names take 250 kB
 
 
 def test_folders_that_hold_no_image(tmp_path):

@@ -67,6 +67,7 @@ def test_what_is_not_a_file_in_the_archive_is_refused_and_the_rest_stays(tmp_pat
             _entry("4.jpg", kind=tarfile.CHRTYPE), _entry("5.jpg", kind=tarfile.FIFOTYPE), _entry("1.txt", b"A cup."),
             _entry("README", b"x"), _entry(".hidden", b"x"),
             _entry("6.jpg", b"x"), _entry("6.png", b"x"), _entry("7.txt", b"x"), _entry("8.jpg", b"8"), _entry("8.txt", b"\xff"),
+            _entry("9.txt", b"\xff"),
             _entry("\udcff.jpg", b"9"),
         ],
     )  # fmt: skip
@@ -78,8 +79,8 @@ def test_what_is_not_a_file_in_the_archive_is_refused_and_the_rest_stays(tmp_pat
         Refused("a.tar 4.jpg", "file is a device or a pipe"), Refused("a.tar 5.jpg", "file is a device or a pipe"),
         Refused("a.tar README", no_key), Refused("a.tar .hidden", no_key),
         Annotated("a.tar 1", b"1", global_caption="A cup."), Refused("a.tar 6", "sample has more than one image"),
-        Refused("a.tar 7", "sample has no image"), Annotated("a.tar 8", b"8", refused=(("caption", "caption is not UTF-8"),)),
-        Annotated("a.tar \\udcff", b"9"),
+        Refused("a.tar 7", "sample has no image"), Annotated("a.tar 8", b"8", refused=(("global", "caption is not UTF-8"),)),
+        Refused("a.tar 9", "sample has no image"), Annotated("a.tar \\udcff", b"9"),
     ]  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar"] and not (tmp_path.parent / "x.jpg").exists()
 
@@ -89,14 +90,14 @@ def test_captions_in_bad_json_and_large_files_are_refused(tmp_path, monkeypatch)
     captions = [b"{", b"[]", b'{"caption": 5}', b"[" * 29, b"x" * 31]
     entries = [_entry(f"{number}.{ending}", data) for number, caption in enumerate(captions) for ending, data in
                (("json", caption), ("jpg", b"x"))]  # fmt: skip
-    _write(tmp_path / "a.tar", [*entries, _entry("5.jpg", b"x" * 31)])
+    _write(tmp_path / "a.tar", [*entries, _entry("5.jpg", b"x" * 31), _entry("6.jpg", b"x" * 31), _entry("6.png", b"x")])
     reasons = [
         "caption is not in valid JSON", "caption is not in a mapping", "caption is not text", "caption is not in valid JSON",
         "file is above 256 MB",
     ]  # fmt: skip
     assert everything(Tar(tmp_path, "json")) == [
-        *(Annotated(f"a.tar {number}", b"x", refused=(("caption", reason),)) for number, reason in enumerate(reasons)),
-        Refused("a.tar 5", "file is above 256 MB"),
+        *(Annotated(f"a.tar {number}", b"x", refused=(("global", reason),)) for number, reason in enumerate(reasons)),
+        Refused("a.tar 5", "file is above 256 MB"), Refused("a.tar 6", "file is above 256 MB"),
     ]
 
 

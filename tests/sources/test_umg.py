@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from granvit.data.sources import per_image
 from granvit.data.sources.annotated import Annotated, RawRegion, Refused
 from granvit.data.sources.umg import Umg
 from tests.sources.reading import everything, write_json
@@ -64,7 +65,7 @@ def test_boxes_of_masks(tmp_path):
     _write(tmp_path, TREES)
     (tmp_path / "SBU/0/a.png").write_bytes(b"")
     (tmp_path / "empty").mkdir()
-    assert Umg(tmp_path).parts() == ["CC3M/00000", "CC3M/00001", "SBU/0"]
+    assert Umg(tmp_path).parts() == ["CC3M/00000:0", "CC3M/00001:0", "SBU/0:0"]
     assert everything(Umg(tmp_path)) == EXPECTED
 
 
@@ -72,7 +73,7 @@ def test_written_boxes_tags_and_other_keys(tmp_path):
     region = {"mask": RUNS, "box": [1, 2, 3, 4.5], "text": "a dog", "labels": ["dog", "animal"]}
     folder = _write(tmp_path, {"a": {"text": "All.", "parts": [region, region | {"box": [math.nan, 0, 1, 1]}]}})
     keys = {"regions_key": "parts", "mask_key": "mask", "box_key": "box", "caption_key": "text", "tags_key": "labels"}
-    assert Umg(folder, **keys).parts() == ["."]
+    assert Umg(folder, **keys).parts() == [".:0"]
     assert everything(Umg(folder, ".jpg", **keys)) == [
         Annotated("a", "a.jpg", (RawRegion((1, 1, 3, 3), "a dog"),) * 2, "All.", size=(6, 4))
     ]
@@ -109,8 +110,21 @@ def test_what_cannot_be_read_is_refused(tmp_path):
 def test_other_formats_and_missing_folders_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"none"):
         Umg(tmp_path / "none").parts()
-    with pytest.raises(ValueError, match=r"has no \.json file"):
+    with pytest.raises(ValueError, match=r"holds no \.json file"):
         Umg(tmp_path).parts()
     _write(tmp_path, {"x/a": {"images": []}, "x/b": []})
     with pytest.raises(ValueError, match=r"a\.json.*regions_key"):
         everything(Umg(tmp_path))
+
+
+def test_a_large_folder_is_cut_into_parts_and_a_damaged_rest_does_not_end_the_build(tmp_path, monkeypatch):
+    monkeypatch.setattr(per_image, "FILES_IN_PART", 2)
+    _write(tmp_path, {name.replace("/", "-"): tree for name, tree in TREES.items()})
+    (tmp_path / "z.json").write_text("{")
+    reader = Umg(tmp_path)
+    assert reader.parts() == [f".:{start}" for start in range(0, 11, 2)]
+    assert [found.id for found in reader.read(".:4")] == ["CC3M-00001-000010001", "CC3M-00001-000010002"]
+    assert everything(reader)[-2:] == [
+        _annotated("SBU-0-d", "D.", ((1, 1, 3, 3), "one"), ((1, 1, 3, 3), "one"), size=(6, 4)),
+        Refused("z", "file ends in the middle"),
+    ]

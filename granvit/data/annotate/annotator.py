@@ -66,6 +66,11 @@ class Annotator(Protocol):
     """
 
     @property
+    def finds_regions(self) -> bool:
+        """Whether it adds regions; others write captions alone."""
+        ...
+
+    @property
     def version(self) -> str:
         """Identifies model files, packages and all settings that results depend on: other results have another version.
 
@@ -91,6 +96,16 @@ class Chain:
     """
 
     annotators: tuple[Annotator, ...]
+
+    def halves(self) -> tuple["Chain", "Chain"]:
+        """The annotators up to the last one that finds regions, and those after it. Either can be empty."""
+        ends = [number for number, annotator in enumerate(self.annotators, 1) if annotator.finds_regions]
+        end = max(ends, default=0)
+        return Chain(self.annotators[:end]), Chain(self.annotators[end:])
+
+    @property
+    def finds_regions(self) -> bool:
+        return any(annotator.finds_regions for annotator in self.annotators)
 
     @cached_property
     def version(self) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -73,6 +73,7 @@ class Captioner(ABC):
     `max_pixels` is the size that larger images and crops are reduced to, 1280 tokens of Qwen2.5-VL by default.
     """
 
+    finds_regions: ClassVar[bool] = False
     global_prompt: str | None = GLOBAL_PROMPT
     region_prompt: str | None = REGION_PROMPT
     global_tokens: int = 512
@@ -136,7 +137,8 @@ def plain_text(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalCaptioner(Captioner):
-    """Qwen2.5-VL in the local `directory`, in the dtype of its file, on `device` ("cpu", "cuda:0", "npu:0"); greedy decoding.
+    """Qwen2.5-VL in the local `directory`, in the dtype of its file, on `device` (granvit/data/annotate/device.py);
+    greedy decoding.
 
     `together` questions about ONE image are answered in one pass. Questions about different images are not, because padding
     changes the rounding, and an answer would depend on the batch. `device` is not part of `version`, though devices round
@@ -210,7 +212,7 @@ class LocalCaptioner(Captioner):
             images = processor(images=arrays, input_data_format="channels_last", return_tensors="pt")
             counts = (images["image_grid_thw"].prod(-1) // processor.merge_size**2).tolist()
             texts = tokenizer([text.replace(token, token * count) for count in counts], padding=True, return_tensors="pt")
-            inputs = {**images.to(self.device), **texts.to(self.device)}
+            inputs = {**images.to(model.device), **texts.to(model.device)}
             greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
             generated = model.generate(**inputs, **greedy, max_new_tokens=question.max_tokens)
         except Exception as error:  # the size of these images can be the cause

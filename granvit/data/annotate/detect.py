@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from granvit.data.annotate.annotator import FoundRegion, KnownImage, Result, failed, fingerprint, needed, relative_box
 from granvit.data.annotate.model_directory import loaded, loaded_model, model_files
@@ -18,11 +18,12 @@ class Detector:
     """Detects with the model in `directory`; an image that has regions keeps them and is not searched (paper section 3).
 
     Boxes with a confidence above `score` are kept, the most confident first. `label_captions`: their caption is the name of the
-    label, otherwise it is empty. The model computes in float32 on `device` ("cpu", "cuda:0", "npu:0"), one image at a time,
-    because padding to a common size changes what it finds. Images are resized by the model's own processor, the one that uses
-    Pillow. `device` is not part of `version`, though devices round differently.
+    label, otherwise it is empty. The model computes in float32 on `device` (granvit/data/annotate/device.py), one image
+    at a time, because padding to a common size changes what it finds. Images are resized by the model's own processor, the one
+    that uses Pillow. `device` is not part of `version`, though devices round differently.
     """
 
+    finds_regions: ClassVar[bool] = True
     directory: str | Path
     score: float = 0.5
     label_captions: bool = False
@@ -52,7 +53,7 @@ class Detector:
             return Result(image.regions, image.global_caption)
         height, width = image.pixels_HW3.shape[:2]
         try:
-            inputs = processor(images=image.pixels_HW3, input_data_format="channels_last", return_tensors="pt").to(self.device)
+            inputs = processor(images=image.pixels_HW3, input_data_format="channels_last", return_tensors="pt").to(model.device)
             outputs = model(**inputs)
             found = processor.post_process_object_detection(outputs, threshold=self.score, target_sizes=[(height, width)])[0]
         except Exception as error:  # the size of this image can be the cause

@@ -3,6 +3,8 @@ read from safetensors alone."""
 from pathlib import Path
 from typing import Any
 
+from granvit.data.annotate.device import own_device, share_cores
+
 READ = (".json", ".jinja", ".safetensors", ".txt")  # endings of the files that transformers reads
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -27,9 +29,10 @@ def loaded(auto_class: Any, directory: str | Path, **options: Any) -> Any:
 
 
 def loaded_model(auto_class: Any, directory: str | Path, device: str, dtype: str) -> Any:
-    """The model on its device, without dropout and gradients. `dtype` is a name, or "auto" for that of the file."""
+    """The model on `own_device(device)`, without dropout and gradients. `dtype` is a name, or "auto" for that of the file."""
+    share_cores()
     model = loaded(auto_class, directory, use_safetensors=True, dtype=dtype)
     try:
-        return model.to(device).eval().requires_grad_(False)
+        return model.to(own_device(device)).eval().requires_grad_(False)
     except (RuntimeError, AssertionError) as error:  # torch without the device's backend raises either
         raise ValueError(f"device {device}: {error}") from error

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -41,6 +41,7 @@ class Ocr:
     as long, fails.
     """
 
+    finds_regions: ClassVar[bool] = True
     score: float = 0.8
     threads: int = 1
 

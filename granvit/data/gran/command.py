@@ -9,26 +9,29 @@ OUT gets a folder for each store (docs/data.md), mixes/ with what stages take as
 """
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from granvit.config import find_config
+from granvit.data.annotate.annotator import Annotator
 from granvit.data.gran.config import BuildConfig, read_build
-from granvit.data.gran.join import duplicates_of, join_store, kept_folder, leave_out
+from granvit.data.gran.join import check_stores, duplicates_of, join_store, kept_folder, leave_out
 from granvit.data.gran.make_unit import make_unit
 from granvit.data.gran.mixes import write_mixes
 from granvit.data.gran.ranks import Ranks
 from granvit.data.gran.report import write_report
 from granvit.data.gran.token_counts import count_tokens, stage_chats
-from granvit.data.gran.units import all_units, parts_to_read, read_part
+from granvit.data.gran.units import Part, Unit, all_units, parts_to_read, read_part, remove_partials
+from granvit.data.store_writer import check_links
 from granvit.exit_status import exit_status
 from granvit.launch import RunLock, detect_launch
 from granvit.logs import log, to_console
 
 Task = TypeVar("Task")
 _EVERY = 10.0  # seconds between two lines of progress
+_FINISHED = 0.05  # seconds within which a task that was finished before is passed over
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,12 +80,17 @@ def only(config: BuildConfig, names: Sequence[str]) -> BuildConfig:
 def build(config: BuildConfig, out: Path, ranks: Ranks) -> list[Path]:
     """Builds the stores of `config` in `out` together with the other ranks; returns their folders."""
     chats = stage_chats(config.stages)
-    annotators = {name: source.annotators() for name, source in config.sources.items()}
-    versions = {name: annotator.version for name, annotator in annotators.items()}
+    annotators = config.annotators()
+    # Rank 0 looks for all: other ranks would list millions of files again, and could see others on a network file system.
+    parts, versions = ranks.from_first(lambda: _begin(config, out, annotators))
     share = partial(_share, ranks, out)
-    share("parts read", parts_to_read(config, out), lambda part: read_part(config, part))
-    units = all_units(config, out, versions)
+    share("parts read", parts, lambda part: read_part(config, part))
+    units = ranks.from_first(lambda: all_units(config, out, versions))
+    if ranks.rank == 0:
+        _log_replaced(units)
     share("units made", units, lambda unit: make_unit(config, unit, annotators[unit.source]))
+    if ranks.rank == 0:
+        log.info("looking for duplicates")
     duplicates = ranks.from_first(lambda: duplicates_of(config, units))
     affected = [folder for folder, images in duplicates.items() if len(images)]
     size = config.shard_megabytes << 20
@@ -98,14 +106,43 @@ def build(config: BuildConfig, out: Path, ranks: Ranks) -> list[Path]:
     return [out / name for name in stores]
 
 
+def _begin(config: BuildConfig, out: Path, annotators: Mapping[str, Annotator]) -> tuple[list[Part], dict[str, str]]:
+    """Checks OUT and returns the parts to be read, and the version of each source's annotators."""
+    check_stores(config, out)
+    check_links(out)
+    remove_partials(out)
+    versions = {}
+    for name, annotator in annotators.items():
+        try:
+            versions[name] = annotator.version
+        except ValueError as error:
+            raise ValueError(f"sources.{name}.annotate: {error}") from None
+    return parts_to_read(config, out), versions
+
+
+def _log_replaced(units: Sequence[Unit]) -> None:
+    """Logs which sources are made anew although there are results of theirs."""
+    for folder in dict.fromkeys(unit.folder.parent for unit in units):
+        name = folder.name.rpartition("-")[0]
+        older = [path for path in folder.parent.glob("*") if path.name.rpartition("-")[0] == name and path != folder]
+        if older and not folder.exists():
+            log.info(
+                f"sources.{name} is made anew: its settings, files or annotators are not those of {', '.join(map(str, older))}, "
+                f"which can be removed"
+            )
+
+
 def _share(ranks: Ranks, out: Path, what: str, tasks: Sequence[Task], do: Callable[[Task], object]) -> None:
     """Does tasks together with the other ranks, and waits until all are done. Rank 0 logs the progress of all."""
     began = told = time.monotonic()
+    done: list[float] = []  # seconds of this rank's tasks that were not finished before
     for number, task in ranks.share(list(enumerate(tasks)), out):  # `number` tasks were taken before, by any rank
-        now = time.monotonic()
-        if ranks.rank == 0 and now - told > _EVERY:
-            told, left = now, (now - began) / number * (len(tasks) - number)
+        started = time.monotonic()
+        if ranks.rank == 0 and started - told > _EVERY and done:
+            told, left = started, sum(done) / len(done) * (len(tasks) - number) / ranks.size
             log.info(f"{what}: {number} of {len(tasks)}, about {left / 60:.0f} min left")
         do(task)
+        if time.monotonic() - started > _FINISHED:
+            done.append(time.monotonic() - started)
     if ranks.rank == 0:
         log.info(f"{what}: {len(tasks)}, {time.monotonic() - began:.0f} s")

@@ -1,4 +1,5 @@
 """The configuration of a build (configs/gran29m.yaml): sources with their readers, annotators and filters, and where they go."""
+import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -146,6 +147,16 @@ class BuildConfig(Strict):
     shard_megabytes: int = Field(256, gt=0)
     max_pixels: int = Field(DataSection.model_fields["max_pixels"].default, gt=0)
     image: ImageLimits = ImageLimits()
+
+    def annotators(self) -> dict[str, Chain]:
+        """The annotators of each source. Sources with the same entry share one object, and so its model."""
+        made: dict[str, Annotator] = {}
+        chains = {}
+        for name, source in self.sources.items():
+            entries = [json.dumps(entry, sort_keys=True, default=str) for entry in source.annotate]
+            own = zip(entries, source.annotators().annotators, strict=True)
+            chains[name] = Chain(tuple(made.setdefault(entry, annotator) for entry, annotator in own))
+        return chains
 
     @model_validator(mode="after")
     def _names(self) -> "BuildConfig":

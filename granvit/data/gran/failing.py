@@ -5,16 +5,18 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from granvit.data.annotate.annotator import KnownImage, Result
-from granvit.data.gran.open_record import Opened, is_absent
+from granvit.data.gran.open_record import LINKED, Opened, is_absent
 
 IN_A_ROW, IN_UNIT = 50, 20  # images
+_ABSENT = "name the folder that the annotations mean, mount it, or leave out the annotations of images that you do not have"
+_LINKS = "images are symbolic links to files outside of the folder; name the folder they lead to, or copy or hard-link them"
 
 
 @dataclass
 class Failing:
     """Is told the outcome for each image of a unit of `source`, and raises `ValueError` with the source, the reason and a remedy:
     if annotators fail for one reason at `IN_A_ROW` images one after the other, or at all images of a unit, at least `IN_UNIT`; or
-    if there is no file for any image of a unit, of at least `IN_UNIT`.
+    if there is no file in the folder for any image of a unit, of at least `IN_UNIT`.
 
     Images that are left out for other reasons before they are annotated, and images that annotators have nothing to do with, do
     not count.
@@ -51,10 +53,10 @@ class Failing:
         if self.in_a_row == self.annotated >= IN_UNIT:
             self._stop()
         if self.absent.total() == self.looked_for >= IN_UNIT:
+            reason = self.absent.most_common(1)[0][0]
             raise ValueError(
-                f"sources.{self.source}.images: none of {self.looked_for} images one after the other can be read "
-                f"({self.absent.most_common(1)[0][0]}); name the folder that the annotations mean, mount it, or leave out the "
-                "annotations of images that you do not have"
+                f"sources.{self.source}.images: none of {self.looked_for} images one after the other can be read ({reason}); "
+                + (_LINKS if reason == LINKED else _ABSENT)
             )
 
     def _stop(self) -> NoReturn:

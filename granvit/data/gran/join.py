@@ -27,10 +27,27 @@ DUPLICATE = "image: duplicate of another one"
 BUILT = "build.json"
 
 
+def check_stores(config: BuildConfig, out: Path) -> None:
+    """`ValueError` if a store of the build would replace a folder of another kind, or a store that has more sources."""
+    stores: dict[str, set[str]] = {}
+    for name, source in config.sources.items():
+        stores.setdefault(source.store, set()).add(name)
+    for store, sources in stores.items():
+        path = out / store
+        if path.exists() and not (path / BUILT).exists():
+            raise ValueError(f"{path}: is there and is not a store of a build; give another --out, or the store another name")
+        built = json.loads((path / BUILT).read_text())["sources"] if path.exists() else {}
+        if left_out := [source for source in built if source not in sources]:
+            raise ValueError(
+                f"{path}: was built from {', '.join(left_out)} too, which this build leaves out. Give another --out for a part "
+                f"of the sources; or remove {path}, if it shall be replaced"
+            )
+
+
 def duplicates_of(config: BuildConfig, units: Sequence[Unit]) -> dict[Path, np.ndarray]:
     """For each unit's folder the indices of its images that are duplicates of images before them, int64, ascending. Warns of
     sources of which the filters left no image."""
-    prints = [np.fromfile(unit.folder / FINGERPRINTS, FINGERPRINT) for unit in units]
+    prints = [_fingerprints(unit.folder) for unit in units]
     sizes = [len(own) for own in prints]
     left = {unit.source for unit, size in zip(units, sizes, strict=True) if size}
     for name in config.sources:
@@ -42,6 +59,13 @@ def duplicates_of(config: BuildConfig, units: Sequence[Unit]) -> dict[Path, np.n
     found = find_duplicates(np.concatenate([np.zeros(0, FINGERPRINT), *prints]), exact, near)
     ends = np.cumsum(sizes)
     return {unit.folder: np.flatnonzero(found[end - size : end]) for unit, size, end in zip(units, sizes, ends, strict=True)}
+
+
+def _fingerprints(folder: Path) -> np.ndarray:
+    found, images = np.fromfile(folder / FINGERPRINTS, FINGERPRINT), read_counts(folder).images_written
+    if len(found) != images:
+        raise ValueError(f"{folder}: has {len(found)} fingerprints of {images} images; remove this folder and start again")
+    return found
 
 
 def kept_folder(folder: Path, duplicates: np.ndarray) -> Path:

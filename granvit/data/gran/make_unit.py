@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from granvit.checkpoint.tensors import write_synced
-from granvit.data.annotate.annotator import Annotator, FoundRegion, KnownImage, Result
-from granvit.data.filters import apply_filters, image_reason
+from granvit.data.annotate.annotator import Chain, FoundRegion, KnownImage, Result
+from granvit.data.filters import Filtered, apply_filters, image_reason
+from granvit.data.gran.annotating import annotate_images
 from granvit.data.gran.config import BuildConfig, ImageLimits, SourceConfig
 from granvit.data.gran.failing import Failing
 from granvit.data.gran.open_record import Opened, open_record
@@ -93,13 +93,17 @@ class Counts:
 
 
 def read_counts(folder: Path) -> Counts:
-    """The counts of a unit that is made, by its folder."""
-    tree = json.loads((folder / COUNTS).read_text())
-    tree |= {name: Counter(tree[name]) for name in ("images_dropped", "regions_dropped", "globals_dropped")}
-    return Counts(**tree)
+    """The counts of a unit that is made, by its folder. `ValueError` names their file if it is missing or damaged."""
+    path = folder / COUNTS
+    try:
+        tree = json.loads(path.read_text())
+        tree |= {name: Counter(tree[name]) for name in ("images_dropped", "regions_dropped", "globals_dropped")}
+        return Counts(**tree)
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: is missing or damaged ({error}); remove this folder and start again: {folder}") from None
 
 
-def make_unit(config: BuildConfig, unit: Unit, annotator: Annotator) -> None:
+def make_unit(config: BuildConfig, unit: Unit, annotators: Chain) -> None:
     """Makes a unit, unless that is done. `OSError` names the file where the disk is full. `ValueError` names the source if its
     folder of images is missing, or its images fail for one reason that is not theirs (`Failing`)."""
     if unit.folder.exists():
@@ -110,16 +114,16 @@ def make_unit(config: BuildConfig, unit: Unit, annotator: Annotator) -> None:
     with whole_folder(unit.folder) as folder:
         writer = StoreWriter(folder, REGIONS, config.shard_megabytes << 20)
         with open(folder / FINGERPRINTS, "wb") as fingerprints, ThreadPoolExecutor(4) as pool:
-            for record, print_of_image in _records(config, source, unit, annotator, counts, writer, pool):
+            for record, print_of_image in _records(config, source, unit, annotators, counts, writer, pool):
                 writer.add(record)
                 counts.written(record)
                 fingerprints.write(print_of_image.tobytes())
         writer.finish("image")
         counts.check()
-        write_synced(folder / COUNTS, json.dumps(vars(counts), indent=1) + "\n")
+        (folder / COUNTS).write_text(json.dumps(vars(counts), indent=1) + "\n")
 
 
-def _records(config: BuildConfig, source: SourceConfig, unit: Unit, annotator: Annotator, counts: Counts, writer: StoreWriter,
+def _records(config: BuildConfig, source: SourceConfig, unit: Unit, annotators: Chain, counts: Counts, writer: StoreWriter,
              pool: ThreadPoolExecutor) -> Iterator[tuple[ImageRecord, np.ndarray]]:  # fmt: skip
     """The records that are left, with their fingerprints, in the order of the source."""
     items = items_of(config, unit)
@@ -159,14 +163,19 @@ def _records(config: BuildConfig, source: SourceConfig, unit: Unit, annotator: A
                 continue
             _count_refused(found.id, found.refused, counts, writer)
             usable.append((found, _known(found, source)))
-        for (found, known), result in zip(usable, annotator.annotate([known for _, known in usable]), strict=True):
-            failing.told(known, result)
-            counts.regions_found += len(result.regions) - len(known.regions)
+        annotated = annotate_images(annotators, [known for _, known in usable], source.filters)
+        for (found, known), image in zip(usable, annotated, strict=True):
+            result = image.result
+            failing.told(image.known, result)
+            counts.regions_found += image.dropped.total() + len(result.regions) - len(known.regions)
+            counts.regions_dropped.update(image.dropped)
             if result.failure is not None:
                 drop(found.id, result.failure, len(result.regions))
                 continue
-            record = _annotated(found, result, counts, writer)
-            filtered = apply_filters(record, source.filters)
+            if image.reason is None:
+                filtered = apply_filters(_annotated(found, result, counts, writer), source.filters)
+            else:
+                filtered = Filtered(None, image.reason, +Counter({image.reason: len(result.regions)}))
             if filtered.record is None:
                 assert filtered.image_reason is not None
                 counts.images_dropped[filtered.image_reason] += 1

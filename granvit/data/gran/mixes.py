@@ -75,16 +75,17 @@ def count_mix(mix: MixConfig, stores: Mapping[str, Store]) -> Counted:
 
 
 def write_mixes(config: BuildConfig, out: Path) -> None:
-    """Writes OUT/mixes/NAME.yaml for every mix of the configuration, from the finished stores."""
-    if not config.mixes:
-        return
-    stores = {name: Store(out / name) for name in dict.fromkeys(source.store for source in config.sources.values())}
+    """Writes OUT/mixes/NAME.yaml for every mix of the configuration, from the finished stores, and removes other mixes."""
     (out / FOLDER).mkdir(exist_ok=True)
+    for file in (out / FOLDER).glob("*.yaml"):
+        if file.stem not in config.mixes:  # of an earlier configuration
+            file.unlink()
+    stores = {name: Store(out / name) for name in dict.fromkeys(source.store for source in config.sources.values())}
     for name, mix in config.mixes.items():
         counted = count_mix(mix, stores)
         for line in counted.missing:
             log.warning(f"mix {name}: asks {line}; it takes what is there")
         entries = [{"path": f"../{store}", "count": counts, "draw": mix.draw} for store, counts in counted.counts.items()]
-        head = f"# Mix {name!r} of {out.name}, written by scripts/build_gran.py: data.sources={FOLDER}/{name}.yaml\n"
+        head = f"# Mix {name!r}, written by scripts/build_gran.py. A stage takes it as data.sources=OUT/{FOLDER}/{name}.yaml.\n"
         text = head + "".join(f"# Asked for {line}.\n" for line in counted.missing)
         write_synced(out / FOLDER / f"{name}.yaml", text + yaml.safe_dump({"sources": entries}, sort_keys=False))

@@ -18,6 +18,7 @@ from granvit.data.sources.annotated import Annotated
 ORIENTATION = 0x0112  # EXIF tag
 TURNED = (5, 6, 7, 8)  # orientations that exchange width and height
 _NO_FOLDER, _MISSING, _UNREADABLE = "source has no folder of images", "image file is missing", "image file cannot be read"
+LINKED = "image is a symbolic link that leads out of the folder"
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +67,8 @@ def open_record(annotated: Annotated, folder: Path | None, max_pixels: int) -> O
 
 
 def read_inside(folder: Path | None, name: str) -> bytes:
-    """The bytes of an image below `folder`. `ValueError` with the reason if the path leads out of the folder, also by a link, or
-    the file cannot be read."""
+    """The bytes of an image below `folder`. `ValueError` with the reason if the path leads out of the folder, by itself or by a
+    symbolic link, or the file cannot be read."""
     if folder is None:
         raise ValueError(_NO_FOLDER)
     path = PurePosixPath(name)
@@ -77,7 +78,7 @@ def read_inside(folder: Path | None, name: str) -> bytes:
     try:
         inside = os.path.realpath(found, strict=True)
         if not Path(inside).is_relative_to(os.path.realpath(folder)):
-            raise ValueError("path of the image leads out of the folder")
+            raise ValueError(LINKED)
         return Path(inside).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(_MISSING) from None
@@ -86,8 +87,8 @@ def read_inside(folder: Path | None, name: str) -> bytes:
 
 
 def is_absent(reason: str) -> bool:
-    """Whether an image could not be used because its file is not there or the system does not let it be read."""
-    return reason in (_NO_FOLDER, _MISSING) or reason.startswith(_UNREADABLE)
+    """Whether an image could not be used because its file is not in the folder or the system does not let it be read."""
+    return reason in (_NO_FOLDER, _MISSING, LINKED) or reason.startswith(_UNREADABLE)
 
 
 def _orientation(data: bytes) -> int:

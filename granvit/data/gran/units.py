@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,13 +17,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from granvit.checkpoint.tensors import write_synced
+from granvit.checkpoint.tensors import sync_directory
 from granvit.data.gran.config import BuildConfig, SourceConfig
 from granvit.data.sources.annotated import Annotated, RawRegion, Refused
 
 Item = Annotated | Refused
 _HOLD_IMAGES = (".parquet", ".tar")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_PARTIAL = ".*.partial"  # hidden: a source or store cannot have such a name
 
 
 @dataclass(frozen=True)
@@ -64,19 +66,20 @@ def read_part(config: BuildConfig, part: Part) -> None:
     with whole_folder(part.folder) as folder:
         items = _of_source(part.source, config.sources[part.source].reader().read(part.name))
         for number, chunk in enumerate(batched_items(items, config.unit_images)):
-            write_synced(folder / f"{number:06d}.jsonl", "".join(json.dumps(_tree(item)) + "\n" for item in chunk))
+            (folder / f"{number:06d}.jsonl").write_text("".join(json.dumps(_tree(item)) + "\n" for item in chunk))
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `folder` at the end of the `with`; after an error nothing is left of it. `OSError`
-    names it, or the file in it, where the disk is full."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a build that was killed
+    """A folder to write into, which becomes `folder` at the end of the `with`; after an error nothing is left of it. Its files
+    are synced to the disk before it is renamed, so that `folder` is complete after a crash of the machine too. If another process
+    has made `folder` meanwhile, that one stays. `OSError` names the folder, or the file in it, where the disk is full."""
+    partial = folder.with_name(f".{folder.name}.{socket.gethostname()}-{os.getpid()}.partial")  # no other process has this name
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        os.rename(partial, folder)
+        _publish(partial, folder)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in _FULL and not error.filename:
@@ -84,6 +87,31 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         if isinstance(error, RuntimeError) and "write() failed" in str(error):  # of array_record; the text has the file and why
             raise OSError(str(error)) from None
         raise
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    for path in sorted(partial.iterdir()):
+        with open(path, "rb") as written:
+            os.fsync(written.fileno())
+    sync_directory(partial)
+    try:
+        os.rename(partial, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        shutil.rmtree(partial)
+    sync_directory(folder.parent)
+
+
+def remove_partials(out: Path) -> None:
+    """Removes what killed processes left of folders in OUT, OUT/read and OUT/units. To be called before any process of the build
+    works; a process of an earlier one that still runs then fails at the end of its folder, instead of making it."""
+    for place in (out, *out.glob("read/*"), *out.glob("units/*")):
+        for partial in place.glob(_PARTIAL):
+            # Renamed first: its process must not rename it while a part of its files is removed.
+            removed = partial.with_name(f".removed{partial.name}")
+            os.rename(partial, removed)
+            shutil.rmtree(removed, ignore_errors=True)  # on NFS files that are open stay; the next build removes them
 
 
 def batched_items(items: Iterator[Item], size: int) -> Iterator[tuple[Item, ...]]:

@@ -33,7 +33,7 @@ class Folder:
                 try:
                     caption = caption_of(read_bytes(path)) if path.exists() else None
                 except ValueError as error:
-                    refused = (("caption", str(error)),)
+                    refused = (("global", str(error)),)
             yield Annotated(printable(name), name, global_caption=caption, refused=refused)
 
 

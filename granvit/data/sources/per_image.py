@@ -2,6 +2,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +21,56 @@ def file_parts(folder: str | Path, endings: tuple[str, ...], key: str) -> list[s
     included: `SUBFOLDER:NUMBER`, sorted. A part has up to 10,000 files of one folder, from that number on in the sorted list.
 
     `ValueError` names the folder, a value of `key`, if it does not exist or has no such file. Links to folders are not followed.
+    Files are counted, not listed: memory does not grow with their number.
     """
     folder = need_folder(folder, key)
     parts = []
-    for path, below, names in os.walk(folder):
-        below.sort()
-        count = sum(name.lower().endswith(endings) for name in names)
-        parts += [f"{Path(path).relative_to(folder).as_posix()}:{start}" for start in range(0, count, FILES_IN_PART)]
+    for place, count in _counts(folder, endings):
+        parts += [f"{place.relative_to(folder).as_posix()}:{start}" for start in range(0, count, FILES_IN_PART)]
     if not parts:
         raise ValueError(f"{key} {folder}: holds no {' or '.join(endings)} file")
     return parts
 
 
+def _counts(folder: Path, endings: tuple[str, ...]) -> Iterator[tuple[Path, int]]:
+    """A folder and all below it, in order, with the number of its files."""
+    below, count = [], 0
+    with os.scandir(folder) as listed:
+        for entry in listed:
+            if entry.is_dir(follow_symlinks=False):
+                below.append(entry.name)
+            else:
+                count += _is_wanted(entry, endings)
+    yield folder, count
+    for name in sorted(below):
+        yield from _counts(folder / name, endings)
+
+
+def _is_wanted(entry: os.DirEntry[str], endings: tuple[str, ...]) -> bool:
+    return entry.name.lower().endswith(endings) and not entry.is_dir()
+
+
 def part_files(folder: str | Path, endings: tuple[str, ...], part: str) -> Iterator[str]:
-    """The files of a part of `file_parts`, sorted, relative to `folder` and with `/`. The names of one folder are in memory."""
+    """The files of a part of `file_parts`, sorted, relative to `folder` and with `/`.
+
+    The names of one folder stay in memory, so that it is listed once for all its parts where they are read one after the other.
+    """
     below, _, start = part.rpartition(":")
-    with os.scandir(Path(folder, below)) as listed:
-        names = sorted(entry.name for entry in listed if entry.name.lower().endswith(endings) and not entry.is_dir())
-    for name in names[int(start) : int(start) + FILES_IN_PART]:
-        yield Path(below, name).as_posix()
+    place = Path(folder, below)
+    state = place.stat()
+    chunks = _names(str(place), endings, FILES_IN_PART, (state.st_mtime_ns, state.st_size))
+    for chunk in chunks[int(start) // FILES_IN_PART :][:1]:
+        for name in chunk.split("\0"):
+            yield Path(below, name).as_posix()
+
+
+@lru_cache(maxsize=1)
+def _names(place: str, endings: tuple[str, ...], size: int, _changed: tuple[int, int]) -> tuple[str, ...]:
+    """The sorted names of a folder's files, `size` in each text, with NUL between them: as single texts millions of names would
+    take several times the memory. `_changed`: the folder's state, so that it is listed again after a change."""
+    with os.scandir(place) as listed:
+        names = sorted(entry.name for entry in listed if _is_wanted(entry, endings))
+    return tuple("\0".join(names[start : start + size]) for start in range(0, len(names), size))
 
 
 def read_files(

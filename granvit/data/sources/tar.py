@@ -31,11 +31,11 @@ class _Sample:
 
     def finished(self, shard: str) -> Annotated | Refused:
         name = printable(f"{shard} {self.key}")
+        if too_large := [reason for what, reason in self.refused if what == "image"]:
+            return Refused(name, too_large[0])
         if len(self.images) == 1:
             return Annotated(name, self.images[0], global_caption=self.caption, refused=tuple(self.refused))
-        if self.images:
-            return Refused(name, "sample has more than one image")
-        return Refused(name, self.refused[0][1] if self.refused else "sample has no image")
+        return Refused(name, "sample has more than one image" if self.images else "sample has no image")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Tar:
         is_image = ending in IMAGE_ENDINGS
         if not is_image and ending != f".{self.captions}":
             return
-        what = "image" if is_image else "caption"
+        what = "image" if is_image else "global"
         if member.size > _MOST:
             sample.refused.append((what, "file is above 256 MB"))
             return

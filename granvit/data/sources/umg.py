@@ -11,17 +11,17 @@ same folders. What it does not state, and nothing else that was found: the keys 
 with a MASK as COCO writes it (run lengths, compressed or not, or polygons). All keys are fields, so that files that differ only
 in the names can be read.
 """
-import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from granvit.data.sources.annotated import Annotated, RawRegion, Refused
-from granvit.data.sources.inputs import need_folder
 from granvit.data.sources.masks import box_of_mask, mask_size
+from granvit.data.sources.per_image import file_parts, part_files, printable, read_tree, with_ending
 from granvit.data.sources.polygons import box_of_xywh, box_of_xyxy
+
+_ENDINGS = (".json",)
 
 
 @dataclass(frozen=True)
@@ -44,37 +44,27 @@ class Umg:
     tags_key: str = "tags"
 
     def parts(self) -> Sequence[str]:
-        """The folders with JSON files, relative to `folder`. `ValueError` if there is none."""
-        root = need_folder(self.folder, "folder")
-        names = sorted(
-            Path(place).relative_to(root).as_posix()
-            for place, _, files in os.walk(root)
-            if any(file.endswith(".json") for file in files)
-        )
-        if not names:
-            raise ValueError(f"folder {root}: has no .json file in any folder; unzip the files of UMG-41M there")
-        return names
+        return file_parts(self.folder, _ENDINGS, "folder")
 
     def read(self, part: str) -> Iterator[Annotated | Refused]:
-        """Images in the order of the files' names. `ValueError` if no file of the part has the key of the regions."""
-        root = Path(self.folder)
-        paths = sorted(path for path in Path(root, part).iterdir() if path.suffix == ".json")
-        readable = 0
-        for path in paths:
-            name = path.relative_to(root).as_posix().removesuffix(".json")
+        """Images in the order of the files' names. `ValueError` if files of the part are JSON, but none has the key of the
+        regions."""
+        readable, other = 0, None
+        for file in part_files(self.folder, _ENDINGS, part):
+            path, name = Path(self.folder, file), with_ending(file, "")
             try:
-                tree = json.loads(path.read_bytes())
-            except (ValueError, RecursionError):
-                yield Refused(name, "file is not valid JSON")
+                tree = read_tree(path)
+            except ValueError as error:
+                yield Refused(printable(name), str(error))
                 continue
             if not isinstance(tree, Mapping) or not isinstance(tree.get(self.regions_key), list):
-                yield Refused(name, "file has no list of regions")
+                other = other or path
+                yield Refused(printable(name), "file has no list of regions")
             else:
                 readable += 1
                 yield self._annotated(name, tree)
-        if not readable:
-            place = paths[0] if paths else Path(root, part)
-            raise ValueError(f"{place}: neither it nor a file beside it has a list {self.regions_key}; name its key: regions_key")
+        if other is not None and not readable:
+            raise ValueError(f"{other}: neither it nor a file beside it has a list {self.regions_key}; name its key: regions_key")
 
     def _annotated(self, name: str, tree: Mapping[str, Any]) -> Annotated:
         regions, sizes = [], []
@@ -92,7 +82,7 @@ class Umg:
             refused.append(("global", "caption is not text"))
             caption = None
         return Annotated(
-            id=name,
+            id=printable(name),
             image=name + self.image_suffix,
             regions=tuple(regions),
             global_caption=caption,
