@@ -196,6 +196,7 @@ def test_nothing_of_others_is_replaced(tree, built, tmp_path, capsys):
 
 def test_a_changed_filter_makes_a_source_anew_and_an_earlier_mix_goes(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("granvit"), "propagate", True)
+    caplog.set_level(logging.INFO, "granvit")
     config = read_build(small_tree.write_tree(tmp_path))
     before = config.model_copy(update={"mixes": {"m": MixConfig(questions={"global": "all"})}})
     natural, plain = build(before, tmp_path / "out", Ranks())
