@@ -5,6 +5,7 @@ A unit's folder has the files of a store (granvit/data/store.py; also if no imag
 """
 import io
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +28,10 @@ from granvit.data.records import ImageRecord, Region
 from granvit.data.sources.annotated import Refused
 from granvit.data.store import REGIONS
 from granvit.data.store_writer import StoreWriter
+from granvit.logs import log
 
 BATCH = 16  # images that are decoded and annotated together
+_PROGRESS = 60.0  # seconds between two lines about a unit
 COUNTS, FINGERPRINTS = "unit.json", "fingerprints.bin"
 # Edges of the report's histograms; the last bin of each is open.
 EDGES: dict[str, list[float]] = {
@@ -128,7 +131,7 @@ def _records(config: BuildConfig, source: SourceConfig, unit: Unit, annotators: 
     """The records that are left, with their fingerprints, in the order of the source."""
     items = items_of(config, unit)
     folder = None if source.images is None else Path(source.images)
-    failing = Failing(unit.source)
+    failing, told = Failing(unit.source), time.monotonic()
 
     def drop(name: str, reason: str, regions: int) -> None:
         counts.images_dropped[reason] += 1
@@ -185,6 +188,9 @@ def _records(config: BuildConfig, source: SourceConfig, unit: Unit, annotators: 
                 kept, changed = within_limits(filtered.record, found.pixels_HW3, config.image)
                 counts.reencoded += changed
                 yield kept, fingerprint_of(found.pixels_HW3)
+        if time.monotonic() - told > _PROGRESS:
+            told = time.monotonic()
+            log.info(f"{unit.source}, unit {unit.number}: {counts.records_read:,} images read, {counts.images_written:,} kept")
     failing.end()
 
 
