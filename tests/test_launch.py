@@ -284,7 +284,7 @@ def test_a_file_system_without_locks_does_not_stop_a_run(tmp_path, monkeypatch, 
     monkeypatch.setattr(logging.getLogger("granvit"), "propagate", True)  # an earlier test may have called `to_console`
     single = Launch(None, False, 0, 1, None, 0)
     RunLock(tmp_path, single).release()
-    assert [f"two runs in {tmp_path} would not notice each other" in line for line in caplog.messages] == [True]
+    assert any(f"two runs in {tmp_path} would not notice each other" in line for line in caplog.messages)
     code = errno.EIO
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         RunLock(tmp_path, single)
