@@ -114,7 +114,8 @@ class Pretraining(Parts):
             "",
             f"Made by `python scripts/demo.py pretrain --framework {self.framework}` (granvit/demo/pretrain.py, seed "
             f"{self.seed}) from {SCENES['train']:,} scenes of granvit/demo/scenes.py on photographs that scikit-image carries. "
-            "The held-out scenes use other photographs.",
+            "The held-out scenes use other photographs. On another kind of processor, which rounds differently, the same command "
+            "gives other weights (docs/demo.md).",
             "",
             "| Run | Trained | Steps | Rows a step |",
             "|---|---|---|---|",
