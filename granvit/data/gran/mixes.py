@@ -18,6 +18,7 @@ from granvit.logs import log
 from granvit.stages import REGION_TASKS, RegionTask
 
 FOLDER = "mixes"
+_HEAD = "# Written by scripts/build_gran.py."  # files that begin otherwise are not ours, and stay
 
 
 @dataclass(frozen=True)
@@ -75,17 +76,20 @@ def count_mix(mix: MixConfig, stores: Mapping[str, Store]) -> Counted:
 
 
 def write_mixes(config: BuildConfig, out: Path) -> None:
-    """Writes OUT/mixes/NAME.yaml for every mix of the configuration, from the finished stores, and removes other mixes."""
-    (out / FOLDER).mkdir(exist_ok=True)
+    """Writes OUT/mixes/NAME.yaml for every mix of the configuration, from the finished stores, and removes those of an earlier
+    configuration."""
     for file in (out / FOLDER).glob("*.yaml"):
-        if file.stem not in config.mixes:  # of an earlier configuration
+        if file.stem not in config.mixes and file.read_text().startswith(_HEAD):  # of an earlier configuration
             file.unlink()
+    if not config.mixes:
+        return
+    (out / FOLDER).mkdir(exist_ok=True)
     stores = {name: Store(out / name) for name in dict.fromkeys(source.store for source in config.sources.values())}
     for name, mix in config.mixes.items():
         counted = count_mix(mix, stores)
         for line in counted.missing:
             log.warning(f"mix {name}: asks {line}; it takes what is there")
         entries = [{"path": f"../{store}", "count": counts, "draw": mix.draw} for store, counts in counted.counts.items()]
-        head = f"# Mix {name!r}, written by scripts/build_gran.py. A stage takes it as data.sources=OUT/{FOLDER}/{name}.yaml.\n"
+        head = f"{_HEAD} Mix {name!r}: a stage takes it as data.sources=OUT/{FOLDER}/{name}.yaml.\n"
         text = head + "".join(f"# Asked for {line}.\n" for line in counted.missing)
         write_synced(out / FOLDER / f"{name}.yaml", text + yaml.safe_dump({"sources": entries}, sort_keys=False))
