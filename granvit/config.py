@@ -9,11 +9,12 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, field_validator, model_validator
 
+from granvit.kernels import Operator
 from granvit.models import PARTS, LanguageConfig, Strict, VisionConfig
 from granvit.stages import STAGES, RegionTask, Stage, StageName, Task
 
@@ -207,12 +208,24 @@ class RuntimeSection(Strict):
     losses are always float32. float16 and float64 are for parity/ only: float64 is its reference, and training in float16 needs
     loss scaling, which is not implemented."""
 
+    FORMER_KEYS: ClassVar[dict[str, str]] = {"attention": "kernels"}
+
     compute: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     recompute: bool = False
     jit_level: Literal["O0", "O1"] = "O0"  # MindSpore
     compile_cache: str | None = None  # MindSpore: a directory in which compiled graphs are kept for the next start
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
-    attention: str = "auto"
+    kernels: dict[Operator, str] = Field(default_factory=dict)  # operator -> implementation (docs/kernels.md); auto where none is named
+
+    @model_validator(mode="before")
+    @classmethod
+    def _attention_of_earlier_versions(cls, values: Any) -> Any:
+        """Runs of earlier versions have a key `attention` in place of `kernels`."""
+        if isinstance(values, dict) and "attention" in values and "kernels" not in values:
+            values = dict(values)
+            name = values.pop("attention")
+            values["kernels"] = {} if name == "auto" else {"attention": name}
+        return values
 
 
 class RunConfig(Strict):

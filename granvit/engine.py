@@ -7,6 +7,7 @@ import numpy as np
 
 from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
+from granvit.kernels import Kernels
 from granvit.models import LanguageConfig, VisionConfig
 from granvit.stages import Stage
 
@@ -103,7 +104,7 @@ class TrainEngine(Protocol):
     rank: int
     world: int
     device: str
-    implementations: dict[str, str]  # operator -> name of the implementation in use, for the log
+    kernels: Kernels  # the implementations of operators in use
     compilations: dict[str, int]  # graph -> number of compilations
 
     def __init__(self, config: RunConfig, vision: VisionConfig, language: LanguageConfig,

@@ -123,8 +123,11 @@ class Introspection(Protocol):
         """
 
     def operate(self, operator: str, arrays: Sequence[np.ndarray], cotangent: np.ndarray, differentiate: int,
+                named: Mapping[str, str] | None = None, documented: bool = False,
                 **options: Any) -> tuple[np.ndarray, list[np.ndarray]]:  # fmt: skip
-        """One operator's output, and the gradients of its first `differentiate` inputs for the output gradient `cotangent`."""
+        """One operator's output, and the gradients of its first `differentiate` inputs for the output gradient `cotangent`.
+        `named` names implementations, as `runtime.kernels` does. With `documented` they are those of an NPU in float16, on
+        stand-ins that follow CANN's documents (`parity.documented`)."""
 
     def generate(self, prompts: PromptBatch, max_new_tokens: int, stop_token: int) -> tuple[np.ndarray, np.ndarray]:
         """As `TrainEngine.generate`; also returns the logits `[B, T, V]` of its T steps. `shapes` must have been empty."""

@@ -237,7 +237,9 @@ def _log_changes(changed: list[str]) -> None:
 def _log_start(config: RunConfig, engine, framework: str, chat: Chat, loader: Loader, writer: CheckpointWriter | None) -> None:
     log.info(f"{config.stage} in {framework} on {engine.device}, {engine.world} rank(s), {loader.steps} steps, {chat.origin}")
     log.info(f"a step: {config.train.global_batch} rows of up to {config.data.regions_per_row} region question(s)")
-    log.info(f"implementations: {', '.join(f'{op}: {name}' for op, name in engine.implementations.items())}")
+    log.info(f"kernels: {', '.join(f'{op}: {name}' for op, name in engine.kernels.names.items())}")
+    for hint in engine.kernels.hints:
+        log.warning(f"not used here: {hint}")
     if writer is None:
         return
     for part in PARTS:

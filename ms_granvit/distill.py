@@ -5,6 +5,8 @@ elements, then over the valid boxes of the global batch.
 
 Layout letters: B rows, T views per row, K boxes per row, N patches, C width, g cells along a side of the ROI grid, r crop side.
 """
+from collections.abc import Callable
+
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
@@ -27,27 +29,31 @@ def teacher_features(teacher: nn.Cell, crops_BK3rr: Tensor, grid: int) -> Tensor
     return ops.mean(features.reshape(B * K, grid, cell, grid, cell, -1), (2, 4)).reshape(B, K, grid, grid, -1)
 
 
-def student_features(student_BNC: Tensor, boxes_BK4: Tensor, grid: int, grids_B2: Tensor | None) -> Tensor:
+def student_features(student_BNC: Tensor, boxes_BK4: Tensor, grid: int, grids_B2: Tensor | None,
+                     roi_align: Callable[..., Tensor] = roi_ops.roi_align) -> Tensor:  # fmt: skip
     """The student's features under each box, `[B, K, grid, grid, C]`.
 
     With tiling, `grids_B2` holds the rows and columns of tiles of each image, and `student_BNC` the features of all views,
-    `[B T, N, C]`. The boxes refer to the map that the tiles form; view 0 (the whole image) is not used.
+    `[B T, N, C]`. The boxes refer to the map that the tiles form; view 0 (the whole image) is not used. `roi_align` is the
+    implementation for images without tiles.
     """
     B, N, C = student_BNC.shape
     if grids_B2 is None:
-        return roi_ops.roi_align(student_BNC.reshape(B, side(N), side(N), C), boxes_BK4, grid)
+        return roi_align(student_BNC.reshape(B, side(N), side(N), C), boxes_BK4, grid)
     features_BTHWC = student_BNC.reshape(grids_B2.shape[0], -1, side(N), side(N), C)
     return roi_ops.roi_align_tiled(features_BTHWC[:, 1:], grids_B2, boxes_BK4, grid)
 
 
 def distill_sums(student_BNC: Tensor, teacher_BKggC: Tensor, boxes_BK4: Tensor, weights_BK: Tensor,
-                 loss: str, grids_B2: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+                 loss: str, grids_B2: Tensor | None = None,
+                 roi_align: Callable[..., Tensor] = roi_ops.roi_align) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The distillation loss and the variance of the teacher's features, each summed over the valid boxes; float32 scalars.
 
     Loss of a box: for `mse` the mean of the squared difference over the box's elements, for `cosine` the mean of 1 - cosine over
     its cells. Variance of a box (logged only): over its cells for each channel, then averaged over the channels.
     """
-    student = ops.cast(student_features(student_BNC, boxes_BK4, teacher_BKggC.shape[2], grids_B2), ms.float32)
+    features = student_features(student_BNC, boxes_BK4, teacher_BKggC.shape[2], grids_B2, roi_align)
+    student = ops.cast(features, ms.float32)
     teacher = ops.cast(teacher_BKggC, ms.float32)
     if loss == "mse":
         per_box = ops.mean(ops.square(teacher - student), (2, 3, 4))

@@ -14,6 +14,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
 from granvit.engine import UNDIVIDED, Group, NonFiniteLoss, Ranks, StepInputs, StepResult
+from granvit.kernels import COMPOSED, Kernels
 from granvit.models import PARTS, LanguageConfig, VisionConfig, part_of
 from granvit.stages import Stage
 from ms_granvit import distributed
@@ -24,7 +25,7 @@ from ms_granvit.generate import Decode, Prefill, greedy
 from ms_granvit.layers import stored_as
 from ms_granvit.model import GranViT
 from ms_granvit.objective import caption_sum
-from ms_granvit.ops import attention as attention_ops
+from ms_granvit.ops.table import kernels_for
 from ms_granvit.optimizer import AdamW, Clear
 from ms_granvit.vision import VisionEncoder
 
@@ -34,24 +35,33 @@ WITH_COLLECTIVES = ("reduce", "all_sum")
 class Losses(nn.Cell):
     """The loss of one micro-batch, as its share of the global batch's loss, and the terms that are logged."""
 
-    def __init__(self, model: GranViT, teacher: VisionEncoder | None, config: RunConfig, own_grid: int):
+    def __init__(self, model: GranViT, teacher: VisionEncoder | None, config: RunConfig, own_grid: int, kernels: Kernels):
         super().__init__(auto_prefix=False)
         self.model, self.teacher = model, teacher
         self.weight, self.loss, self.grid = config.distill.weight, config.distill.loss, config.distill.grid or own_grid
+        self.roi_align = kernels.pick("roi_align", grid=self.grid) if teacher is not None else None
+        positions = config.train.micro_batch * max(bucket.answers for bucket in config.data.buckets)
+        fused = kernels.row("cross_entropy", positions=positions, vocab=model.language.config.vocab)
+        self.cross_entropy = None if fused.name == COMPOSED else kernels.load(fused.function)
 
     def construct(self, pixels_B3RR, image_weights_B, token_ids_BS, positions_BS, segments_BS, image_positions_BN,
                   answer_positions_BA, answer_targets_BA, answer_weights_BA, tokens, boxes=None, boxes_BK4=None,
                   box_weights_BK=None, crops_BK3rr=None, grids_B2=None):  # fmt: skip
         """Loss, caption loss and distillation loss: the batch's sums divided by `tokens` and `boxes` (see `StepInputs.divisors`).
         Then the summed variance of the teacher's features, not divided."""
-        logits, built_features = self.model(
-            pixels_B3RR, image_weights_B, token_ids_BS, positions_BS, segments_BS, image_positions_BN, answer_positions_BA
-        )
-        caption = caption_sum(logits, answer_targets_BA, answer_weights_BA) / tokens
+        inputs = (pixels_B3RR, image_weights_B, token_ids_BS, positions_BS, segments_BS, image_positions_BN, answer_positions_BA)
+        if self.cross_entropy is None:
+            logits, built_features = self.model(*inputs)
+            caption = caption_sum(logits, answer_targets_BA, answer_weights_BA) / tokens
+        else:
+            hidden, built_features = self.model.hidden(*inputs)
+            caption = self.cross_entropy(hidden.reshape(-1, hidden.shape[-1]), self.model.language.head_weight(),
+                                         answer_targets_BA.reshape(-1), answer_weights_BA.reshape(-1)) / tokens  # fmt: skip
         if self.teacher is None:
             return caption, caption, ops.zeros_like(caption), ops.zeros_like(caption)
         target = teacher_features(self.teacher, crops_BK3rr, self.grid)
-        distill, variance = distill_sums(built_features, target, boxes_BK4, box_weights_BK, self.loss, grids_B2)
+        distill, variance = distill_sums(built_features, target, boxes_BK4, box_weights_BK, self.loss, grids_B2,
+                                         self.roi_align)  # fmt: skip
         distill = distill / boxes
         return caption + self.weight * distill, caption, distill, variance
 
@@ -99,18 +109,17 @@ class Engine:
             raise ValueError(f"runtime.compute {runtime.compute}: MindSpore computes in {possible}; choose one of these")
         ms.set_context(mode=ms.GRAPH_MODE, jit_config={"jit_level": runtime.jit_level})
         dtype = DTYPES[runtime.compute]
-        attention = attention_ops.choose(runtime.attention, self.device, dtype)
-        self.implementations = {"attention": attention, "roi_align": "separable"}
+        self.kernels = kernels_for(self.device, dtype, runtime.kernels)
 
         with stored_as(dtype):
-            self.model = GranViT(vision, language, dtype, attention, runtime.recompute, stage.zero_image_tokens)
+            self.model = GranViT(vision, language, dtype, self.kernels, runtime.recompute, stage.zero_image_tokens)
         for parameter in self.model.get_parameters():
             parameter.requires_grad = part_of(parameter.name) in stage.trains
             parameter.set_dtype(ms.float32 if parameter.requires_grad else dtype)
         fill(self.model, start)
         self.teacher: VisionEncoder | None = None
         if stage.distill:
-            self.teacher = VisionEncoder(vision, dtype, config.crop_size(vision), attention)
+            self.teacher = VisionEncoder(vision, dtype, config.crop_size(vision), self.kernels)
             self.teacher.update_parameters_name("teacher.")
             for parameter in self.teacher.get_parameters():
                 parameter.requires_grad = False
@@ -120,14 +129,15 @@ class Engine:
         self.trained = ParameterTuple(self.model.trainable_params())
         self.gradients = self.trained.clone("gradient", init="zeros")
         own_grid = config.crop_size(vision) // vision.patch_size
-        self.micro_batch = MicroBatch(Losses(self.model, self.teacher, config, own_grid), self.trained, self.gradients)
-        self.held_out = LossSums(self.micro_batch.losses)
+        losses = Losses(self.model, self.teacher, config, own_grid, self.kernels)
+        self.micro_batch = MicroBatch(losses, self.trained, self.gradients)
+        self.held_out = LossSums(losses)
         self.reduce = distributed.ReduceGradients(self.gradients, self.world)
-        self.update, self.clear = AdamW(self.trained, self.gradients, config.optimizer), Clear(self.gradients)
+        self.update, self.clear = AdamW(self.trained, self.gradients, config.optimizer, self.kernels), Clear(self.gradients)
         self.ema = None if self.teacher is None else EMA(self.teacher, self.model.vision)
         self.prefill, self.decode = Prefill(self.model, language), Decode(self.model)
         if runtime.compile_cache:
-            cache = CompileCache(runtime.compile_cache, self.rank, graph_settings(config, vision, language, stage, self.device))
+            cache = CompileCache(runtime.compile_cache, self.rank, graph_settings(config, vision, language, stage, self.kernels))
             for name, graph in self.graphs().items():
                 if name not in WITH_COLLECTIVES:
                     cache.attach(name, graph)
@@ -225,10 +235,11 @@ class Engine:
         return {p.name.removeprefix(f"{group}."): p for p in moments}
 
 
-def graph_settings(config: RunConfig, vision: VisionConfig, language: LanguageConfig, stage: Stage, device: str) -> dict:
+def graph_settings(config: RunConfig, vision: VisionConfig, language: LanguageConfig, stage: Stage, kernels: Kernels) -> dict:
     """Everything that the engine's graphs depend on, besides the shapes of their inputs (JSON types)."""
     return {
-        "device": device,
+        "device": kernels.device,
+        "kernels": kernels.names,
         "stage": {"trains": sorted(stage.trains), "distill": stage.distill, "zero_image_tokens": stage.zero_image_tokens},
         "vision": vision.model_dump(),
         "language": language.model_dump(),

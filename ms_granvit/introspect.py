@@ -1,5 +1,5 @@
 """Named activations, their gradients, isolated modules and single operators (see `granvit.introspection.Introspection`)."""
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,13 +11,14 @@ from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
 from granvit.engine import LOSSES, StepInputs
 from granvit.introspection import INPUTS, Capture, Feed
+from granvit.kernels import Kernels
 from granvit.models import LanguageConfig, Shapes, VisionConfig
 from ms_granvit import language, layers, projector
 from ms_granvit.arrays import DTYPES, to_numpy, to_tensor
 from ms_granvit.engine import Engine
 from ms_granvit.generate import greedy
-from ms_granvit.ops import attention as attention_ops
 from ms_granvit.ops import roi_align as roi_ops
+from ms_granvit.ops.table import kernels_for
 from ms_granvit.taps import Module, Tap
 from ms_granvit.vision import VisionEmbeddings, VisionEncoder
 
@@ -44,41 +45,41 @@ def tapped_modules(engine: Engine, names: Iterable[str]) -> dict[str, Module]:
 
 
 class Norm(nn.Cell):
-    def __init__(self, kind: str, width: int, eps: float):
+    def __init__(self, kind: str, width: int, eps: float, kernels: Kernels):
         super().__init__()
-        self.norm = layers.norm(kind, width, eps)
+        self.norm = layers.norm(kind, width, eps, kernels)
 
     def construct(self, x: Tensor, *weights: Tensor) -> Tensor:
         return self.norm(x)
 
 
 class Rope(nn.Cell):
-    def __init__(self, head_dim: int, theta: float, dtype: ms.Type):
+    def __init__(self, head_dim: int, theta: float, dtype: ms.Type, kernels: Kernels):
         super().__init__()
-        self.rotary = language.Rotary(head_dim, theta, dtype)
+        self.rotary, self.rotate = language.Rotary(head_dim, theta, dtype), kernels.pick("rope")
 
     def construct(self, x_BHSD: Tensor, positions_BS: Tensor) -> Tensor:
         cos, sin = self.rotary(positions_BS)
-        return language.rotate(x_BHSD, cos, sin)
+        return self.rotate(x_BHSD, cos, sin)
 
 
 class Attention(nn.Cell):
-    def __init__(self, implementation: str):
+    def __init__(self, head_dim: int, masked: bool, kernels: Kernels):
         super().__init__()
-        self.implementation = implementation
+        self.mask, self.attend = kernels.attention(head_dim=head_dim, masked=masked, cached=False)
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, segments_BS: Tensor | None = None) -> Tensor:
-        mask = None if segments_BS is None else attention_ops.shared_prefix_mask(segments_BS)
-        return attention_ops.attention(q, k, v, mask, self.implementation)
+        mask = None if segments_BS is None else self.mask(segments_BS)
+        return self.attend(q, k, v, mask)
 
 
 class RoiAlign(nn.Cell):
-    def __init__(self, grid: int):
+    def __init__(self, grid: int, kernels: Kernels):
         super().__init__()
-        self.grid = grid
+        self.grid, self.roi_align = grid, kernels.pick("roi_align", grid=grid)
 
     def construct(self, features_BHWC: Tensor, boxes_BK4: Tensor) -> Tensor:
-        return roi_ops.roi_align(features_BHWC, boxes_BK4, self.grid)
+        return self.roi_align(features_BHWC, boxes_BK4, self.grid)
 
 
 class RoiAlignTiled(nn.Cell):
@@ -115,13 +116,15 @@ class Positions(nn.Cell):
         return self.embeddings.resampled(table_NC)
 
 
-class Activate(nn.Cell):
-    def __init__(self, kind: str):
-        super().__init__()
-        self.kind = kind
+class Function(nn.Cell):
+    """A function of tensors."""
 
-    def construct(self, x: Tensor) -> Tensor:
-        return layers.activate(self.kind, x)
+    def __init__(self, function: Callable[..., Tensor]):
+        super().__init__()
+        self.function = function
+
+    def construct(self, *arrays: Tensor) -> Tensor:
+        return self.function(*arrays)
 
 
 class Weighted(nn.Cell):
@@ -136,24 +139,25 @@ class Weighted(nn.Cell):
         return ops.sum(ops.cast(out, ms.float32) * cotangent), out
 
 
-def _operator(name: str, config: RunConfig, device: str, arrays: Sequence[np.ndarray], options: dict[str, Any]) -> nn.Cell:
+def _operator(name: str, kernels: Kernels, dtype: ms.Type, arrays: Sequence[np.ndarray], options: dict[str, Any]) -> nn.Cell:
     """The operator that `granvit.introspection.Introspection.operate` runs: a function or cell that the model itself uses."""
-    dtype = DTYPES[config.runtime.compute]
     if name in ("layer_norm", "rms_norm"):
-        cell = Norm(name.removesuffix("_norm"), arrays[0].shape[-1], **options)
+        cell = Norm(name.removesuffix("_norm"), arrays[0].shape[-1], **options, kernels=kernels)
         for parameter, weight in zip(cell.get_parameters(), arrays[1:], strict=True):
             parameter.set_data(to_tensor(weight, ms.float32))
         return cell
     makers = {
-        "roi_align": RoiAlign,
+        "roi_align": partial(RoiAlign, kernels=kernels),
         "roi_align_tiled": RoiAlignTiled,
         "pixel_shuffle": PixelShuffle,
-        "attention": lambda: Attention(attention_ops.choose(config.runtime.attention, device, dtype)),
-        "attention_all": lambda: Attention(attention_ops.choose(config.runtime.attention, device, dtype)),
-        "rope": lambda theta: Rope(arrays[0].shape[-1], theta, dtype),
+        "attention": lambda: Attention(arrays[0].shape[-1], True, kernels),
+        "attention_all": lambda: Attention(arrays[0].shape[-1], False, kernels),
+        "rope": lambda theta: Rope(arrays[0].shape[-1], theta, dtype, kernels),
+        "swiglu": lambda: Function(kernels.pick("swiglu")),
+        "cross_entropy": lambda: Function(kernels.pick("cross_entropy", positions=arrays[0].shape[0], vocab=arrays[1].shape[0])),
         "pixels": lambda vision: Pixels(vision, dtype),
         "positions": Positions,
-        **{kind: partial(Activate, kind) for kind in ("gelu", "gelu_tanh", "quick_gelu", "silu")},
+        **{kind: partial(Function, layers.activation(kind, kernels)) for kind in ("gelu", "gelu_tanh", "quick_gelu", "silu")},
     }
     return makers[name](**options)
 
@@ -197,10 +201,15 @@ class Introspector:
         )
 
     def operate(self, operator: str, arrays: Sequence[np.ndarray], cotangent: np.ndarray, differentiate: int,
+                named: Mapping[str, str] | None = None, documented: bool = False,
                 **options: Any) -> tuple[np.ndarray, list[np.ndarray]]:  # fmt: skip
-        """An operator's output, and the gradients of its first `differentiate` inputs; `cotangent` is the output's gradient."""
-        cell = _operator(operator, self.engine.config, self.engine.device, arrays, options)
-        inputs = [to_tensor(a, self.dtype) if a.dtype.kind == "f" else Tensor(a) for a in arrays]
+        """An operator's output, and the gradients of its first `differentiate` inputs; `cotangent` is the output's gradient.
+        `named` names implementations, as `runtime.kernels` does. With `documented` they are those of an NPU in float16, on
+        stand-ins that follow CANN's documents (`parity.documented`)."""
+        device, dtype = ("npu", ms.float16) if documented else (self.engine.device, self.dtype)
+        kernels = kernels_for(device, dtype, {**self.engine.config.runtime.kernels, **(named or {})})
+        cell = _operator(operator, kernels, dtype, arrays, options)
+        inputs = [to_tensor(a, dtype) if a.dtype.kind == "f" else Tensor(a) for a in arrays]
         ms.set_context(mode=self.mode)
         try:
             if not differentiate:

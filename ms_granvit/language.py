@@ -10,11 +10,12 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
+from granvit.kernels import Kernels
 from granvit.models import LanguageConfig, language_shapes
 from ms_granvit.arrays import dtype_on_device, fill, to_numpy
 from ms_granvit.distributed import use_device
-from ms_granvit.layers import Embedding, Linear, RMSNorm, activate, linear, stored_as
-from ms_granvit.ops import attention as attention_ops
+from ms_granvit.layers import Embedding, Linear, RMSNorm, linear, stored_as
+from ms_granvit.ops.table import PLAIN, kernels_for
 from ms_granvit.taps import Module
 
 
@@ -34,19 +35,15 @@ class Rotary(nn.Cell):
         return ops.cast(ops.cos(angles), self.dtype), ops.cast(ops.sin(angles), self.dtype)
 
 
-def rotate(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Applies RoPE in the rotate-half layout: channel i of a head is paired with channel i + D / 2."""
-    half = x_BHSD.shape[-1] // 2
-    swapped = ops.cat((-x_BHSD[..., half:], x_BHSD[..., :half]), -1)
-    return x_BHSD * cos + swapped * sin
-
-
 class LanguageAttention(Module):
     """Grouped-query self-attention with rotary positions."""
 
-    def __init__(self, c: LanguageConfig, implementation: str):
+    def __init__(self, c: LanguageConfig, kernels: Kernels):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim, self.implementation = c.heads, c.kv_heads, c.head_dim, implementation
+        self.heads, self.kv_heads, self.head_dim = c.heads, c.kv_heads, c.head_dim
+        self.rotate = kernels.pick("rope")
+        self.attend = kernels.attention(head_dim=c.head_dim, masked=True, cached=False).attend
+        self.attend_cached = kernels.attention(head_dim=c.head_dim, masked=True, cached=True).attend
         self.q_proj = Linear(c.width, c.heads * c.head_dim, c.qkv_bias)
         self.k_proj = Linear(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
         self.v_proj = Linear(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
@@ -58,40 +55,40 @@ class LanguageAttention(Module):
         q = self.q_proj(x_BSC).reshape(B, S, self.heads, self.head_dim).transpose(0, 2, 1, 3)
         k = self.k_proj(x_BSC).reshape(B, S, self.kv_heads, self.head_dim).transpose(0, 2, 1, 3)
         v = self.v_proj(x_BSC).reshape(B, S, self.kv_heads, self.head_dim).transpose(0, 2, 1, 3)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        return self.rotate(q, cos, sin), self.rotate(k, cos, sin), v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        B, _, S, _ = q.shape
-        out = self.emit(attention_ops.attention(q, k, v, mask, self.implementation))
-        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, S, self.heads * self.head_dim))
+    def output(self, out_BHSD: Tensor) -> Tensor:
+        B, _, S, _ = out_BHSD.shape
+        return self.o_proj(self.emit(out_BHSD).transpose(0, 2, 1, 3).reshape(B, S, self.heads * self.head_dim))
 
 
 class LanguageMLP(Module):
     """SwiGLU: `down(silu(gate x) * up x)`."""
 
-    def __init__(self, c: LanguageConfig):
+    def __init__(self, c: LanguageConfig, kernels: Kernels):
         super().__init__()
+        self.swiglu = kernels.pick("swiglu")
         self.gate_proj = Linear(c.width, c.mlp, False)
         self.up_proj = Linear(c.width, c.mlp, False)
         self.down_proj = Linear(c.mlp, c.width, False)
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.emit(activate("silu", self.gate_proj(x)) * self.up_proj(x)))
+        return self.down_proj(self.emit(self.swiglu(self.gate_proj(x), self.up_proj(x))))
 
 
 class LanguageBlock(Module):
     """A pre-norm decoder block."""
 
-    def __init__(self, c: LanguageConfig, implementation: str):
+    def __init__(self, c: LanguageConfig, kernels: Kernels):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.width, c.norm_eps)
-        self.self_attn = LanguageAttention(c, implementation)
-        self.post_attention_layernorm = RMSNorm(c.width, c.norm_eps)
-        self.mlp = LanguageMLP(c)
+        self.input_layernorm = RMSNorm(c.width, c.norm_eps, kernels)
+        self.self_attn = LanguageAttention(c, kernels)
+        self.post_attention_layernorm = RMSNorm(c.width, c.norm_eps, kernels)
+        self.mlp = LanguageMLP(c, kernels)
 
     def construct(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         q, k, v = self.self_attn.project(self.input_layernorm(x), cos, sin)
-        x = x + self.self_attn.attend(q, k, v, mask)
+        x = x + self.self_attn.output(self.self_attn.attend(q, k, v, mask))
         return self.emit(x + self.mlp(self.post_attention_layernorm(x)))
 
     def forward_cached(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, keys: Tensor, values: Tensor,
@@ -102,28 +99,29 @@ class LanguageBlock(Module):
         one_hot_BGSL = ops.broadcast_to(ops.expand_dims(ops.cast(slots_BSL, x.dtype), 1), (B, k.shape[1], S, L))
         keys = keys + ops.BatchMatMul(transpose_a=True)(one_hot_BGSL, k)
         values = values + ops.BatchMatMul(transpose_a=True)(one_hot_BGSL, v)
-        x = x + self.self_attn.attend(q, keys, values, mask)
+        x = x + self.self_attn.output(self.self_attn.attend_cached(q, keys, values, mask))
         return x + self.mlp(self.post_attention_layernorm(x)), keys, values
 
 
 class DecoderModel(nn.Cell):
     """Embeddings, blocks and the closing norm, under the canonical path `model`."""
 
-    def __init__(self, c: LanguageConfig, implementation: str):
+    def __init__(self, c: LanguageConfig, kernels: Kernels):
         super().__init__()
         self.embed_tokens = Embedding(c.vocab, c.width)
-        self.layers = nn.CellList([LanguageBlock(c, implementation) for _ in range(c.layers)])
-        self.norm = RMSNorm(c.width, c.norm_eps)
+        self.layers = nn.CellList([LanguageBlock(c, kernels) for _ in range(c.layers)])
+        self.norm = RMSNorm(c.width, c.norm_eps, kernels)
 
 
 class CausalDecoder(Module):
     """A decoder that takes input embeddings instead of token ids, so that image tokens can be placed between text tokens."""
 
-    def __init__(self, c: LanguageConfig, dtype: ms.Type, attention: str = "composed", recompute: bool = False):
+    def __init__(self, c: LanguageConfig, dtype: ms.Type, kernels: Kernels = PLAIN, recompute: bool = False):
         super().__init__()
         self.config, self.dtype = c, dtype
         self.rotary = Rotary(c.head_dim, c.rope_theta, dtype)
-        self.model = DecoderModel(c, attention)
+        self.model = DecoderModel(c, kernels)
+        self.mask = kernels.attention(head_dim=c.head_dim, masked=True, cached=False).mask
         self.lm_head = None if c.tied_head else Linear(c.width, c.vocab, False)
         if recompute:
             for block in self.model.layers:
@@ -137,7 +135,7 @@ class CausalDecoder(Module):
         device = use_device(device)
         dtype = dtype or dtype_on_device(opened.dtype)
         with stored_as(dtype):
-            decoder = cls(opened.language, dtype, attention_ops.choose("auto", device, dtype))
+            decoder = cls(opened.language, dtype, kernels_for(device, dtype))
         fill(decoder, opened.tensors, "language.")
         return decoder
 
@@ -156,10 +154,14 @@ class CausalDecoder(Module):
             return self.lm_head(hidden)
         return self.emit(linear(hidden, self.model.embed_tokens.weight, None))
 
+    def head_weight(self) -> Tensor:
+        """The head's weights `[V, C]`."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
     def construct(self, inputs_BSC: Tensor, positions_BS: Tensor, segments_BS: Tensor) -> Tensor:
         """Hidden states `[B, S, C]` after the closing norm, with the shared-prefix mask."""
         cos, sin = self.rotary(positions_BS)
-        mask = attention_ops.shared_prefix_mask(segments_BS)
+        mask = self.mask(segments_BS)
         x = inputs_BSC
         for block in self.model.layers:
             x = block(x, cos, sin, mask)

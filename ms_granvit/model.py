@@ -10,12 +10,13 @@ import mindspore as ms
 from mindspore import Tensor, ops
 
 from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
+from granvit.kernels import Kernels
 from granvit.models import PARTS, LanguageConfig, VisionConfig, parameter_shapes
 from ms_granvit.arrays import dtype_on_device, fill, to_numpy
 from ms_granvit.distributed import use_device
 from ms_granvit.language import CausalDecoder
 from ms_granvit.layers import stored_as
-from ms_granvit.ops import attention as attention_ops
+from ms_granvit.ops.table import PLAIN, kernels_for
 from ms_granvit.projector import Projector
 from ms_granvit.taps import Module
 from ms_granvit.vision import VisionEncoder
@@ -39,13 +40,13 @@ class GranViT(Module):
     With `zero_image_tokens` the image tokens are zeros, so the decoder has the text alone (stage `guesser`).
     """
 
-    def __init__(self, vision: VisionConfig, language: LanguageConfig, dtype: ms.Type, attention: str = "composed",
+    def __init__(self, vision: VisionConfig, language: LanguageConfig, dtype: ms.Type, kernels: Kernels = PLAIN,
                  recompute: bool = False, zero_image_tokens: bool = False):  # fmt: skip
         super().__init__()
         self.zero_image_tokens = zero_image_tokens
-        self.vision = VisionEncoder(vision, dtype, attention=attention, recompute=recompute)
+        self.vision = VisionEncoder(vision, dtype, kernels=kernels, recompute=recompute)
         self.projector = Projector(vision, language)
-        self.language = CausalDecoder(language, dtype, attention, recompute)
+        self.language = CausalDecoder(language, dtype, kernels, recompute)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, dtype: ms.Type | None = None, device: str = "auto") -> Self:
@@ -55,7 +56,7 @@ class GranViT(Module):
         device = use_device(device)
         dtype = dtype or dtype_on_device(opened.dtype)
         with stored_as(dtype):
-            model = cls(opened.vision, opened.language, dtype, attention_ops.choose("auto", device, dtype))
+            model = cls(opened.vision, opened.language, dtype, kernels_for(device, dtype))
         fill(model, opened.tensors)
         return model
 
@@ -85,11 +86,18 @@ class GranViT(Module):
         placed_BSC = ops.scatter_nd(offsets, tokens_BNC.reshape(-1, C), (B * S, C)).reshape(B, S, C)
         return self.emit(embeddings * text_weights_BS1 + placed_BSC), built_features
 
+    def hidden(self, pixels_B3RR: Tensor, image_weights_B: Tensor, token_ids_BS: Tensor, positions_BS: Tensor,
+               segments_BS: Tensor, image_positions_BN: Tensor,
+               answer_positions_BA: Tensor) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Hidden states `[B, A, C]` at the supervised positions, and the encoder's features at its `built_level`: `[B, N, C]`,
+        with tiling those of every view, `[B T, N, C]`."""
+        inputs, built_features = self.inputs(pixels_B3RR, image_weights_B, token_ids_BS, image_positions_BN)
+        return take(self.language(inputs, positions_BS, segments_BS), answer_positions_BA), built_features
+
     def construct(self, pixels_B3RR: Tensor, image_weights_B: Tensor, token_ids_BS: Tensor, positions_BS: Tensor,
                   segments_BS: Tensor, image_positions_BN: Tensor,
                   answer_positions_BA: Tensor) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Logits `[B, A, V]` at the supervised positions only, and the encoder's features at its `built_level`: `[B, N, C]`, with
-        tiling those of every view, `[B T, N, C]`."""
-        inputs, built_features = self.inputs(pixels_B3RR, image_weights_B, token_ids_BS, image_positions_BN)
-        hidden = self.language(inputs, positions_BS, segments_BS)
-        return self.language.head(take(hidden, answer_positions_BA)), built_features
+        """Logits `[B, A, V]` at the supervised positions only, and the features as in `hidden`."""
+        hidden_BAC, built_features = self.hidden(pixels_B3RR, image_weights_B, token_ids_BS, positions_BS, segments_BS,
+                                                 image_positions_BN, answer_positions_BA)  # fmt: skip
+        return self.language.head(hidden_BAC), built_features

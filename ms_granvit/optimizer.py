@@ -7,7 +7,9 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from granvit.config import OptimizerSection
+from granvit.kernels import Kernels
 from granvit.models import PARTS, part_of
+from ms_granvit.ops.table import PLAIN
 
 
 class Clear(nn.Cell):
@@ -30,9 +32,10 @@ class AdamW(nn.Cell):
     All values that change from step to step are tensor inputs, so the graph is compiled once.
     """
 
-    def __init__(self, parameters: ms.ParameterTuple, gradients: ms.ParameterTuple, config: OptimizerSection):
+    def __init__(self, parameters: ms.ParameterTuple, gradients: ms.ParameterTuple, config: OptimizerSection,
+                 kernels: Kernels = PLAIN):  # fmt: skip
         super().__init__(auto_prefix=False)
-        self.parameters, self.gradients = parameters, gradients
+        self.parameters, self.gradients, self.move = parameters, gradients, kernels.pick("adamw")
         self.first_moment = parameters.clone("first_moment", init="zeros")
         self.second_moment = parameters.clone("second_moment", init="zeros")
         self.clip_norm, self.eps = config.clip_norm, config.eps
@@ -49,11 +52,11 @@ class AdamW(nn.Cell):
         decay_factor, rate = (decay_factors[0], decay_factors[1], decay_factors[2]), (rates[0], rates[1], rates[2])
         scale = ops.minimum(self.clip_norm / (grad_norm + 1e-6), ops.ones_like(grad_norm))
         for i in range(len(self.parameters)):
-            g = self.gradients[i] * scale
-            m = self.beta1 * self.first_moment[i] + (1 - self.beta1) * g
-            v = self.beta2 * self.second_moment[i] + (1 - self.beta2) * ops.square(g)
-            p = self.parameters[i] * decay_factor[self.part[i]] if self.decayed[i] else self.parameters[i]
-            ops.assign(self.parameters[i], p - rate[self.part[i]] * m / (ops.sqrt(v / correction2) + self.eps))
+            g, part = self.gradients[i] * scale, self.part[i]
+            p, m, v = self.move(self.parameters[i], g, self.first_moment[i], self.second_moment[i],
+                                decay_factor[part] if self.decayed[i] else None, rate[part], correction2, self.beta1, self.beta2,
+                                self.eps)  # fmt: skip
+            ops.assign(self.parameters[i], p)
             ops.assign(self.first_moment[i], m)
             ops.assign(self.second_moment[i], v)
             ops.assign(self.gradients[i], ops.zeros_like(g))

@@ -2,7 +2,8 @@
 from mindspore import Tensor
 
 from granvit.models import LanguageConfig, VisionConfig
-from ms_granvit.layers import Linear, activate
+from ms_granvit.layers import Linear
+from ms_granvit.ops.activations import exact_gelu
 from ms_granvit.taps import Module
 
 
@@ -30,4 +31,4 @@ class Projector(Module):
     def construct(self, features_BNC: Tensor) -> Tensor:
         if self.shuffle:
             features_BNC = pixel_shuffle(features_BNC)
-        return self.linear_2(self.emit(activate("gelu", self.linear_1(features_BNC))))
+        return self.linear_2(self.emit(exact_gelu(self.linear_1(features_BNC))))

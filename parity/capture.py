@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -29,16 +29,20 @@ from safetensors.numpy import load_file, save_file
 from granvit.config import RunConfig
 from granvit.engine import LOSSES, Group, TrainEngine
 from granvit.introspection import INPUTS, Capture, Feed, Introspection
+from granvit.kernels import Row
 from granvit.launch import load_engine_class
 from granvit.models import PARTS, Shapes, part_of
 from parity import faults
 from parity.fixture import MICRO_BATCHES, NEW_TOKENS, STOP, Fixture, make_fixture
-from parity.operators import cases
+from parity.operators import Case, cases
 from parity.options import OPTIONS, option_fixture, option_suite
 from parity.preconditions import check_deterministic
 
 SCHEMA = 1
 Tensors = dict[str, np.ndarray]  # "<kind>/<name>" -> values, in order of execution
+KERNELS = "kernels"  # the suite of all implementations of the operators
+DOCUMENTED = "documented"  # the suite of the implementations of an NPU, on stand-ins
+BY = ", by "  # between the name of a tensor and the implementation that made it
 OPENED = ("vision", "language", "model", "isolated")  # suites that share one model with taps
 # The tensors of an engine after a training step, and what their kinds are called.
 KINDS: dict[Group, str] = {"first_moment": "first moment", "second_moment": "second moment", "model": "weight",
@@ -111,6 +115,7 @@ class Request:
     fault: str | None = None
     golden: Tensors | None = None
     options: tuple[str, ...] = tuple(OPTIONS)
+    kernels: Mapping[str, str] = field(default_factory=dict)  # as `runtime.kernels`; each package takes the names that it has
 
 
 def compute(fixture: Fixture, framework: str, request: Request) -> Record:
@@ -130,6 +135,21 @@ def open_model(framework: str, fixture: Fixture, config: RunConfig, shapes: Shap
     return introspect.Introspector(config, fixture.vision, fixture.language, fixture.weights.items(), shapes, graph)
 
 
+def configured(fixture: Fixture, framework: str, stage: str, request: Request) -> RunConfig:
+    """The fixture's run of one stage in one framework, with the implementations of `request.kernels` that the framework has on
+    the request's device in its dtype."""
+    config = fixture.config(stage, request.compute, request.device)
+    rows = [row for row in kernel_table(framework) if request.kernels.get(row.operator) == row.name]
+    named = {row.operator: row.name for row in rows if not row.unfit(request.device, request.compute)}
+    return config.model_copy(update={"runtime": config.runtime.model_copy(update={"kernels": named})})
+
+
+def kernel_table(framework: str) -> Sequence[Row]:
+    """The implementations of a framework's operators."""
+    package = load_engine_class(framework).__module__.partition(".")[0]
+    return importlib.import_module(f"{package}.ops.table").TABLE
+
+
 def make_engine(framework: str, fixture: Fixture, config: RunConfig) -> TrainEngine:
     """An engine with the fixture's start weights; `ValueError` if the framework is not installed."""
     return load_engine_class(framework)(config, fixture.vision, fixture.language, fixture.weights.items())
@@ -144,6 +164,7 @@ def settings(fixture: Fixture, request: Request) -> dict[str, Any]:
         "weights": fixture.weights_hash,
         "batches": fixture.batches_hash,
         "steps": request.steps,
+        "kernels": dict(request.kernels),
         "options": _options_hash(fixture.seed, request.options) if "options" in request.suites else "",
     }
 
@@ -172,11 +193,14 @@ def _storable(array: np.ndarray) -> np.ndarray:
 
 def _suites(fixture: Fixture, framework: str, request: Request) -> Iterable[tuple[str, Tensors]]:
     suites = request.suites
-    config = fixture.config("stage1", request.compute, request.device)
+    config = configured(fixture, framework, "stage1", request)
     if {"ops", "generate"} & set(suites):
         closed = open_model(framework, fixture, config, {}, request.graph)
         if "ops" in suites:
             yield "ops", _operators(closed, fixture)
+            yield KERNELS, _other_kernels(closed, fixture)
+            if request.device == "cpu" and request.compute == "float32":
+                yield DOCUMENTED, _documented_kernels(closed, fixture, framework)
         if "generate" in suites:
             yield "generate", _generation(closed, fixture)
     if set(OPENED) & set(suites):
@@ -188,7 +212,7 @@ def _suites(fixture: Fixture, framework: str, request: Request) -> Iterable[tupl
     for stage in ("stage1", "stage2"):
         if stage not in suites and not (stage == "stage1" and "trajectory" in suites):
             continue
-        engine = make_engine(framework, fixture, fixture.config(stage, request.compute, request.device))
+        engine = make_engine(framework, fixture, configured(fixture, framework, stage, request))
         if stage in suites:
             yield stage, training_step(engine, fixture)
         if stage == "stage1" and "trajectory" in suites:
@@ -212,7 +236,7 @@ def _option(seed: int, framework: str, request: Request, name: str) -> Iterable[
 def option_steps(framework: str, fixture: Fixture, stage: str, request: Request) -> Iterable[tuple[str, Tensors]]:
     """A training step of one configuration, and one more over batches in which nothing is supervised and no box is valid."""
     suite = option_suite(fixture.vision_name)
-    engine = make_engine(framework, fixture, fixture.config(stage, request.compute, request.device))
+    engine = make_engine(framework, fixture, configured(fixture, framework, stage, request))
     yield f"{suite}, step", training_step(engine, fixture)
     batches = [replace(batch, answer_weights_BA=0 * batch.answer_weights_BA, box_weights_BK=0 * batch.box_weights_BK)
                for batch in fixture.step_batches(2)]  # fmt: skip
@@ -223,7 +247,7 @@ def option_steps(framework: str, fixture: Fixture, stage: str, request: Request)
 
 def forward_pass(framework: str, fixture: Fixture, stage: str, request: Request) -> Tensors:
     """Every activation and the losses of the first micro-batch. MindSpore runs in PyNative mode, so nothing is compiled."""
-    config = fixture.config(stage, request.compute, request.device)
+    config = configured(fixture, framework, stage, request)
     shapes = fixture.shapes(config)
     opened = open_model(framework, fixture, config, shapes, graph=False)
     return _flat(opened.capture(fixture.batches[0], backward=False), list(shapes))
@@ -258,11 +282,43 @@ def _flat(capture: Capture, order: list[str]) -> Tensors:
 def _operators(closed: Introspection, fixture: Fixture) -> Tensors:
     found: Tensors = {}
     for case in cases(fixture):
-        cotangent = np.random.default_rng((fixture.seed, 22)).standard_normal(case.out, np.float32)
-        out, gradients = closed.operate(case.operator, case.arrays, cotangent, case.differentiate, **case.options)
-        found[f"forward/{case.label}"] = out
-        found |= {f"backward/{case.label}, input {i}": gradient for i, gradient in enumerate(gradients)}
+        found |= _operator(closed, fixture, case)
     return found
+
+
+def _other_kernels(closed: Introspection, fixture: Fixture) -> Tensors:
+    """The operators again with every implementation that runs here; the names end in the implementation's."""
+    found: Tensors = {}
+    for case in cases(fixture):
+        if case.kernel is None:
+            continue
+        names = closed.engine.kernels.runnable(case.kernel, **case.sizes)
+        for name in names if len(names) > 1 else ():
+            found |= {f"{key}{BY}{name}": array for key, array in _operator(closed, fixture, case, {case.kernel: name}).items()}
+    return found
+
+
+def _documented_kernels(closed: Introspection, fixture: Fixture, framework: str) -> Tensors:
+    """The operators with the implementations of an NPU, in float16, on stand-ins that follow CANN's documents."""
+    stand_ins = importlib.import_module(f"parity.documented.{'torch_npu' if framework == 'torch' else 'mindspore_ascend'}")
+    rows = [row for row in kernel_table(framework) if "npu" in row.devices.split()]
+    found: Tensors = {}
+    with stand_ins.installed():
+        for case in cases(fixture):
+            for row in rows:
+                if row.operator == case.kernel and not row.cannot(**case.sizes) and not row.missing():
+                    made = _operator(closed, fixture, case, {row.operator: row.name}, documented=True)
+                    found |= {f"{key}{BY}{row.name}": array for key, array in made.items()}
+    return found
+
+
+def _operator(closed: Introspection, fixture: Fixture, case: Case, named: Mapping[str, str] | None = None,
+              documented: bool = False) -> Tensors:  # fmt: skip
+    """The output of an operator and the gradients of its inputs."""
+    cotangent = np.random.default_rng((fixture.seed, 22)).standard_normal(case.out, np.float32)
+    out, gradients = closed.operate(case.operator, case.arrays, np.asarray(cotangent), case.differentiate, named=named,
+                                    documented=documented, **case.options)  # fmt: skip
+    return {f"forward/{case.label}": out} | {f"backward/{case.label}, input {i}": g for i, g in enumerate(gradients)}
 
 
 def _generation(closed: Introspection, fixture: Fixture) -> Tensors:
@@ -338,7 +394,8 @@ def _two_ranks(fixture: Fixture, framework: str, request: Request) -> Tensors:
             launcher = [str(binaries / "torchrun"), "--nproc_per_node", "2", "--master_port", str(port)]
         options = ["--framework", framework, "--seed", fixture.seed, "--vision", fixture.vision_name, "--language",
                    fixture.language_name, "--steps", request.steps, "--compute", request.compute, "--device", request.device,
-                   "--out", out, *(["--fault", request.fault] if request.fault else [])]  # fmt: skip
+                   "--out", out, *(["--fault", request.fault] if request.fault else []),
+                   *(["--kernels", *map("=".join, request.kernels.items())] if request.kernels else [])]  # fmt: skip
         root = str(Path(__file__).resolve().parents[1])
         paths = {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
                  "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}  # fmt: skip
@@ -364,6 +421,7 @@ def _rank(arguments: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--kernels", nargs="*", default=[])
     parser.add_argument("--out", type=Path)
     o = parser.parse_args(arguments)
     load_engine_class(o.framework)
@@ -372,7 +430,8 @@ def _rank(arguments: list[str] | None = None) -> None:
         return
     fixture = make_fixture(o.seed, o.vision, o.language)
     with faults.planted(o.fault, o.framework):
-        engine = make_engine(o.framework, fixture, fixture.config("stage1", o.compute, o.device))
+        request = Request((), o.steps, o.compute, o.device, kernels=dict(name.split("=") for name in o.kernels))
+        engine = make_engine(o.framework, fixture, configured(fixture, o.framework, "stage1", request))
         found = _trajectory(engine, fixture, o.steps)
     if engine.rank == 0:
         found = {name: np.ascontiguousarray(_storable(array)) for name, array in found.items()}

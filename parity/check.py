@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from rich.table import Table  # noqa: E402
 from granvit.introspection import INPUTS  # noqa: E402
 from granvit.launch import load_engine_class  # noqa: E402
 from parity import peers, preconditions, round_trips  # noqa: E402
-from parity.capture import Record, Request, compute, load_record, open_model  # noqa: E402
+from parity.capture import Record, Request, compute, kernel_table, load_record, open_model  # noqa: E402
 from parity.capture import environment as _versions  # noqa: E402
 from parity.compare import ROUNDOFF, Row, compare_records, compare_suite  # noqa: E402
 from parity.fault_trials import Trial, false_alarms  # noqa: E402
@@ -85,6 +86,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
                         help="encoder in configs/models, or a YAML file (default: %(default)s)")  # fmt: skip
     parser.add_argument("--language", default="tiny-language",
                         help="decoder in configs/models, or a YAML file (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--kernels", nargs="+", default=[], metavar="OPERATOR=NAME", help="implementations to use in place of "
+                        "the default ones, where a framework has them; the golden reference keeps its own")  # fmt: skip
     parser.add_argument("--precision", choices=tuple(ROUNDOFF), default="float32",
                         help="compute dtype of both frameworks; the device must support it (default: %(default)s)")  # fmt: skip
     parser.add_argument("--faults", action="store_true", help="plant faults one at a time; each must be detected and located")
@@ -102,6 +105,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--record needs --framework mindspore or torch")
     if options.steps < 1:
         parser.error("--steps must be at least 1")
+    for name in options.kernels:
+        if name.count("=") != 1:
+            parser.error(f"--kernels {name}: write OPERATOR=NAME, as in attention=composed")
+    options.kernels = dict(name.split("=") for name in options.kernels)
     return options
 
 
@@ -116,7 +123,8 @@ def _check(options: argparse.Namespace, console: Console) -> Report:
         preconditions.check_precision(framework)
     fixture = _fixture(options)
     of_records = tuple(s for s in options.suite if s not in ("checkpoint", "peers"))
-    request = Request(of_records, options.steps, options.precision, options=tuple(options.option))
+    request = Request(of_records, options.steps, options.precision, options=tuple(options.option), kernels=options.kernels)
+    _check_kernels(options.kernels)
     announce = lambda text: console.print(f"[dim]{text}[/]", highlight=False)  # noqa: E731
     announce("golden reference: PyTorch in float64")
     golden = compute(fixture, "torch", replace(request, compute="float64"))
@@ -150,6 +158,14 @@ def _check(options: argparse.Namespace, console: Console) -> Report:
     return _report(options.precision, rows, candidate, peer, notes)
 
 
+def _check_kernels(named: Mapping[str, str]) -> None:
+    """`ValueError` for an operator or an implementation that neither framework has."""
+    for operator, name in named.items():
+        known = {row.name for framework in ("mindspore", "torch") for row in kernel_table(framework) if row.operator == operator}
+        if name not in known:
+            raise ValueError(f"--kernels {operator}={name}: known for {operator}: {', '.join(sorted(known)) or 'nothing'}")
+
+
 def _print_coverage(console: Console) -> None:
     """Prints which configurations have each value of each option."""
     rows, covered, all_pairs = coverage()
@@ -181,7 +197,7 @@ def _record(options: argparse.Namespace, console: Console) -> int:
     device = {"ascend": "npu"}.get(options.device.lower(), options.device.lower())
     fixture = _fixture(options)
     suites = tuple(s for s in options.suite if s not in ("checkpoint", "peers"))
-    request = Request(suites, options.steps, options.precision, device, options=tuple(options.option))
+    request = Request(suites, options.steps, options.precision, device, options=tuple(options.option), kernels=options.kernels)
     load_engine_class(options.framework)
     preconditions.check_precision(options.framework)
     if (options.record / "record.json").exists():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parity.capture import Record, Tensors
+from parity.capture import BY, DOCUMENTED, KERNELS, Record, Tensors
 
 RATIO = 4.0
 # An error below the floor counts as rounding, whatever the peer's error is. In units of the format's roundoff, for the norm and
@@ -21,7 +21,7 @@ FLOOR_UNITS = {"float32": (32.0, 128.0), "bfloat16": (8.0, 32.0), "float16": (8.
 # module.
 CARRIED = ("backward", "gradient", "clipped gradient", "first moment", "second moment")
 CARRIED_FACTOR = 8.0
-NOT_CARRIED = ("ops", "isolated")  # suites
+NOT_CARRIED = ("ops", "isolated", KERNELS, DOCUMENTED)  # suites
 MANY_STEPS = ("trajectory", "trajectory2")  # suites
 ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 SQUARES = ("second moment",)  # a square doubles the relative error, so its floor is doubled
@@ -59,8 +59,22 @@ class Row:
 def compare_records(golden: Record, peer: Record, candidate: Record) -> Iterator[Row]:
     """A row for every tensor of every suite, in the golden record's order (order of execution)."""
     for suite in golden.suites:
+        if suite == KERNELS:
+            for name, compute in ((KERNELS, candidate.compute), (DOCUMENTED, "float16")):
+                for record in (candidate, peer):
+                    yield from compare_kernels(name, golden.suites["ops"], peer.suites["ops"], record, compute)
+            continue
         yield from compare_suite(suite, golden.suites[suite], peer.suites.get(suite, {}), candidate.suites.get(suite, {}),
                                  candidate.compute)  # fmt: skip
+
+
+def compare_kernels(suite: str, golden: Tensors, peer: Tensors, record: Record, compute: str) -> Iterator[Row]:
+    """A row for every tensor of every implementation in a suite of `record`, against the golden operators; `peer` is PyTorch's
+    default implementation."""
+    made = record.suites.get(suite, {})
+    bases = {key: key.rpartition(BY)[0] for key in made}
+    golden, peer = ({key: of[base] for key, base in bases.items()} for of in (golden, peer))
+    yield from compare_suite(f"{suite}, {record.framework}", golden, peer, made, compute)
 
 
 def compare_suite(suite: str, golden: Tensors, peer: Tensors, candidate: Tensors, compute: str,
@@ -70,7 +84,7 @@ def compare_suite(suite: str, golden: Tensors, peer: Tensors, candidate: Tensors
     plain = tuple(units * ROUNDOFF[compute] for units in FLOOR_UNITS[compute])
     for key in [*golden, *(k for k in candidate if k not in golden)]:
         kind, _, name = key.partition("/")
-        carried = suite in MANY_STEPS or (kind in CARRIED and suite not in NOT_CARRIED)
+        carried = suite in MANY_STEPS or (kind in CARRIED and not suite.startswith(NOT_CARRIED))
         floors = tuple((CARRIED_FACTOR if carried else 1.0) * (2.0 if kind in SQUARES else 1.0) * floor for floor in plain)
         nothing = (np.nan, np.nan)
         sides = (("the golden record", golden), (peer_name, peer), ("the candidate", candidate))

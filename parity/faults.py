@@ -67,9 +67,11 @@ BLOCK0, DECODER0 = "forward/vision.encoder.layers.0", "forward/language.model.la
 
 
 # --- PyTorch: the forward pass ----------------------------------------------------------------------------------------
-@fault("GELU exact for tanh", "pt_granvit.vision.activate", "vision", f"{BLOCK0}.mlp")
-def _(f, kind, x):
-    return f("gelu" if kind == "gelu_tanh" else kind, x)
+@fault("GELU exact for tanh", "pt_granvit.ops.activations.gelu", "vision", f"{BLOCK0}.mlp")
+def _(f, x):
+    from pt_granvit.ops.activations import exact_gelu
+
+    return exact_gelu(x)
 
 
 @fault("layer norm epsilon 1e-5", "pt_granvit.layers.LayerNorm.__init__", "vision", f"{BLOCK0}.layer_norm1")
@@ -78,23 +80,23 @@ def _(init, self, width, eps):
 
 
 @fault("RMS norm epsilon 1e-5", "pt_granvit.layers.RMSNorm.__init__", "language", f"{DECODER0}.input_layernorm")
-def _(init, self, width, eps):
-    init(self, width, 1e-5)
+def _(init, self, width, eps, kernels):
+    init(self, width, 1e-5, kernels)
 
 
-@fault("RMS norm without its weight", "pt_granvit.layers.RMSNorm.forward", "language", f"{DECODER0}.input_layernorm")
-def _(forward, self, x):
-    return self.emit(x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt())
+@fault("RMS norm without its weight", "pt_granvit.ops.rms_norm.composed", "language", f"{DECODER0}.input_layernorm")
+def _(f, x, weight, eps):
+    return f(x, weight * 0 + 1, eps)
 
 
-@fault("queries and keys swapped", "pt_granvit.ops.attention.attention", "vision", f"{BLOCK0}.self_attn")
-def _(f, q, k, v, mask, implementation):
-    return f(k, q, v, mask, implementation) if mask is None else f(q, k, v, mask, implementation)
+@fault("queries and keys swapped", "pt_granvit.ops.attention.sdpa", "vision", f"{BLOCK0}.self_attn")
+def _(f, q, k, v, mask):
+    return f(k, q, v, mask) if mask is None else f(q, k, v, mask)
 
 
-@fault("attention without its scale", "pt_granvit.ops.attention.attention", "vision", f"{BLOCK0}.self_attn")
-def _(f, q, k, v, mask, implementation):
-    return f(q * q.shape[-1] ** 0.5, k, v, mask, implementation)
+@fault("attention without its scale", "pt_granvit.ops.attention.sdpa", "vision", f"{BLOCK0}.self_attn")
+def _(f, q, k, v, mask):
+    return f(q * q.shape[-1] ** 0.5, k, v, mask)
 
 
 @fault("a bias missing in the MLP", "pt_granvit.layers.Linear.forward", "vision", f"{BLOCK0}.mlp.fc1")
@@ -128,7 +130,7 @@ def _(f, positions, head_dim, theta, dtype):
     return f(positions, head_dim, 5e5, dtype)
 
 
-@fault("RoPE in interleaved layout", "pt_granvit.language.rotate", "language", f"{DECODER0}.self_attn")
+@fault("RoPE in interleaved layout", "pt_granvit.ops.rope.composed", "language", f"{DECODER0}.self_attn")
 def _(f, x, cos, sin):
     import torch
 
@@ -138,10 +140,14 @@ def _(f, x, cos, sin):
     return x * cos + turned * sin
 
 
-@fault("key heads repeated in the wrong order", "pt_granvit.ops.attention.attention", "language", f"{DECODER0}.self_attn")
-def _(f, q, k, v, mask, implementation):
-    groups = q.shape[1] // k.shape[1]
-    return f(q, k.repeat(1, groups, 1, 1), v.repeat(1, groups, 1, 1), mask, implementation)
+@fault("key heads repeated in the wrong order", "pt_granvit.ops.attention.repeated", "language", f"{DECODER0}.self_attn")
+def _(f, heads, H):
+    return heads.repeat(1, H // heads.shape[1], 1, 1)
+
+
+@fault("the fused attention's mask inverted", "pt_granvit.ops.attention.npu_fusion", "ops", "forward/attention, shared prefix")
+def _(f, q, k, v, mask):
+    return f(q, k, v, mask if mask is None else ~mask)
 
 
 @fault("tied head of another table", "pt_granvit.language.CausalDecoder.head", "language", "forward/language")
@@ -198,8 +204,8 @@ def _(f, x, boxes, grid):
 
 
 @fault("boxes in another frame", "pt_granvit.engine.distill_sums", "model", "loss/loss_distill")
-def _(f, student, teacher, boxes, weights, loss):
-    return f(student, teacher, boxes * 0.9, weights, loss)
+def _(f, student, teacher, boxes, *rest):
+    return f(student, teacher, boxes * 0.9, *rest)
 
 
 @fault("crops off by a pixel", "pt_granvit.engine.teacher_features", "model", "forward/teacher.embeddings.patch_embedding")
@@ -220,9 +226,9 @@ def _(f, self, batch, step_inputs):
 
 
 @fault("gradient through the teacher's features", "pt_granvit.engine.distill_sums", "model", "backward/vision", "gradient/vision")
-def _(f, student, teacher, boxes, weights, loss):
+def _(f, student, teacher, *rest):
     leak = student.mean(1)[:, None, None, None, :]
-    return f(student, teacher + leak - leak.detach(), boxes, weights, loss)
+    return f(student, teacher + leak - leak.detach(), *rest)
 
 
 @fault("the last micro-batch's gradient alone", "pt_granvit.engine.Engine.losses", "stage1", "loss/grad_norm",
@@ -370,13 +376,16 @@ def _(f, features):
 
 
 @fault("squares for the cosine, in MindSpore", "ms_granvit.engine.distill_sums", "option pooled", "loss/loss_distill")
-def _(f, student, teacher, boxes, weights, loss, grids):
-    return f(student, teacher, boxes, weights, "mse", grids)
+def _(f, student, teacher, boxes, weights, loss, *rest):
+    return f(student, teacher, boxes, weights, "mse", *rest)
 
 
-@fault("GELU exact for tanh, in MindSpore", "ms_granvit.vision.activate", "vision", f"{BLOCK0}.mlp")
-def _(f, kind, x):
-    return f("gelu", x)
+@fault("GELU exact for tanh, in MindSpore", "ms_granvit", "vision", f"{BLOCK0}.mlp")
+def _():
+    from ms_granvit.ops.activations import exact_gelu
+
+    with patch("ms_granvit.ops.activations.gelu", exact_gelu):
+        yield
 
 
 @fault("layer norm epsilon 1e-5, in MindSpore", "ms_granvit.layers.LayerNorm.__init__", "vision", f"{BLOCK0}.layer_norm1")
@@ -395,7 +404,7 @@ def _(init, self, head_dim, theta, dtype):
     init(self, head_dim, 5e5, dtype)
 
 
-@fault("RoPE with the sign of its sine turned, in MindSpore", "ms_granvit.language.rotate", "language", f"{DECODER0}.self_attn")
+@fault("RoPE with the sign of its sine turned, in MindSpore", "ms_granvit.ops.rope.composed", "language", f"{DECODER0}.self_attn")
 def _(f, x, cos, sin):
     return f(x, cos, -sin)
 
@@ -408,6 +417,12 @@ def _(f, q, k, v, mask):
 @fault("ROIAlign without the half pixel, in MindSpore", "ms_granvit.ops.roi_align.sampling_matrix", "ops", "forward/roi_align")
 def _(f, low, high, grid, cells):
     return f(low + 0.5 / cells, high + 0.5 / cells, grid, cells)
+
+
+@fault("the fused attention's mask inverted, in MindSpore", "ms_granvit.ops.attention.flash", "ops",
+       "forward/attention, shared prefix")  # fmt: skip
+def _(f, q, k, v, mask):
+    return f(q, k, v, mask if mask is None else ~mask)
 
 
 @fault("tied head of another table, in MindSpore", "ms_granvit", "language", "forward/language")

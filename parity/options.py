@@ -133,6 +133,7 @@ NOT_IN_THE_GRAPH = {
     "run.runtime.compute": "chosen by --precision; on CPU MindSpore computes only in float32",
     "run.runtime.jit_level": "has an effect only on Ascend",
     "run.runtime.device": "chosen by --device",
+    "run.runtime.kernels": "each implementation is compared by the suite `kernels`; chosen by --kernels",
 }
 
 

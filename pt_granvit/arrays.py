@@ -37,3 +37,8 @@ def fill(module: nn.Module, tensors: Iterable[tuple[str, np.ndarray | Tensor]], 
         parameter = missing.pop(name)
         parameter.copy_(value if isinstance(value, Tensor) else to_tensor(value, parameter.dtype))
     assert not missing, f"no value for {sorted(missing)[:5]}"
+
+
+def to_float32_or_wider(x: Tensor) -> Tensor:
+    """`x` in float32; float64 stays float64. Norms, softmax and losses are computed in this dtype."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -5,10 +5,12 @@ elements, then over the valid boxes of the global batch.
 
 Layout letters: B rows, T views per row, K boxes per row, N patches, C width, g cells along a side of the ROI grid, r crop side.
 """
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from pt_granvit.layers import to_float32_or_wider
+from pt_granvit.arrays import to_float32_or_wider
 from pt_granvit.ops import roi_align as roi_ops
 from pt_granvit.vision import VisionEncoder
 
@@ -28,27 +30,31 @@ def teacher_features(teacher: VisionEncoder, crops_BK3rr: Tensor, grid: int) -> 
         return features.reshape(B, K, grid, cell, grid, cell, -1).mean((3, 5))
 
 
-def student_features(student_BNC: Tensor, boxes_BK4: Tensor, grid: int, grids_B2: Tensor | None) -> Tensor:
+def student_features(student_BNC: Tensor, boxes_BK4: Tensor, grid: int, grids_B2: Tensor | None,
+                     roi_align: Callable[..., Tensor] = roi_ops.roi_align) -> Tensor:  # fmt: skip
     """The student's features under each box, `[B, K, grid, grid, C]`.
 
     With tiling, `grids_B2` holds the rows and columns of tiles of each image, and `student_BNC` the features of all views,
-    `[B T, N, C]`. The boxes refer to the map that the tiles form; view 0 (the whole image) is not used.
+    `[B T, N, C]`. The boxes refer to the map that the tiles form; view 0 (the whole image) is not used. `roi_align` is the
+    implementation for images without tiles.
     """
     N = student_BNC.shape[1]
     features_BHWC = student_BNC.unflatten(1, (side(N), side(N)))
     if grids_B2 is None:
-        return roi_ops.roi_align(features_BHWC, boxes_BK4, grid)
+        return roi_align(features_BHWC, boxes_BK4, grid)
     return roi_ops.roi_align_tiled(features_BHWC.unflatten(0, (len(grids_B2), -1))[:, 1:], grids_B2, boxes_BK4, grid)
 
 
 def distill_sums(student_BNC: Tensor, teacher_BKggC: Tensor, boxes_BK4: Tensor, weights_BK: Tensor,
-                 loss: str, grids_B2: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+                 loss: str, grids_B2: Tensor | None = None,
+                 roi_align: Callable[..., Tensor] = roi_ops.roi_align) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The distillation loss and the variance of the teacher's features, each summed over the valid boxes; float32 scalars.
 
     Loss of a box: for `mse` the mean of the squared difference over the box's elements, for `cosine` the mean of 1 - cosine over
     its cells. Variance of a box (logged only): over its cells for each channel, then averaged over the channels.
     """
-    student = to_float32_or_wider(student_features(student_BNC, boxes_BK4, teacher_BKggC.shape[2], grids_B2))
+    features = student_features(student_BNC, boxes_BK4, teacher_BKggC.shape[2], grids_B2, roi_align)
+    student = to_float32_or_wider(features)
     teacher = to_float32_or_wider(teacher_BKggC)
     if loss == "mse":
         per_box = (teacher - student).square().mean((2, 3, 4))

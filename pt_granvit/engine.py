@@ -9,6 +9,7 @@ from torch import Tensor
 from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
 from granvit.engine import UNDIVIDED, Group, NonFiniteLoss, Ranks, StepInputs, StepResult
+from granvit.kernels import COMPOSED
 from granvit.models import LanguageConfig, VisionConfig, part_of
 from granvit.stages import Stage
 from pt_granvit import distributed
@@ -17,7 +18,7 @@ from pt_granvit.distill import distill_sums, ema_, teacher_features
 from pt_granvit.generate import greedy
 from pt_granvit.model import GranViT
 from pt_granvit.objective import caption_sum
-from pt_granvit.ops import attention as attention_ops
+from pt_granvit.ops.table import kernels_for
 from pt_granvit.optimizer import AdamW, FlatParameters
 from pt_granvit.vision import VisionEncoder
 
@@ -32,25 +33,29 @@ class Engine:
         self.ranks = ranks or distributed.join(runtime.device)
         self.rank, self.world, self.device = self.ranks.rank, self.ranks.world, self.ranks.device
         self.dtype = DTYPES[runtime.compute]
-        attention = attention_ops.choose(runtime.attention, self.device, self.dtype)
-        self.implementations = {"attention": attention, "roi_align": "separable"}
+        self.kernels = kernels_for(self.device, self.dtype, runtime.kernels)
         self.compilations: dict[str, int] = {}  # eager mode compiles nothing
         masters = torch.float64 if self.dtype == torch.float64 else torch.float32
         with torch.device(self.device):
-            self.model = GranViT(vision, language, self.dtype, attention, runtime.recompute, stage.zero_image_tokens)
+            self.model = GranViT(vision, language, self.dtype, self.kernels, runtime.recompute, stage.zero_image_tokens)
         for name, parameter in self.model.named_parameters():
             trained = part_of(name) in stage.trains
             parameter.requires_grad_(trained)
             parameter.data = torch.empty_like(parameter, dtype=masters if trained else self.dtype)
         fill(self.model, start)
         self.trained = FlatParameters((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
-        self.optimizer = AdamW(self.trained, config.optimizer)
+        self.optimizer = AdamW(self.trained, config.optimizer, self.kernels)
         self.teacher: VisionEncoder | None = None
         if stage.distill:
             with torch.device(self.device):
-                self.teacher = VisionEncoder(vision, self.dtype, config.crop_size(vision), attention)
+                self.teacher = VisionEncoder(vision, self.dtype, config.crop_size(vision), self.kernels)
             self.teacher.requires_grad_(False).to(masters)
             fill(self.teacher, self.model.vision.named_parameters())
+        self.grid = config.distill.grid or config.crop_size(vision) // vision.patch_size
+        self.roi_align = self.kernels.pick("roi_align", grid=self.grid) if stage.distill else None
+        positions = config.train.micro_batch * max(bucket.answers for bucket in config.data.buckets)
+        fused = self.kernels.row("cross_entropy", positions=positions, vocab=language.vocab)
+        self.cross_entropy = None if fused.name == COMPOSED else self.kernels.load(fused.function)
 
     memory = staticmethod(distributed.memory)
     join = staticmethod(distributed.join)
@@ -85,20 +90,27 @@ class Engine:
     def losses(self, batch: Batch, step_inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Loss, caption loss and distillation loss: the batch's sums divided by `StepInputs.divisors`. Then the summed variance
         of the teacher's features, not divided."""
-        logits, built_features = self.model(
+        inputs = (
             self._put(batch.pixels_B3RR), self._put(batch.image_weights_B), self._ids(batch.token_ids_BS),
             self._ids(batch.positions_BS), self._ids(batch.segments_BS), self._ids(batch.image_positions_BN),
             self._ids(batch.answer_positions_BA),
         )  # fmt: skip
         tokens, boxes = step_inputs.divisors(batch)
-        caption = caption_sum(logits, self._ids(batch.answer_targets_BA), self._put(batch.answer_weights_BA)) / tokens
+        targets_BA, weights_BA = self._ids(batch.answer_targets_BA), self._put(batch.answer_weights_BA)
+        if self.cross_entropy is None:
+            logits, built_features = self.model(*inputs)
+            caption = caption_sum(logits, targets_BA, weights_BA) / tokens
+        else:
+            hidden, built_features = self.model.hidden(*inputs)
+            head_VC = self.model.language.head_weight()
+            caption = self.cross_entropy(hidden.flatten(0, 1), head_VC, targets_BA.flatten(), weights_BA.flatten()) / tokens
         if self.teacher is None:
             return caption, caption, torch.zeros_like(caption), torch.zeros_like(caption)
-        own_grid = self.config.crop_size(self.vision) // self.vision.patch_size
-        target = teacher_features(self.teacher, self._put(batch.crops_BK3rr), self.config.distill.grid or own_grid)
+        target = teacher_features(self.teacher, self._put(batch.crops_BK3rr), self.grid)
         boxes_BK4, weights_BK = self._put(batch.boxes_BK4), self._put(batch.box_weights_BK)
-        grids = () if batch.grids_B2 is None else (self._ids(batch.grids_B2),)
-        distill, variance = distill_sums(built_features, target, boxes_BK4, weights_BK, self.config.distill.loss, *grids)
+        grids_B2 = None if batch.grids_B2 is None else self._ids(batch.grids_B2)
+        distill, variance = distill_sums(built_features, target, boxes_BK4, weights_BK, self.config.distill.loss, grids_B2,
+                                         self.roi_align)  # fmt: skip
         distill = distill / boxes
         return caption + self.config.distill.weight * distill, caption, distill, variance
 

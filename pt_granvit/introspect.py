@@ -1,5 +1,5 @@
 """Named activations, their gradients, isolated modules and single operators (see `granvit.introspection.Introspection`)."""
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,14 +11,15 @@ from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
 from granvit.engine import LOSSES, StepInputs
 from granvit.introspection import INPUTS, Capture, Feed
+from granvit.kernels import Kernels
 from granvit.models import LanguageConfig, Shapes, VisionConfig
 from pt_granvit import language, layers, projector
-from pt_granvit.arrays import DTYPES, to_numpy
+from pt_granvit.arrays import to_numpy
 from pt_granvit.engine import Engine
 from pt_granvit.generate import greedy
 from pt_granvit.layers import norm
-from pt_granvit.ops import attention as attention_ops
 from pt_granvit.ops import roi_align as roi_ops
+from pt_granvit.ops.table import kernels_for
 from pt_granvit.taps import Module, Tap
 from pt_granvit.vision import VisionEmbeddings, VisionEncoder
 
@@ -36,19 +37,29 @@ def tapped_modules(engine: Engine, names: Iterable[str]) -> dict[str, Module]:
     return {name: find(name) for name in names}
 
 
-def _norm(kind: str, x: Tensor, *weights: Tensor, eps: float) -> Tensor:
-    module = norm(kind, x.shape[-1], eps)
+def _norm(kind: str, x: Tensor, *weights: Tensor, eps: float, kernels: Kernels) -> Tensor:
+    module = norm(kind, x.shape[-1], eps, kernels)
     for parameter, weight in zip(module.parameters(), weights, strict=True):
         parameter.data = weight
     return module(x)
 
 
-def _rope(x_BHSD: Tensor, positions_BS: Tensor, theta: float) -> Tensor:
-    return language.rotate(x_BHSD, *language.rotary(positions_BS, x_BHSD.shape[-1], theta, x_BHSD.dtype))
+def _rope(x_BHSD: Tensor, positions_BS: Tensor, theta: float, kernels: Kernels) -> Tensor:
+    return kernels.pick("rope")(x_BHSD, *language.rotary(positions_BS, x_BHSD.shape[-1], theta, x_BHSD.dtype))
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, segments_BS: Tensor, implementation: str) -> Tensor:
-    return attention_ops.attention(q, k, v, attention_ops.shared_prefix_mask(segments_BS), implementation)
+def _attention(q: Tensor, k: Tensor, v: Tensor, segments_BS: Tensor | None = None, *, kernels: Kernels) -> Tensor:
+    mask, attend = kernels.attention(head_dim=q.shape[-1], masked=segments_BS is not None, cached=False)
+    return attend(q, k, v, None if segments_BS is None else mask(segments_BS))
+
+
+def _roi_align(features_BHWC: Tensor, boxes_BK4: Tensor, grid: int, kernels: Kernels) -> Tensor:
+    return kernels.pick("roi_align", grid=grid)(features_BHWC, boxes_BK4, grid)
+
+
+def _cross_entropy(hidden_AC: Tensor, head_VC: Tensor, targets_A: Tensor, weights_A: Tensor, kernels: Kernels) -> Tensor:
+    function = kernels.pick("cross_entropy", positions=len(hidden_AC), vocab=len(head_VC))
+    return function(hidden_AC, head_VC, targets_A.long(), weights_A)
 
 
 def _pixels(pixels_B3RR: Tensor, dtype: torch.dtype, vision: VisionConfig) -> Tensor:
@@ -59,22 +70,22 @@ def _positions(table_NC: Tensor, vision: VisionConfig, image_size: int) -> Tenso
     return VisionEmbeddings(vision, image_size).resampled(table_NC)
 
 
-def _operator(name: str, config: RunConfig, device: str, options: dict[str, Any]) -> Callable[..., Tensor]:
+def _operator(name: str, kernels: Kernels, dtype: torch.dtype, options: dict[str, Any]) -> Callable[..., Tensor]:
     """The operator that `granvit.introspection.Introspection.operate` runs: a function or module that the model itself uses."""
-    dtype = DTYPES[config.runtime.compute]
-    implementation = attention_ops.choose(config.runtime.attention, device, dtype)
     functions = {
-        "roi_align": roi_ops.roi_align,
+        "roi_align": partial(_roi_align, kernels=kernels),
         "roi_align_tiled": roi_ops.roi_align_tiled,
         "pixel_shuffle": projector.pixel_shuffle,
-        "attention": partial(_attention, implementation=implementation),
-        "attention_all": lambda q, k, v: attention_ops.attention(q, k, v, None, implementation),
-        "rope": _rope,
-        "layer_norm": partial(_norm, "layer"),
-        "rms_norm": partial(_norm, "rms"),
+        "attention": partial(_attention, kernels=kernels),
+        "attention_all": partial(_attention, kernels=kernels),
+        "rope": partial(_rope, kernels=kernels),
+        "swiglu": kernels.pick("swiglu"),
+        "cross_entropy": partial(_cross_entropy, kernels=kernels),
+        "layer_norm": partial(_norm, "layer", kernels=kernels),
+        "rms_norm": partial(_norm, "rms", kernels=kernels),
         "pixels": partial(_pixels, dtype=dtype),
         "positions": _positions,
-        **{kind: partial(layers.activate, kind) for kind in ("gelu", "gelu_tanh", "quick_gelu", "silu")},
+        **{kind: layers.activation(kind, kernels) for kind in ("gelu", "gelu_tanh", "quick_gelu", "silu")},
     }
     return partial(functions[name], **options)
 
@@ -111,13 +122,18 @@ class Introspector:
         )
 
     def operate(self, operator: str, arrays: Sequence[np.ndarray], cotangent: np.ndarray, differentiate: int,
+                named: Mapping[str, str] | None = None, documented: bool = False,
                 **options: Any) -> tuple[np.ndarray, list[np.ndarray]]:  # fmt: skip
-        """An operator's output, and the gradients of its first `differentiate` inputs; `cotangent` is the output's gradient."""
+        """An operator's output, and the gradients of its first `differentiate` inputs; `cotangent` is the output's gradient.
+        `named` names implementations, as `runtime.kernels` does. With `documented` they are those of an NPU in float16, on
+        stand-ins that follow CANN's documents (`parity.documented`)."""
+        device, dtype = ("npu", torch.float16) if documented else (self.engine.device, self.engine.dtype)
+        kernels = kernels_for(device, dtype, {**self.engine.config.runtime.kernels, **(named or {})})
         inputs = [torch.from_numpy(array).to(self.engine.device) for array in arrays]
-        inputs = [x.to(self.engine.dtype) if x.is_floating_point() else x for x in inputs]
+        inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
         differentiated = [x.requires_grad_() for x in inputs[:differentiate]]
         with torch.device(self.engine.device):  # for tensors that an operator creates
-            out = _operator(operator, self.engine.config, self.engine.device, options)(*inputs)
+            out = _operator(operator, kernels, dtype, options)(*inputs)
         if not differentiated:
             return to_numpy(out), []
         gradients = torch.autograd.grad(out, differentiated, torch.from_numpy(cotangent).to(out))

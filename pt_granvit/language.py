@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
+from granvit.kernels import Kernels
 from granvit.models import LanguageConfig, language_shapes
 from pt_granvit.arrays import DTYPES, fill, to_numpy
 from pt_granvit.distributed import choose_device
-from pt_granvit.layers import Embedding, Linear, RMSNorm, activate, stored_as
-from pt_granvit.ops import attention as attention_ops
+from pt_granvit.layers import Embedding, Linear, RMSNorm, stored_as
+from pt_granvit.ops.table import PLAIN, kernels_for
 from pt_granvit.taps import Module
 
 
@@ -27,19 +28,15 @@ def rotary(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Applies RoPE in the rotate-half layout: channel i of a head is paired with channel i + D / 2."""
-    half = x_BHSD.shape[-1] // 2
-    swapped = torch.cat([-x_BHSD[..., half:], x_BHSD[..., :half]], dim=-1)
-    return x_BHSD * cos + swapped * sin
-
-
 class LanguageAttention(Module):
     """Grouped-query self-attention with rotary positions."""
 
-    def __init__(self, c: LanguageConfig, implementation: str):
+    def __init__(self, c: LanguageConfig, kernels: Kernels):
         super().__init__()
-        self.head_dim, self.implementation = c.head_dim, implementation
+        self.head_dim = c.head_dim
+        self.rotate = kernels.pick("rope")
+        self.attend = kernels.attention(head_dim=c.head_dim, masked=True, cached=False).attend
+        self.attend_cached = kernels.attention(head_dim=c.head_dim, masked=True, cached=True).attend
         self.q_proj = Linear(c.width, c.heads * c.head_dim, c.qkv_bias)
         self.k_proj = Linear(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
         self.v_proj = Linear(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
@@ -48,39 +45,39 @@ class LanguageAttention(Module):
     def project(self, x_BSC: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries `[B, H, S, D]`, rotated keys and values `[B, G, S, D]`."""
         q, k, v = (p(x_BSC).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        return self.rotate(q, cos, sin), self.rotate(k, cos, sin), v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        out = self.emit(attention_ops.attention(q, k, v, mask, self.implementation))
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+    def output(self, out_BHSD: Tensor) -> Tensor:
+        return self.o_proj(self.emit(out_BHSD).transpose(1, 2).flatten(2))
 
 
 class LanguageMLP(Module):
     """SwiGLU: `down(silu(gate x) * up x)`."""
 
-    def __init__(self, c: LanguageConfig):
+    def __init__(self, c: LanguageConfig, kernels: Kernels):
         super().__init__()
+        self.swiglu = kernels.pick("swiglu")
         self.gate_proj = Linear(c.width, c.mlp, False)
         self.up_proj = Linear(c.width, c.mlp, False)
         self.down_proj = Linear(c.mlp, c.width, False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.emit(activate("silu", self.gate_proj(x)) * self.up_proj(x)))
+        return self.down_proj(self.emit(self.swiglu(self.gate_proj(x), self.up_proj(x))))
 
 
 class LanguageBlock(Module):
     """A pre-norm decoder block."""
 
-    def __init__(self, c: LanguageConfig, implementation: str):
+    def __init__(self, c: LanguageConfig, kernels: Kernels):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.width, c.norm_eps)
-        self.self_attn = LanguageAttention(c, implementation)
-        self.post_attention_layernorm = RMSNorm(c.width, c.norm_eps)
-        self.mlp = LanguageMLP(c)
+        self.input_layernorm = RMSNorm(c.width, c.norm_eps, kernels)
+        self.self_attn = LanguageAttention(c, kernels)
+        self.post_attention_layernorm = RMSNorm(c.width, c.norm_eps, kernels)
+        self.mlp = LanguageMLP(c, kernels)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         q, k, v = self.self_attn.project(self.input_layernorm(x), cos, sin)
-        x = x + self.self_attn.attend(q, k, v, mask)
+        x = x + self.self_attn.output(self.self_attn.attend(q, k, v, mask))
         return self.emit(x + self.mlp(self.post_attention_layernorm(x)))
 
     def forward_cached(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, keys: Tensor, values: Tensor,
@@ -89,27 +86,28 @@ class LanguageBlock(Module):
         q, k, v = self.self_attn.project(self.input_layernorm(x), cos, sin)
         one_hot_B1LS = slots_BSL.transpose(1, 2)[:, None].to(x.dtype)
         keys, values = keys + one_hot_B1LS @ k, values + one_hot_B1LS @ v
-        x = x + self.self_attn.attend(q, keys, values, mask)
+        x = x + self.self_attn.output(self.self_attn.attend_cached(q, keys, values, mask))
         return x + self.mlp(self.post_attention_layernorm(x)), keys, values
 
 
 class DecoderModel(nn.Module):
     """Embeddings, blocks and the closing norm, under the canonical path `model`."""
 
-    def __init__(self, c: LanguageConfig, implementation: str):
+    def __init__(self, c: LanguageConfig, kernels: Kernels):
         super().__init__()
         self.embed_tokens = Embedding(c.vocab, c.width)
-        self.layers = nn.ModuleList(LanguageBlock(c, implementation) for _ in range(c.layers))
-        self.norm = RMSNorm(c.width, c.norm_eps)
+        self.layers = nn.ModuleList(LanguageBlock(c, kernels) for _ in range(c.layers))
+        self.norm = RMSNorm(c.width, c.norm_eps, kernels)
 
 
 class CausalDecoder(Module):
     """A decoder that takes input embeddings instead of token ids, so that image tokens can be placed between text tokens."""
 
-    def __init__(self, c: LanguageConfig, dtype: torch.dtype, attention: str = "sdpa", recompute: bool = False):
+    def __init__(self, c: LanguageConfig, dtype: torch.dtype, kernels: Kernels = PLAIN, recompute: bool = False):
         super().__init__()
         self.config, self.dtype, self.recompute = c, dtype, recompute
-        self.model = DecoderModel(c, attention)
+        self.model = DecoderModel(c, kernels)
+        self.mask = kernels.attention(head_dim=c.head_dim, masked=True, cached=False).mask
         self.lm_head = None if c.tied_head else Linear(c.width, c.vocab, False)
 
     @classmethod
@@ -120,7 +118,7 @@ class CausalDecoder(Module):
         dtype = dtype or DTYPES[opened.dtype]
         device = choose_device(device)
         with torch.device(device), stored_as(dtype):
-            decoder = cls(opened.language, dtype, attention_ops.choose("auto", device, dtype))
+            decoder = cls(opened.language, dtype, kernels_for(device, dtype))
         fill(decoder, opened.tensors, "language.")
         return decoder.eval()
 
@@ -139,10 +137,14 @@ class CausalDecoder(Module):
             return self.lm_head(hidden)
         return self.emit(torch.nn.functional.linear(hidden, self.model.embed_tokens.weight.to(hidden.dtype)))
 
+    def head_weight(self) -> Tensor:
+        """The head's weights `[V, C]`."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
     def forward(self, inputs_BSC: Tensor, positions_BS: Tensor, segments_BS: Tensor) -> Tensor:
         """Hidden states `[B, S, C]` after the closing norm, with the shared-prefix mask."""
         cos, sin = rotary(positions_BS, self.config.head_dim, self.config.rope_theta, self.dtype)
-        mask = attention_ops.shared_prefix_mask(segments_BS)
+        mask = self.mask(segments_BS)
         x = inputs_BSC
         for block in self.model.layers:
             if self.recompute and self.training:

@@ -1,12 +1,15 @@
 """Building blocks with the canonical parameter names. Every forward pass casts the weights to the dtype of the activations, so
 float32 master weights can be used in a bfloat16 forward pass. Norms compute in float32 (in float64 for float64 activations)."""
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from granvit.kernels import Kernels
+from pt_granvit.arrays import to_float32_or_wider
+from pt_granvit.ops import activations
 from pt_granvit.taps import Module
 
 _stored_as = torch.float32
@@ -26,11 +29,6 @@ def stored_as(dtype: torch.dtype) -> Iterator[None]:
 def parameter(*shape: int) -> nn.Parameter:
     """A parameter whose values are set later (`pt_granvit.arrays.fill`); float32 unless created inside `stored_as`."""
     return nn.Parameter(torch.empty(shape, dtype=_stored_as))
-
-
-def to_float32_or_wider(x: Tensor) -> Tensor:
-    """`x` in float32; float64 stays float64. Norms, softmax and losses are computed in this dtype."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class Linear(Module):
@@ -73,28 +71,22 @@ class LayerNorm(Module):
 class RMSNorm(Module):
     """`x / sqrt(mean(x^2) + eps) * weight` over the last axis."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, eps: float, kernels: Kernels):
         super().__init__()
-        self.eps = eps
         self.weight = parameter(width)
+        self.eps, self.normalise = eps, kernels.pick("rms_norm")
 
     def forward(self, x: Tensor) -> Tensor:
-        h = to_float32_or_wider(x)
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return self.emit((h * self.weight.to(h.dtype)).to(x.dtype))
+        return self.emit(self.normalise(x, self.weight, self.eps))
 
 
-def norm(kind: str, width: int, eps: float) -> nn.Module:
+def norm(kind: str, width: int, eps: float, kernels: Kernels) -> nn.Module:
     """The norm that a configuration calls `layer` or `rms`."""
-    return LayerNorm(width, eps) if kind == "layer" else RMSNorm(width, eps)
+    return LayerNorm(width, eps) if kind == "layer" else RMSNorm(width, eps, kernels)
 
 
-def activate(kind: str, x: Tensor) -> Tensor:
-    """`gelu_tanh` (SigLIP), `gelu` (exact), `quick_gelu` (CLIP: x sigmoid(1.702 x)), `silu`."""
+def activation(kind: str, kernels: Kernels) -> Callable[[Tensor], Tensor]:
+    """The function that a configuration calls `gelu_tanh` (SigLIP), `gelu` (exact), `quick_gelu` (CLIP) or `silu`."""
     if kind == "gelu_tanh":
-        return F.gelu(x, approximate="tanh")
-    if kind == "gelu":
-        return F.gelu(x)
-    if kind == "quick_gelu":
-        return x * torch.sigmoid(1.702 * x)
-    return F.silu(x)
+        return kernels.pick("gelu")
+    return {"gelu": activations.exact_gelu, "quick_gelu": activations.quick_gelu, "silu": activations.silu}[kind]

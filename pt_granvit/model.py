@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
+from granvit.kernels import Kernels
 from granvit.models import PARTS, LanguageConfig, VisionConfig, parameter_shapes
 from pt_granvit.arrays import DTYPES, fill, to_numpy
 from pt_granvit.distributed import choose_device
 from pt_granvit.language import CausalDecoder
 from pt_granvit.layers import stored_as
-from pt_granvit.ops import attention as attention_ops
+from pt_granvit.ops.table import PLAIN, kernels_for
 from pt_granvit.projector import Projector
 from pt_granvit.taps import Module
 from pt_granvit.vision import VisionEncoder
@@ -27,13 +28,13 @@ class GranViT(Module):
     With `zero_image_tokens` the image tokens are zeros, so the decoder has the text alone (stage `guesser`).
     """
 
-    def __init__(self, vision: VisionConfig, language: LanguageConfig, dtype: torch.dtype, attention: str = "sdpa",
+    def __init__(self, vision: VisionConfig, language: LanguageConfig, dtype: torch.dtype, kernels: Kernels = PLAIN,
                  recompute: bool = False, zero_image_tokens: bool = False):  # fmt: skip
         super().__init__()
         self.zero_image_tokens = zero_image_tokens
-        self.vision = VisionEncoder(vision, dtype, attention=attention, recompute=recompute)
+        self.vision = VisionEncoder(vision, dtype, kernels=kernels, recompute=recompute)
         self.projector = Projector(vision, language)
-        self.language = CausalDecoder(language, dtype, attention, recompute)
+        self.language = CausalDecoder(language, dtype, kernels, recompute)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, dtype: torch.dtype | None = None, device: str = "auto") -> Self:
@@ -43,7 +44,7 @@ class GranViT(Module):
         dtype = dtype or DTYPES[opened.dtype]
         device = choose_device(device)
         with torch.device(device), stored_as(dtype):
-            model = cls(opened.vision, opened.language, dtype, attention_ops.choose("auto", device, dtype))
+            model = cls(opened.vision, opened.language, dtype, kernels_for(device, dtype))
         fill(model, opened.tensors)
         return model.eval()
 
@@ -71,12 +72,20 @@ class GranViT(Module):
         placed_BSC = torch.zeros_like(embeddings).scatter_add(1, positions_BN[..., None].expand(-1, -1, C), tokens_BNC)
         return self.emit(embeddings * text_weights_BS1 + placed_BSC), built_features
 
-    def forward(self, pixels_B3RR: Tensor, image_weights_B: Tensor, token_ids_BS: Tensor, positions_BS: Tensor,
-                segments_BS: Tensor, image_positions_BN: Tensor,
-                answer_positions_BA: Tensor) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Logits `[B, A, V]` at the supervised positions only, and the encoder's features at its `built_level`: `[B, N, C]`, with
-        tiling those of every view, `[B T, N, C]`."""
+    def hidden(self, pixels_B3RR: Tensor, image_weights_B: Tensor, token_ids_BS: Tensor, positions_BS: Tensor,
+               segments_BS: Tensor, image_positions_BN: Tensor,
+               answer_positions_BA: Tensor) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Hidden states `[B, A, C]` at the supervised positions, and the encoder's features at its `built_level`: `[B, N, C]`,
+        with tiling those of every view, `[B T, N, C]`."""
         inputs, built_features = self.inputs(pixels_B3RR, image_weights_B, token_ids_BS, image_positions_BN)
         hidden = self.language(inputs, positions_BS, segments_BS)
         positions_BAC = answer_positions_BA[..., None].expand(-1, -1, hidden.shape[-1])
-        return self.language.head(hidden.gather(1, positions_BAC)), built_features
+        return hidden.gather(1, positions_BAC), built_features
+
+    def forward(self, pixels_B3RR: Tensor, image_weights_B: Tensor, token_ids_BS: Tensor, positions_BS: Tensor,
+                segments_BS: Tensor, image_positions_BN: Tensor,
+                answer_positions_BA: Tensor) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Logits `[B, A, V]` at the supervised positions only, and the features as in `hidden`."""
+        hidden_BAC, built_features = self.hidden(pixels_B3RR, image_weights_B, token_ids_BS, positions_BS, segments_BS,
+                                                 image_positions_BN, answer_positions_BA)  # fmt: skip
+        return self.language.head(hidden_BAC), built_features

@@ -1,7 +1,7 @@
 """The caption term of the loss (paper section 4.1: L_caption = CrossEntropy(O_LLM, T)); a sum, which the engine divides."""
 from torch import Tensor
 
-from pt_granvit.layers import to_float32_or_wider
+from pt_granvit.arrays import to_float32_or_wider
 
 
 def caption_sum(logits_BAV: Tensor, targets_BA: Tensor, weights_BA: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from granvit.config import OptimizerSection
+from granvit.kernels import Kernels
 from granvit.models import part_of
+from pt_granvit.ops.table import PLAIN
 
 
 class FlatParameters:
@@ -44,8 +46,8 @@ class AdamW:
     """Decoupled weight decay (Loshchilov & Hutter 2019), bias-corrected, on float32 master weights. Only parameters of
     two or more axes decay. Parts may have their own learning rate and decay."""
 
-    def __init__(self, parameters: FlatParameters, config: OptimizerSection):
-        self.parameters, self.config = parameters, config
+    def __init__(self, parameters: FlatParameters, config: OptimizerSection, kernels: Kernels = PLAIN):
+        self.parameters, self.config, self.move = parameters, config, kernels.pick("adamw")
         self.first_moment = torch.zeros_like(parameters.values)
         self.second_moment = torch.zeros_like(parameters.values)
         self.slices: list[tuple[slice, float, float]] = []  # of the flat buffer, factor of the learning rate, decay
@@ -62,15 +64,13 @@ class AdamW:
         `step` counts updates from 1; `learning_rate` is the value of `optimizer.lr` at this step of the schedule.
         """
         c, p = self.config, self.parameters
-        g, m, v = p.gradients, self.first_moment, self.second_moment
-        g.mul_((c.clip_norm / (grad_norm + 1e-6)).clamp(max=1.0))
-        m.lerp_(g, 1 - c.betas[0])
-        v.mul_(c.betas[1]).addcmul_(g, g, value=1 - c.betas[1])
+        p.gradients.mul_((c.clip_norm / (grad_norm + 1e-6)).clamp(max=1.0))
+        buffers = p.values, p.gradients, self.first_moment, self.second_moment
         correction1, correction2 = 1 - c.betas[0] ** step, 1 - c.betas[1] ** step
-        denominator = (v / correction2).sqrt_().add_(c.eps)
         for part, share, decay in self.slices:
             rate = learning_rate * share
-            if decay:
-                p.values[part.start : min(part.stop, p.decayed)].mul_(1 - rate * decay)
-            p.values[part].addcdiv_(m[part], denominator[part], value=-rate / correction1)
-        g.zero_()
+            border = min(max(p.decayed, part.start), part.stop)  # vectors come after it and do not decay
+            for piece, factor in ((slice(part.start, border), 1 - rate * decay), (slice(border, part.stop), None)):
+                self.move(*(buffer[piece] for buffer in buffers), factor if decay else None, rate / correction1, correction2,
+                          *c.betas, c.eps)  # fmt: skip
+        p.gradients.zero_()

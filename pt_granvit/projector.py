@@ -2,7 +2,8 @@
 from torch import Tensor
 
 from granvit.models import LanguageConfig, VisionConfig
-from pt_granvit.layers import Linear, activate
+from pt_granvit.layers import Linear
+from pt_granvit.ops.activations import exact_gelu
 from pt_granvit.taps import Module
 
 
@@ -30,4 +31,4 @@ class Projector(Module):
     def forward(self, features_BNC: Tensor) -> Tensor:
         if self.shuffle:
             features_BNC = pixel_shuffle(features_BNC)
-        return self.linear_2(self.emit(activate("gelu", self.linear_1(features_BNC))))
+        return self.linear_2(self.emit(exact_gelu(self.linear_1(features_BNC))))

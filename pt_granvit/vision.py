@@ -11,11 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
 from granvit.interpolate import position_matrix
+from granvit.kernels import Kernels
 from granvit.models import Level, VisionConfig, vision_shapes
 from pt_granvit.arrays import DTYPES, fill, to_numpy
 from pt_granvit.distributed import choose_device
-from pt_granvit.layers import Embedding, Linear, activate, norm, parameter, stored_as
-from pt_granvit.ops import attention as attention_ops
+from pt_granvit.layers import Embedding, Linear, activation, norm, parameter, stored_as
+from pt_granvit.ops.table import PLAIN, kernels_for
 from pt_granvit.taps import Module
 
 
@@ -41,10 +42,10 @@ class PatchEmbedding(Module):
 class VisionEmbeddings(Module):
     """Patch embeddings, the class token if there is one, and position embeddings."""
 
-    def __init__(self, c: VisionConfig, image_size: int):
+    def __init__(self, c: VisionConfig, image_size: int, kernels: Kernels = PLAIN):
         super().__init__()
         self.patch_embedding = PatchEmbedding(c)
-        self.patch_norm = norm(c.norm, c.width, c.norm_eps) if c.patch_norm else None
+        self.patch_norm = norm(c.norm, c.width, c.norm_eps, kernels) if c.patch_norm else None
         self.class_embedding = parameter(c.width) if c.class_token else None
         self.position_embedding = Embedding(c.patches + c.class_token, c.width)
         grid = image_size // c.patch_size
@@ -70,9 +71,10 @@ class VisionEmbeddings(Module):
 class VisionAttention(Module):
     """Multi-head self-attention over all tokens of one image."""
 
-    def __init__(self, c: VisionConfig, implementation: str):
+    def __init__(self, c: VisionConfig, kernels: Kernels):
         super().__init__()
-        self.heads, self.implementation = c.heads, implementation
+        self.heads = c.heads
+        self.attend = kernels.attention(head_dim=c.head_dim, masked=False, cached=False).attend
         self.q_proj = Linear(c.width, c.width, c.bias)
         self.k_proj = Linear(c.width, c.width, c.bias)
         self.v_proj = Linear(c.width, c.width, c.bias)
@@ -80,35 +82,37 @@ class VisionAttention(Module):
 
     def forward(self, x_BNC: Tensor) -> Tensor:
         q, k, v = (p(x_BNC).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        out = self.emit(attention_ops.attention(q, k, v, None, self.implementation))
+        out = self.emit(self.attend(q, k, v, None))
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
 class VisionMLP(Module):
     """`fc2(act(fc1 x))`, or gated: `fc2(act(gate_proj x) * fc1 x)`."""
 
-    def __init__(self, c: VisionConfig):
+    def __init__(self, c: VisionConfig, kernels: Kernels):
         super().__init__()
-        self.activation = c.activation
+        self.activate = activation(c.activation, kernels)
+        self.swiglu = kernels.pick("swiglu") if c.gated_mlp and c.activation == "silu" else None
         self.gate_proj = Linear(c.width, c.mlp, c.bias) if c.gated_mlp else None
         self.fc1 = Linear(c.width, c.mlp, c.bias)
         self.fc2 = Linear(c.mlp, c.width, c.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
-            return self.fc2(self.emit(activate(self.activation, self.fc1(x))))
-        return self.fc2(self.emit(activate(self.activation, self.gate_proj(x)) * self.fc1(x)))
+            return self.fc2(self.emit(self.activate(self.fc1(x))))
+        gate, up = self.gate_proj(x), self.fc1(x)
+        return self.fc2(self.emit(self.activate(gate) * up if self.swiglu is None else self.swiglu(gate, up)))
 
 
 class VisionBlock(Module):
     """A pre-norm transformer block, with InternViT's layer scale where the configuration has it."""
 
-    def __init__(self, c: VisionConfig, implementation: str):
+    def __init__(self, c: VisionConfig, kernels: Kernels):
         super().__init__()
-        self.layer_norm1 = norm(c.norm, c.width, c.norm_eps)
-        self.self_attn = VisionAttention(c, implementation)
-        self.layer_norm2 = norm(c.norm, c.width, c.norm_eps)
-        self.mlp = VisionMLP(c)
+        self.layer_norm1 = norm(c.norm, c.width, c.norm_eps, kernels)
+        self.self_attn = VisionAttention(c, kernels)
+        self.layer_norm2 = norm(c.norm, c.width, c.norm_eps, kernels)
+        self.mlp = VisionMLP(c, kernels)
         self.layer_scale1 = parameter(c.width) if c.layer_scale else None
         self.layer_scale2 = parameter(c.width) if c.layer_scale else None
 
@@ -122,9 +126,9 @@ class VisionBlock(Module):
 class VisionBlocks(nn.Module):
     """Holds the blocks under the canonical path `encoder.layers`."""
 
-    def __init__(self, c: VisionConfig, implementation: str):
+    def __init__(self, c: VisionConfig, kernels: Kernels):
         super().__init__()
-        self.layers = nn.ModuleList(VisionBlock(c, implementation) for _ in range(c.built_layers))
+        self.layers = nn.ModuleList(VisionBlock(c, kernels) for _ in range(c.built_layers))
 
 
 class VisionEncoder(Module):
@@ -134,16 +138,16 @@ class VisionEncoder(Module):
     not built (see `VisionConfig`).
     """
 
-    def __init__(self, c: VisionConfig, dtype: torch.dtype, image_size: int | None = None, attention: str = "sdpa",
+    def __init__(self, c: VisionConfig, dtype: torch.dtype, image_size: int | None = None, kernels: Kernels = PLAIN,
                  recompute: bool = False):  # fmt: skip
         super().__init__()
         self.config, self.dtype, self.recompute, self.built = c, dtype, recompute, ", ".join(c.available_levels)
         self.side = c.side(image_size)
         self.takes = f"this encoder takes [B, 3, {self.side}, {self.side}]; load_encoder(..., resolution=SIDE) takes other sides"
-        self.embeddings = VisionEmbeddings(c, self.side)
-        self.pre_layernorm = norm(c.norm, c.width, c.norm_eps) if c.pre_norm else None
-        self.encoder = VisionBlocks(c, attention)
-        self.post_layernorm = norm(c.norm, c.width, c.norm_eps) if c.built_level == "final" else None
+        self.embeddings = VisionEmbeddings(c, self.side, kernels)
+        self.pre_layernorm = norm(c.norm, c.width, c.norm_eps, kernels) if c.pre_norm else None
+        self.encoder = VisionBlocks(c, kernels)
+        self.post_layernorm = norm(c.norm, c.width, c.norm_eps, kernels) if c.built_level == "final" else None
         self.register_buffer("mean", torch.tensor(c.mean).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(c.std).reshape(1, 3, 1, 1), persistent=False)
 
@@ -162,7 +166,7 @@ class VisionEncoder(Module):
         dtype = dtype or DTYPES[opened.dtype]
         device = choose_device(device)
         with torch.device(device), stored_as(dtype):
-            encoder = cls(opened.vision, dtype, resolution, attention_ops.choose("auto", device, dtype))
+            encoder = cls(opened.vision, dtype, resolution, kernels_for(device, dtype))
         fill(encoder, opened.tensors, "vision.")
         return encoder.eval()
 

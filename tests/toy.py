@@ -14,6 +14,7 @@ import numpy as np
 from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
 from granvit.engine import Group, NonFiniteLoss, StepInputs, StepResult
+from granvit.kernels import Kernels
 from granvit.models import LanguageConfig, VisionConfig, part_of
 
 
@@ -55,7 +56,7 @@ class ToyEngine:
         self.ranks = ranks or ToyRanks()
         self.rank, self.world = self.ranks.rank, self.ranks.world
         self.config, self.stage = config, config.stage_spec
-        self.device, self.implementations, self.compilations = "toy", {"attention": "none"}, {"step": 1}
+        self.device, self.kernels, self.compilations = "toy", Kernels("toy", (), "toy", "float32"), {"step": 1}
         self.weights = {name: np.array(array, np.float32) for name, array in start}
         self.trained = [name for name in self.weights if part_of(name) in self.stage.trains]
         self.first = {name: np.zeros_like(self.weights[name]) for name in self.trained}

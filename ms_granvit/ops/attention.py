@@ -1,9 +1,13 @@
-"""Attention: one signature, several implementations, chosen by device when the model is built.
+"""Attention: `softmax(q k^T / sqrt(D)) v`, `[B, H, S, D]`, in the dtype of `q`.
 
-Layout letters: B rows, H query heads, G key-value heads, S queries, L keys, D head width.
+The mask is boolean `[B, 1, S, L]`, true where attention is allowed, or None. Fewer key heads than query heads means grouped-query
+attention: query head h uses key head h // (H / G). Layout letters: B rows, H query heads, G key-value heads, S queries, L keys, D
+head width.
 """
 import mindspore as ms
 from mindspore import Tensor, nn, ops
+
+UNLIMITED = 2147483647  # the default of `next_tokens`
 
 
 def shared_prefix_mask(segments_BS: Tensor) -> Tensor:
@@ -46,6 +50,9 @@ class Composed(nn.Cell):
         return self.nn(dscores, k_BHLD), self.tn(dscores, q_BHSD), self.tn(p_BHSL, dout), ops.zeros_like(bias)
 
 
+COMPOSED = Composed()
+
+
 def composed(q_BHSD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, mask: Tensor | None) -> Tensor:
     """`Composed` for any number of key heads. The mask is added to the scores as -1e30 where attention is not allowed; any
     score added to that is lost to rounding. masked_fill is slow on CPU, and so is a broadcast: the mask is broadcast once for all
@@ -62,51 +69,28 @@ def composed(q_BHSD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, mask: Tensor | None
 
 
 def flash(q_BHSD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, mask: Tensor | None) -> Tensor:
-    """CANN's fused kernel (float16 or bfloat16; its mask is true where a key is discarded). It takes fewer key heads than query
-    heads, so keys and values are not repeated.
+    """CANN's fused kernel (float16 or bfloat16). Its own mask is true where a key is discarded. It takes fewer key heads than
+    query heads, so keys and values are not repeated.
 
     The kernel takes head widths that are multiples of 16. Others (SigLIP's 72) are padded with zeros, which changes neither
     scores nor outputs; the scale is that of the unpadded width.
+
+    Where a mask is square, no query attends to a later key (`shared_prefix_mask`; a prompt in caches of its own length). The
+    kernel is told so by `next_tokens=0` and leaves out the blocks above the diagonal, 45% of a row of stage 1 (docs/kernels.md).
     """
     width = q_BHSD.shape[-1]
     padding = -width % 16
     if padding:
         q_BHSD, k_BGLD, v_BGLD = zero_padded(q_BHSD, padding), zero_padded(k_BGLD, padding), zero_padded(v_BGLD, padding)
     discarded = None if mask is None else ops.logical_not(mask)
+    causal = mask is not None and q_BHSD.shape[2] == k_BGLD.shape[2]
     out = ops.flash_attention_score(
-        q_BHSD, k_BGLD, v_BGLD, q_BHSD.shape[1], attn_mask=discarded, scalar_value=width**-0.5, input_layout="BNSD"
-    )
+        q_BHSD, k_BGLD, v_BGLD, q_BHSD.shape[1], attn_mask=discarded, scalar_value=width**-0.5, input_layout="BNSD",
+        next_tokens=0 if causal else UNLIMITED,
+    )  # fmt: skip
     return out[..., :width] if padding else out
 
 
 def zero_padded(x_BHSD: Tensor, padding: int) -> Tensor:
     """`x` with `padding` zeros appended along its last axis (`ops.pad` does not compile in bfloat16)."""
     return ops.cat((x_BHSD, ops.zeros((*x_BHSD.shape[:-1], padding), x_BHSD.dtype)), -1)
-
-
-COMPOSED = Composed()
-IMPLEMENTATIONS = ("composed", "flash")
-
-
-def choose(name: str, device: str, dtype: ms.Type) -> str:
-    """The implementation called `name`, or for `auto` the default of `device` (cpu, npu) and dtype."""
-    fused = device == "npu" and dtype in (ms.bfloat16, ms.float16)
-    if name == "auto":
-        return "flash" if fused else "composed"
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"runtime.attention {name!r} is not one of auto, {', '.join(IMPLEMENTATIONS)}")
-    if name == "flash" and not fused:
-        raise ValueError(f"runtime.attention 'flash' runs on npu in bfloat16 and float16, not on {device} in {dtype}; use auto")
-    return name
-
-
-def attention(q_BHSD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, mask: Tensor | None, implementation: str) -> Tensor:
-    """`softmax(q k^T / sqrt(D)) v`, `[B, H, S, D]`; boolean mask `[B, 1, S, L]`, true where attention is allowed.
-
-    Fewer key heads than query heads means grouped-query attention: query head h uses key head h // (H / G).
-    """
-    if implementation == "flash":
-        return flash(q_BHSD, k_BGLD, v_BGLD, mask)
-    if implementation == "composed":
-        return composed(q_BHSD, k_BGLD, v_BGLD, mask)
-    raise ValueError(f"runtime.attention '{implementation}' has no branch in attention")

@@ -33,7 +33,7 @@ def engine():
     models = shallow_models(config)
     assert models[0].width // models[0].heads % 16, "the head width must need padding for the fused attention, as SigLIP's does"
     made = Engine(config, *models, initial_values(parameter_shapes(*models), 0).items(), distributed.Ranks(0, 1, "npu"))
-    assert made.implementations["attention"] == "flash"
+    assert made.kernels.names["attention"] == "flash"
     return made
 
 

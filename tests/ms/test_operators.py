@@ -1,5 +1,5 @@
 """Hand-written operators of the MindSpore package against their definitions in float64: activations, RMS normalisation and
-attention with backward passes, the padding for CANN's kernel, the grouping of all-reduces."""
+attention with backward passes, the grouping of all-reduces."""
 import math
 
 import numpy as np
@@ -7,11 +7,11 @@ import pytest
 
 ms = pytest.importorskip("mindspore")
 
-from mindspore import ops  # noqa: E402
-
 from ms_granvit import distributed  # noqa: E402
-from ms_granvit.layers import UnitRMS, activate  # noqa: E402
+from ms_granvit.layers import activation  # noqa: E402
 from ms_granvit.ops import attention as attention_ops  # noqa: E402
+from ms_granvit.ops import cross_entropy, rms_norm  # noqa: E402
+from ms_granvit.ops.table import PLAIN, kernels_for  # noqa: E402
 
 B, H, G, S, D = 2, 4, 2, 7, 6
 
@@ -30,10 +30,10 @@ DEFINITIONS = {
 
 @pytest.mark.parametrize("kind", DEFINITIONS)
 def test_activations_and_their_slopes_also_where_they_saturate(kind):
-    x = np.linspace(-12, 12, 2001).astype(np.float32)
+    x, function = np.linspace(-12, 12, 2001).astype(np.float32), activation(kind, PLAIN)
 
     def total(t):
-        y = activate(kind, t)
+        y = function(t)
         return y.sum(), y
 
     (_, y), slope = ms.jit(ms.value_and_grad(total, 0, has_aux=True))(ms.Tensor(x))
@@ -43,16 +43,14 @@ def test_activations_and_their_slopes_also_where_they_saturate(kind):
     np.testing.assert_allclose(slope.asnumpy(), expected, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("on_cpu", [True, False])
-def test_rms_normalisation_and_its_own_backward_pass_in_both_ways_of_taking_a_mean(on_cpu):
-    unit, eps = UnitRMS(12, 1e-2), 1e-2
-    if not on_cpu:
-        unit.shares = None
+@pytest.mark.parametrize("implementation", ["composed", "product"])
+def test_rms_normalisation_and_its_own_backward_pass_in_both_ways_of_taking_a_mean(implementation):
+    normalise, eps, weight = getattr(rms_norm, implementation), 1e-2, ms.Tensor(np.ones(12, np.float32))
     rng = np.random.default_rng(0)
     x, cotangent = (rng.standard_normal((2, 3, 12)) for _ in range(2))
 
     def weighted(t, cotangent):
-        y = unit(t)[0]
+        y = normalise(t, weight, eps)
         return (y * cotangent).sum(), y
 
     differentiate = ms.jit(ms.value_and_grad(weighted, 0, has_aux=True))
@@ -99,7 +97,7 @@ def test_composed_attention_and_its_own_backward_pass(qkv):
     cotangent = np.random.default_rng(1).standard_normal((B, H, S, D))
 
     def weighted(q, k, v, mask, cotangent):
-        out = attention_ops.attention(q, k, v, mask, "composed")
+        out = attention_ops.composed(q, k, v, mask)
         return (out * cotangent).sum(), out
 
     tensors = [ms.Tensor(x.astype(np.float32)) for x in (q, k, v)]
@@ -120,35 +118,32 @@ def test_composed_attention_and_its_own_backward_pass(qkv):
             assert (gradient.asnumpy() * direction).sum() == pytest.approx(expected, rel=1e-4, abs=1e-4), "qkv"[which]
 
 
-def test_flash_attention_is_called_as_cann_documents_it(qkv, monkeypatch):
-    """The kernel needs an NPU. Here a function with its documented behaviour replaces it (head width a multiple of 16, mask true
-    where a key is discarded, the scale as given): padding, mask and scale are checked, the kernel is not."""
-    q, k, v, _, mask = qkv
-    given = {}
+def test_chunks_of_the_cross_entropy_add_up_to_the_whole(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CHUNK", 31)  # a chunk is then one position, but for the limit of 16 chunks: 2 positions
+    rng = np.random.default_rng(0)
+    hidden, head = rng.standard_normal((19, 6)), rng.standard_normal((31, 6))
+    targets, weights = rng.integers(0, 31, 19), rng.random(19)
+    assert cross_entropy.rows_in_chunk(19, 31) == 2
+    tensors = [ms.Tensor(x.astype(kind)) for x, kind in ((hidden, np.float32), (head, np.float32), (targets, np.int32))]
 
-    def documented(query, key, value, head_num, attn_mask, scalar_value, input_layout):
-        assert query.shape[-1] % 16 == 0 and input_layout == "BNSD" and head_num == query.shape[1]
-        given["width"] = query.shape[-1]
-        true_scale = scalar_value * math.sqrt(query.shape[-1])
-        arrays = [t.asnumpy().astype(np.float64) for t in (query, key, value)]
-        return ms.Tensor(reference_attention(arrays[0] * true_scale, *arrays[1:], ~attn_mask.asnumpy()).astype(np.float32))
+    def tripled(hidden, head, targets, weights):
+        return 3 * cross_entropy.chunked(hidden, head, targets, weights)
 
-    monkeypatch.setattr(ops, "flash_attention_score", documented)
-    tensors = [ms.Tensor(x.astype(np.float32)) for x in (q, k, v)]
-    out = attention_ops.attention(*tensors, ms.Tensor(mask), "flash")
-    assert given["width"] == 16
-    np.testing.assert_allclose(out.asnumpy(), reference_attention(q, k, v, mask), rtol=0, atol=1e-5)
+    run = ms.jit(ms.value_and_grad(tripled, (0, 1)))
+    total, (dhidden, dhead) = run(*tensors, ms.Tensor(weights.astype(np.float32)))
+    logits = hidden @ head.T
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    assert float(total) == pytest.approx(-3 * (np.log(p[np.arange(19), targets]) * weights).sum(), rel=1e-6)
+    dlogits = 3 * weights[:, None] * (p - np.eye(31)[targets])
+    np.testing.assert_allclose(dhidden.asnumpy(), dlogits @ head, atol=1e-5)
+    np.testing.assert_allclose(dhead.asnumpy(), dlogits.T @ hidden, atol=1e-5)
 
 
-def test_implementations_are_refused_by_name():
-    assert attention_ops.choose("auto", "cpu", ms.float32) == "composed"
-    assert attention_ops.choose("auto", "npu", ms.bfloat16) == "flash"
-    assert attention_ops.choose("auto", "npu", ms.float32) == "composed"  # the fused kernel takes only 16-bit dtypes
-    for device in ("cpu", "npu"):
-        with pytest.raises(ValueError, match=rf"'flash'.*{device}.*Float32"):
-            attention_ops.choose("flash", device, ms.float32)
-    with pytest.raises(ValueError, match=r"runtime\.attention 'sdpa'.*composed"):
-        attention_ops.choose("sdpa", "cpu", ms.float32)
+def test_each_device_and_dtype_has_its_attention():
+    of = lambda device, dtype: kernels_for(device, dtype).row("attention", head_dim=64, masked=True, cached=False).name  # noqa: E731
+    assert of("npu", ms.bfloat16) == "flash"
+    assert of("npu", ms.float32) == "composed"  # the fused kernel takes only 16-bit dtypes
     with pytest.raises(ValueError, match="--framework torch"):
         distributed.choose_device("cuda")
 

@@ -13,11 +13,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from parity.documented import torch_npu
 
 _registered = False
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
@@ -160,13 +161,6 @@ class _Hook(backend_registration._DummyPrivateUse1Hook):
         return _Hook.attached
 
 
-def npu_fusion_attention(query, key, value, head_num, input_layout, *, atten_mask=None, scale=1.0):
-    """CANN's fused attention, as far as `pt_granvit.ops.attention` uses it; its mask is true where a key is discarded."""
-    assert input_layout == "BNSD" and head_num == query.shape[1] and query.dtype in (torch.bfloat16, torch.float16)
-    allowed = None if atten_mask is None else ~atten_mask
-    return (F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale),)
-
-
 @contextmanager
 def attached() -> Iterator[Device]:
     """Inside the block the device is available, and `runtime.device: npu` runs on it."""
@@ -174,10 +168,8 @@ def attached() -> Iterator[Device]:
     if not _registered:  # cannot be undone in this process
         backend_registration._setup_privateuseone_for_python_backend("npu", _Backend(), _Hook())
         _registered = True
-    package = types.ModuleType("torch_npu")
-    package.npu_fusion_attention = npu_fusion_attention
     with mock.patch.object(_Hook, "attached", True), Device() as device:
-        sys.modules["torch_npu"] = package
+        sys.modules["torch_npu"] = torch_npu.module()
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) then copies by an operator that `Device` records
         try:
             yield device

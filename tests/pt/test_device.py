@@ -14,7 +14,7 @@ from granvit.data.batch import Batch, Packer, Question, join  # noqa: E402
 from granvit.engine import StepInputs  # noqa: E402
 from granvit.evaluate import Evaluator, evaluation_file  # noqa: E402
 from granvit.stages import STAGES  # noqa: E402
-from parity.capture import Request, compute  # noqa: E402
+from parity.capture import KERNELS, Request, compute  # noqa: E402
 from parity.fixture import make_fixture, random_batch, start_values  # noqa: E402
 from pt_granvit import introspect  # noqa: E402
 from pt_granvit import vision as vision_module  # noqa: E402
@@ -74,8 +74,7 @@ STEPS = {
     "pooled grid": {"distill": {"grid": 2}},
     "cosine": {"distill": {"loss": "cosine"}},
     "recomputation": {"runtime": {"recompute": True}},
-    "the attention of cuda": {"runtime": {"attention": "sdpa"}},
-    "composed attention": {"runtime": {"attention": "composed"}},
+    "composed attention": {"runtime": {"kernels": {"attention": "composed"}}},
     "float32": {"runtime": {"compute": "float32"}},
 }
 
@@ -249,8 +248,10 @@ def test_paritys_records_are_made_on_the_device(device):
     record = compute(fixture, "torch", Request(suites, 2, "bfloat16", "npu"))
     isolated = compute(fixture, "torch", Request(("isolated",), 2, "bfloat16", "npu", golden=record.suites["model"]))
     expected = compute(fixture, "torch", Request(("ops", "model"), 2, "bfloat16", "cpu"))
-    assert record.suites.keys() == set(suites) and isolated.suites["isolated"].keys() == expected.suites["model"].keys()
-    for suite, tensors in expected.suites.items():
+    assert record.suites.keys() == {*suites, KERNELS} and isolated.suites["isolated"].keys() == expected.suites["model"].keys()
+    assert any(name.endswith("by npu_fusion") for name in record.suites.pop(KERNELS))
+    for suite in ("ops", "model"):
+        tensors = expected.suites[suite]
         for name, value in tensors.items():
             scale = np.abs(tensors[name.replace("k_proj.bias", "q_proj.bias")]).max()  # the true gradient of a key bias is 0
             np.testing.assert_allclose(record.suites[suite][name], value, atol=0.1 * max(scale, 1e-3), err_msg=f"{suite} {name}")

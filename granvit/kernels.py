@@ -1,0 +1,130 @@
+"""The choice among the implementations of an operator.
+
+Each package has one table, `TABLE` in its `ops/table.py`: a row for each implementation, the best first. `Kernels` picks from it
+by device, dtype and sizes when a model is built, and remembers what it picked for the log. `runtime.kernels` names
+implementations: `runtime.kernels: {attention: composed}`.
+"""
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
+
+Operator = Literal["attention", "roi_align", "rms_norm", "rope", "swiglu", "gelu", "cross_entropy", "adamw"]
+OPERATORS: tuple[Operator, ...] = get_args(Operator)
+ANY = "any"
+COMPOSED = "composed"  # every operator has it: ordinary operators of the framework, on every device and in every dtype
+
+
+def _nothing(**sizes: Any) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation.
+
+    `devices` and `dtypes` are names separated by blanks, or `ANY`. `function` is its path inside the package
+    (`ops.attention.flash`); the module is imported when it is picked. For attention, `mask` is the path of the function that
+    turns the segments of a batch into what the implementation takes as its mask; it is called once for all layers.
+
+    What stands in the way, as a text, or "": `cannot(**sizes)` for sizes that it does not take, `unwise(**sizes)` for sizes at
+    which another one is better, `missing()` for what this machine lacks, and how to get it. With `by_name`, the reason, only
+    `runtime.kernels` picks it; what `runtime.kernels` names is taken even where it is unwise.
+    """
+
+    operator: Operator
+    name: str
+    devices: str
+    dtypes: str
+    function: str
+    mask: str = ""
+    cannot: Callable[..., str] = _nothing
+    unwise: Callable[..., str] = _nothing
+    missing: Callable[[], str] = _nothing
+    by_name: str = ""
+
+    def unfit(self, device: str, dtype: str) -> str:
+        """Why it cannot run on this device in this dtype, or ""."""
+        if _listed(self.devices, device) and _listed(self.dtypes, dtype):
+            return ""
+        return f"runs on {self.devices} in {self.dtypes.replace(' ', ', ')}, not on {device} in {dtype}"
+
+
+def _listed(names: str, name: str) -> bool:
+    return names == ANY or name in names.split()
+
+
+class Attention(NamedTuple):
+    """An implementation of attention. `mask(segments_BS)` makes what `attend(q_BHSD, k_BGLD, v_BGLD, mask)` takes as its mask."""
+
+    mask: Callable[[Any], Any]
+    attend: Callable[..., Any]
+
+
+@dataclass
+class Kernels:
+    """The implementations for one device and dtype. `named` (`runtime.kernels`) maps operators to implementations or "auto".
+
+    `ValueError` for an operator or implementation that does not exist, and for one that cannot run on this device in this dtype.
+    """
+
+    package: str
+    table: Sequence[Row]
+    device: str
+    dtype: str
+    named: Mapping[str, str] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)  # operator -> implementations picked so far
+    hints: list[str] = field(default_factory=list)  # what would be faster, and how to get it
+
+    def __post_init__(self) -> None:
+        for operator, name in self.named.items():
+            if operator not in OPERATORS:
+                raise ValueError(f"runtime.kernels.{operator}: no such operator; the operators are {', '.join(OPERATORS)}")
+            known = [row.name for row in self.table if row.operator == operator]
+            if name not in ("auto", *known):
+                raise ValueError(f"runtime.kernels.{operator} {name!r} is not one of auto, {', '.join(known)}")
+            for row in self.table:
+                if (row.operator, row.name) == (operator, name) and (reason := row.unfit(self.device, self.dtype)):
+                    raise ValueError(f"runtime.kernels.{operator} {name!r} {reason}; use auto")
+
+    def row(self, operator: Operator, **sizes: Any) -> Row:
+        """The row to use: the named one, or the first that takes the device, the dtype and the sizes. A row whose `missing` says
+        something is passed over, named or not, and `hints` gets a line."""
+        named = self.named.get(operator, "auto")
+        rows = [row for row in self.table if row.operator == operator and not row.unfit(self.device, self.dtype)]
+        rows.sort(key=lambda row: row.name != named)  # the named one first; the order of the others stays
+        for row in rows:
+            if row.cannot(**sizes) or (row.name != named and (row.by_name or row.unwise(**sizes))):
+                continue
+            if lack := row.missing():
+                hint = f"{operator} {row.name!r}: {lack}"
+                if hint not in self.hints:
+                    self.hints.append(hint)
+                continue
+            self._note(operator, row.name)
+            return row
+        raise AssertionError(f"no implementation of {operator} on {self.device} in {self.dtype} for {sizes}")
+
+    def pick(self, operator: Operator, **sizes: Any) -> Callable[..., Any]:
+        """The function of `row`."""
+        return self.load(self.row(operator, **sizes).function)
+
+    def attention(self, **sizes: Any) -> Attention:
+        """The implementation of attention with its mask. Sizes: `head_dim`; `masked`, false if no mask is ever given; `cached`,
+        true if the mask is `[B, 1, S, L]`, true where attention is allowed (generation with caches)."""
+        row = self.row("attention", **sizes)
+        return Attention(self.load(row.mask), self.load(row.function))
+
+    def load(self, path: str) -> Callable[..., Any]:
+        """The function at a path inside the package."""
+        module, _, name = path.rpartition(".")
+        return getattr(importlib.import_module(f"{self.package}.{module}"), name)
+
+    def runnable(self, operator: Operator, **sizes: Any) -> list[str]:
+        """The names of all implementations that run here, also those that only `runtime.kernels` picks."""
+        rows = (row for row in self.table if row.operator == operator and not row.unfit(self.device, self.dtype))
+        return [row.name for row in rows if not row.cannot(**sizes) and not row.missing()]
+
+    def _note(self, operator: Operator, name: str) -> None:
+        known = self.names.get(operator, "").split(" and ")
+        self.names[operator] = name if known == [""] else " and ".join(dict.fromkeys([*known, name]))

@@ -1,0 +1,93 @@
+"""The choice among implementations (`granvit.kernels`), and what both tables must have."""
+import pytest
+
+from granvit.config import parse_config
+from granvit.kernels import COMPOSED, OPERATORS, Kernels, Row
+
+TABLE = (
+    Row("attention", "fast", "npu", "bfloat16 float16", "ops.attention.fast", mask="ops.attention.mask"),
+    Row("attention", "wide", "cpu npu", "any", "ops.attention.wide", cannot=lambda head_dim: "odd" if head_dim % 2 else ""),
+    Row("attention", "built", "cpu", "float32", "ops.attention.built", missing=lambda: "no C++ compiler; install g++"),
+    Row("attention", "large", "any", "any", "ops.attention.large", unwise=lambda head_dim: "small" if head_dim < 64 else ""),
+    Row("attention", "asked", "any", "any", "ops.attention.asked", by_name="not run on a device yet"),
+    Row("attention", COMPOSED, "any", "any", "ops.attention.composed"),
+)
+
+
+def chosen(device="cpu", dtype="float32", name="auto", head_dim=8):
+    return Kernels("granvit", TABLE, device, dtype, {"attention": name}).row("attention", head_dim=head_dim).name
+
+
+def test_the_first_row_that_takes_device_dtype_and_sizes_is_chosen():
+    assert chosen("npu", "bfloat16") == "fast"
+    assert chosen("npu", "float32") == "wide"
+    assert chosen("cpu", head_dim=7) == COMPOSED  # not `large`, which is unwise, nor `asked`, which nobody named
+    assert chosen("cpu", head_dim=65) == "large"
+
+
+def test_a_named_implementation_is_taken_where_it_can_run_even_if_another_is_better():
+    assert chosen(name="large") == "large"
+    assert chosen(name="asked") == "asked"
+    assert chosen(name="wide", head_dim=7) == COMPOSED  # `wide` cannot
+
+
+def test_what_the_machine_lacks_is_said_once_and_passed_over_even_if_it_was_named():
+    kernels = Kernels("granvit", TABLE, "cpu", "float32", {"attention": "built"})
+    assert [kernels.row("attention", head_dim=7).name for _ in range(2)] == [COMPOSED, COMPOSED]
+    assert kernels.hints == ["attention 'built': no C++ compiler; install g++"]
+    assert kernels.names == {"attention": COMPOSED}
+
+
+def test_the_log_names_every_implementation_that_was_picked():
+    kernels = Kernels("granvit", TABLE, "cpu", "float32")
+    for head_dim in (8, 7, 8):
+        kernels.row("attention", head_dim=head_dim)
+    assert kernels.names == {"attention": f"wide and {COMPOSED}"}
+
+
+def test_runnable_lists_also_what_only_a_name_picks():
+    assert Kernels("granvit", TABLE, "cpu", "float32").runnable("attention", head_dim=7) == ["large", "asked", COMPOSED]
+
+
+@pytest.mark.parametrize(
+    ("device", "named", "message"),
+    [
+        ("cpu", {"attentoin": "fast"}, r"runtime\.kernels\.attentoin: no such operator"),
+        ("cpu", {"attention": "sdpa"}, r"runtime\.kernels\.attention 'sdpa' is not one of auto, fast, wide"),
+        ("cpu", {"attention": "fast"}, r"'fast' runs on npu in bfloat16, float16, not on cpu in float32; use auto"),
+        ("npu", {"attention": "fast"}, r"'fast' runs on npu in bfloat16, float16, not on npu in float32; use auto"),
+    ],
+)
+def test_names_that_cannot_be_meant_are_refused(device, named, message):
+    with pytest.raises(ValueError, match=message):
+        Kernels("granvit", TABLE, device, "float32", named)
+
+
+@pytest.mark.parametrize("package", ["ms_granvit", "pt_granvit"])
+def test_every_operator_can_be_composed_everywhere_and_every_function_exists(package):
+    pytest.importorskip({"ms_granvit": "mindspore", "pt_granvit": "torch"}[package])
+    table = __import__(f"{package}.ops.table", fromlist=["TABLE"]).TABLE
+    kernels = Kernels(package, table, "cpu", "float32")
+    for operator in OPERATORS:
+        rows = [row for row in table if row.operator == operator]
+        assert (rows[-1].name, rows[-1].devices, rows[-1].dtypes) == (COMPOSED, "any", "any"), operator
+        assert len({row.name for row in rows}) == len(rows), operator
+    for row in table:
+        assert bool(row.mask) == (row.operator == "attention"), row
+        for path in filter(None, (row.function, row.mask)):
+            if not row.missing():
+                assert callable(kernels.load(path)), path
+
+
+def run_config(**runtime):
+    data = {"sources": [{"path": "unused"}], "buckets": [{"length": 1, "answers": 1}]}
+    return parse_config({"stage": "stage1", "output": "unused", "data": data, "runtime": runtime}, "a test")
+
+
+def test_the_configuration_names_implementations_and_reads_the_key_of_earlier_versions():
+    assert run_config().runtime.kernels == {}
+    assert run_config(kernels={"attention": "flash"}).runtime.kernels == {"attention": "flash"}
+    assert run_config(attention="flash").runtime.kernels == {"attention": "flash"}
+    assert run_config(attention="auto").runtime.kernels == {}
+    with pytest.raises(ValueError, match="attentoin"):
+        run_config(kernels={"attentoin": "flash"})
