@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, field_validator, model_validator
 
-from granvit.kernels import Operator
+from granvit.kernels import Operator, check_names
 from granvit.models import PARTS, LanguageConfig, Strict, VisionConfig
 from granvit.stages import STAGES, RegionTask, Stage, StageName, Task
 
@@ -214,8 +214,17 @@ class RuntimeSection(Strict):
     recompute: bool = False
     jit_level: Literal["O0", "O1"] = "O0"  # MindSpore
     compile_cache: str | None = None  # MindSpore: a directory in which compiled graphs are kept for the next start
+    compile: bool = False  # PyTorch: forward and backward pass by torch.compile
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
-    kernels: dict[Operator, str] = Field(default_factory=dict)  # operator -> implementation (docs/kernels.md); auto where none is named
+    # Operator -> implementation, or several in order of preference (docs/kernels.md); auto where none is named.
+    kernels: dict[Operator, str | list[str]] = Field(default_factory=dict)
+
+    @field_validator("kernels")
+    @classmethod
+    def _known(cls, kernels: dict[Operator, str | list[str]]) -> dict[Operator, str | list[str]]:
+        for operator, name in kernels.items():
+            check_names(operator, name)
+        return kernels
 
     @model_validator(mode="before")
     @classmethod

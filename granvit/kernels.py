@@ -11,6 +11,18 @@ from typing import Any, Literal, NamedTuple, get_args
 
 Operator = Literal["attention", "roi_align", "rms_norm", "rope", "swiglu", "gelu", "cross_entropy", "adamw"]
 OPERATORS: tuple[Operator, ...] = get_args(Operator)
+# The implementations that either package has, so that names are checked where a configuration is read.
+NAMES: dict[str, tuple[str, ...]] = {
+    "attention": ("composed", "native", "flash", "npu_fusion", "sdpa", "flex"),
+    "roi_align": ("composed", "native", "ascend", "triton"),
+    "rms_norm": ("composed", "product", "fused"),
+    "rope": ("composed", "fused"),
+    "swiglu": ("composed",),
+    "gelu": ("composed", "fused"),
+    "cross_entropy": ("composed", "chunked"),
+    "adamw": ("composed",),
+}
+Named = Mapping[str, str | Sequence[str]]  # operator -> implementation, or several in order of preference
 ANY = "any"
 COMPOSED = "composed"  # every operator has it: ordinary operators of the framework, on every device and in every dtype
 
@@ -27,9 +39,9 @@ class Row:
     (`ops.attention.flash`); the module is imported when it is picked. For attention, `mask` is the path of the function that
     turns the segments of a batch into what the implementation takes as its mask; it is called once for all layers.
 
-    What stands in the way, as a text, or "": `cannot(**sizes)` for sizes that it does not take, `unwise(**sizes)` for sizes at
-    which another one is better, `missing()` for what this machine lacks, and how to get it. With `by_name`, the reason, only
-    `runtime.kernels` picks it; what `runtime.kernels` names is taken even where it is unwise.
+    What stands in the way, as a text, else nothing: `cannot(**sizes)` for sizes that it does not take, `unwise(**sizes)` for
+    sizes at which another one is better, `missing()` for what this machine lacks, and how to get it. With `by_name`, the reason,
+    only `runtime.kernels` picks it; what `runtime.kernels` names is taken even where it is unwise.
     """
 
     operator: Operator
@@ -40,7 +52,7 @@ class Row:
     mask: str = ""
     cannot: Callable[..., str] = _nothing
     unwise: Callable[..., str] = _nothing
-    missing: Callable[[], str] = _nothing
+    missing: Callable[[], str | None] = _nothing
     by_name: str = ""
 
     def unfit(self, device: str, dtype: str) -> str:
@@ -61,40 +73,52 @@ class Attention(NamedTuple):
     attend: Callable[..., Any]
 
 
+def check_names(operator: str, name: str | Sequence[str]) -> tuple[str, ...]:
+    """The names as a tuple. `ValueError` for an operator or an implementation that neither package has."""
+    if operator not in NAMES:
+        raise ValueError(f"runtime.kernels.{operator}: no such operator; the operators are {', '.join(OPERATORS)}")
+    names = (name,) if isinstance(name, str) else tuple(name)
+    for each in names:
+        if each not in ("auto", *NAMES[operator]):
+            raise ValueError(f"runtime.kernels.{operator} {each!r} is not one of auto, {', '.join(NAMES[operator])}")
+    return names
+
+
 @dataclass
 class Kernels:
-    """The implementations for one device and dtype. `named` (`runtime.kernels`) maps operators to implementations or "auto".
+    """The implementations for one device and dtype. `named` is `runtime.kernels`.
 
-    `ValueError` for an operator or implementation that does not exist, and for one that cannot run on this device in this dtype.
+    Of several names the first is taken that this package has and that runs here. If it has none of them, `hints` says so and the
+    table decides. `ValueError` for an operator or implementation that does not exist, and if this package has some of the names,
+    but none of them runs on this device in this dtype.
     """
 
     package: str
     table: Sequence[Row]
     device: str
     dtype: str
-    named: Mapping[str, str] = field(default_factory=dict)
+    named: Named = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)  # operator -> implementations picked so far
     hints: list[str] = field(default_factory=list)  # what would be faster, and how to get it
 
     def __post_init__(self) -> None:
         for operator, name in self.named.items():
-            if operator not in OPERATORS:
-                raise ValueError(f"runtime.kernels.{operator}: no such operator; the operators are {', '.join(OPERATORS)}")
-            known = [row.name for row in self.table if row.operator == operator]
-            if name not in ("auto", *known):
-                raise ValueError(f"runtime.kernels.{operator} {name!r} is not one of auto, {', '.join(known)}")
-            for row in self.table:
-                if (row.operator, row.name) == (operator, name) and (reason := row.unfit(self.device, self.dtype)):
-                    raise ValueError(f"runtime.kernels.{operator} {name!r} {reason}; use auto")
+            names = check_names(operator, name)
+            own = [row for row in self.table if row.operator == operator and row.name in names]
+            if not own and "auto" not in names:
+                self.hints.append(f"{operator} {' or '.join(names)!r}: {self.package} does not have it")
+            reasons = [row.unfit(self.device, self.dtype) for row in own]
+            if own and all(reasons) and "auto" not in names:
+                raise ValueError(f"runtime.kernels.{operator} {own[0].name!r} {reasons[0]}; use auto")
 
     def row(self, operator: Operator, **sizes: Any) -> Row:
-        """The row to use: the named one, or the first that takes the device, the dtype and the sizes. A row whose `missing` says
-        something is passed over, named or not, and `hints` gets a line."""
-        named = self.named.get(operator, "auto")
+        """The row to use: the first named one, or the first of all, that takes the device, the dtype and the sizes. A row whose
+        `missing` says something is passed over, named or not, and `hints` gets a line."""
+        names = check_names(operator, self.named.get(operator, "auto"))
         rows = [row for row in self.table if row.operator == operator and not row.unfit(self.device, self.dtype)]
-        rows.sort(key=lambda row: row.name != named)  # the named one first; the order of the others stays
+        rows.sort(key=lambda row: names.index(row.name) if row.name in names else len(names))  # the order of the others stays
         for row in rows:
-            if row.cannot(**sizes) or (row.name != named and (row.by_name or row.unwise(**sizes))):
+            if row.cannot(**sizes) or (row.name not in names and (row.by_name or row.unwise(**sizes))):
                 continue
             if lack := row.missing():
                 hint = f"{operator} {row.name!r}: {lack}"

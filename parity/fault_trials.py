@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from granvit.kernels import COMPOSED
 from parity.capture import Record, Request, compute, make_engine, open_model, opened_suite, reset, training_step
 from parity.compare import Row, compare_records, compare_suite
 from parity.faults import Fault
@@ -14,6 +15,7 @@ from parity.options import OPTIONS, option_suite
 from parity.report import describe
 
 TRIAL_STEPS = 3  # of a trajectory
+COMPOSED_PARTS = {"attention": COMPOSED, "roi_align": COMPOSED}
 SEED_SUITES = ("vision", "language", "model")
 
 
@@ -68,8 +70,8 @@ def request_of(suite: str, precision: str, fault: str | None = None) -> Request:
     """The request that computes one suite; for a suite of an option, only that configuration."""
     option = next((name for name in OPTIONS if suite.startswith(option_suite(name))), None)
     if option is None:
-        return Request((suite,), TRIAL_STEPS, precision, fault=fault)
-    return Request(("options",), TRIAL_STEPS, precision, fault=fault, options=(option,))
+        return Request((suite,), TRIAL_STEPS, precision, fault=fault, kernels=COMPOSED_PARTS)
+    return Request(("options",), TRIAL_STEPS, precision, fault=fault, options=(option,), kernels=COMPOSED_PARTS)
 
 
 def false_alarms(options: argparse.Namespace, console: Console) -> dict[str, Any]:

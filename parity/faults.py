@@ -1,7 +1,8 @@
 """Planted faults: typical errors of a port. One at a time is planted in one framework, by replacing a function or method of its
 package; the check must answer "diverged" and name the place.
 
-A fault states the suite that must detect it, and the kinds and names that the first diverging tensor may have.
+Attention and ROIAlign are `composed` in these trials, so that a fault in their parts is reached on every machine. A fault states
+the suite that must detect it, and the kinds and names that the first diverging tensor may have.
 """
 import pkgutil
 from collections.abc import Callable, Iterator
@@ -89,12 +90,12 @@ def _(f, x, weight, eps):
     return f(x, weight * 0 + 1, eps)
 
 
-@fault("queries and keys swapped", "pt_granvit.ops.attention.sdpa", "vision", f"{BLOCK0}.self_attn")
+@fault("queries and keys swapped", "pt_granvit.ops.attention.composed", "vision", f"{BLOCK0}.self_attn")
 def _(f, q, k, v, mask):
     return f(k, q, v, mask) if mask is None else f(q, k, v, mask)
 
 
-@fault("attention without its scale", "pt_granvit.ops.attention.sdpa", "vision", f"{BLOCK0}.self_attn")
+@fault("attention without its scale", "pt_granvit.ops.attention.composed", "vision", f"{BLOCK0}.self_attn")
 def _(f, q, k, v, mask):
     return f(q * q.shape[-1] ** 0.5, k, v, mask)
 

@@ -131,6 +131,7 @@ NOT_IN_THE_GRAPH = {
     "run.train.freeze": "covered by the factors `vision`, `projector`, `language`",
     "run.optimizer.schedule": "the learning rate is an input of the graph (tests/test_core.py)",
     "run.runtime.compute": "chosen by --precision; on CPU MindSpore computes only in float32",
+    "run.runtime.compile": "PyTorch's (tests/pt/test_compile.py)",
     "run.runtime.jit_level": "has an effect only on Ascend",
     "run.runtime.device": "chosen by --device",
     "run.runtime.kernels": "each implementation is compared by the suite `kernels`; chosen by --kernels",

@@ -34,7 +34,7 @@ class Engine:
         self.rank, self.world, self.device = self.ranks.rank, self.ranks.world, self.ranks.device
         self.dtype = DTYPES[runtime.compute]
         self.kernels = kernels_for(self.device, self.dtype, runtime.kernels)
-        self.compilations: dict[str, int] = {}  # eager mode compiles nothing
+        self.compilations: dict[str, int] = {}  # counted for MindSpore's graphs only
         masters = torch.float64 if self.dtype == torch.float64 else torch.float32
         with torch.device(self.device):
             self.model = GranViT(vision, language, self.dtype, self.kernels, runtime.recompute, stage.zero_image_tokens)
@@ -56,6 +56,7 @@ class Engine:
         positions = config.train.micro_batch * max(bucket.answers for bucket in config.data.buckets)
         fused = self.kernels.row("cross_entropy", positions=positions, vocab=language.vocab)
         self.cross_entropy = None if fused.name == COMPOSED else self.kernels.load(fused.function)
+        self.compute = torch.compile(self._compute, dynamic=False, fullgraph=True) if runtime.compile else self._compute
 
     memory = staticmethod(distributed.memory)
     join = staticmethod(distributed.join)
@@ -88,15 +89,26 @@ class Engine:
         return StepResult(loss, caption, distill, norm, (variance / max(step_inputs.boxes, 1)) ** 0.5)
 
     def losses(self, batch: Batch, step_inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss, caption loss and distillation loss: the batch's sums divided by `StepInputs.divisors`. Then the summed variance
-        of the teacher's features, not divided."""
+        """`compute` of a batch."""
+        # The divisors are tensors, because `torch.compile` compiles again for every new value of a number.
+        tokens, boxes = (self._to_device(torch.tensor(n, dtype=self.trained.values.dtype)) for n in step_inputs.divisors(batch))
         inputs = (
             self._put(batch.pixels_B3RR), self._put(batch.image_weights_B), self._ids(batch.token_ids_BS),
             self._ids(batch.positions_BS), self._ids(batch.segments_BS), self._ids(batch.image_positions_BN),
             self._ids(batch.answer_positions_BA),
         )  # fmt: skip
-        tokens, boxes = step_inputs.divisors(batch)
-        targets_BA, weights_BA = self._ids(batch.answer_targets_BA), self._put(batch.answer_weights_BA)
+        answers = self._ids(batch.answer_targets_BA), self._put(batch.answer_weights_BA), tokens
+        if self.teacher is None:
+            return self.compute(inputs, answers, None)
+        grids_B2 = None if batch.grids_B2 is None else self._ids(batch.grids_B2)
+        boxes_BK4, weights_BK = self._put(batch.boxes_BK4), self._put(batch.box_weights_BK)
+        return self.compute(inputs, answers, (self._put(batch.crops_BK3rr), boxes_BK4, weights_BK, grids_B2, boxes))
+
+    def _compute(self, inputs: tuple[Tensor, ...], answers: tuple[Tensor, ...],
+                 regions: tuple[Tensor | None, ...] | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """Loss, caption loss and distillation loss: the batch's sums divided by `StepInputs.divisors`. Then the summed variance
+        of the teacher's features, not divided. All arguments are tensors: this is what `runtime.compile` compiles."""
+        targets_BA, weights_BA, tokens = answers
         if self.cross_entropy is None:
             logits, built_features = self.model(*inputs)
             caption = caption_sum(logits, targets_BA, weights_BA) / tokens
@@ -104,11 +116,10 @@ class Engine:
             hidden, built_features = self.model.hidden(*inputs)
             head_VC = self.model.language.head_weight()
             caption = self.cross_entropy(hidden.flatten(0, 1), head_VC, targets_BA.flatten(), weights_BA.flatten()) / tokens
-        if self.teacher is None:
+        if regions is None:
             return caption, caption, torch.zeros_like(caption), torch.zeros_like(caption)
-        target = teacher_features(self.teacher, self._put(batch.crops_BK3rr), self.grid)
-        boxes_BK4, weights_BK = self._put(batch.boxes_BK4), self._put(batch.box_weights_BK)
-        grids_B2 = None if batch.grids_B2 is None else self._ids(batch.grids_B2)
+        crops_BK3rr, boxes_BK4, weights_BK, grids_B2, boxes = regions
+        target = teacher_features(self.teacher, crops_BK3rr, self.grid)
         distill, variance = distill_sums(built_features, target, boxes_BK4, weights_BK, self.config.distill.loss, grids_B2,
                                          self.roi_align)  # fmt: skip
         distill = distill / boxes

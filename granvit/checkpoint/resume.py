@@ -9,7 +9,7 @@ from granvit.models import LanguageConfig, VisionConfig
 # sums at most; the other keys do not affect results.
 MAY_CHANGE = (
     "output", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.skip_non_finite",
-    "train.micro_batch", "data.workers", "eval.", "runtime.device", "runtime.jit_level", "runtime.kernels",
+    "train.micro_batch", "data.workers", "eval.", "runtime.device", "runtime.jit_level", "runtime.kernels", "runtime.compile",
     "runtime.recompute", "runtime.compile_cache", "ranks",
 )  # fmt: skip
 PER_DEVICE = ("train.micro_batch", "ranks")  # these affect results if train.loss_reduction is per_device

@@ -2,14 +2,17 @@
 
 What was run: everything on `cpu`. Rows of `npu` follow the documented interfaces; no device was at hand (docs/kernels.md).
 """
-from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 
-from granvit.kernels import ANY, COMPOSED, OPERATORS, Kernels, Row
+from granvit import native
+from granvit.kernels import ANY, COMPOSED, OPERATORS, Kernels, Named, Row
 from pt_granvit.ops.cross_entropy import rows_in_chunk
 
 HALF = "bfloat16 float16"
+WIDE = "float32 bfloat16 float16"
 SHARED = "ops.attention.shared_prefix_mask"
 
 
@@ -18,12 +21,43 @@ def few_logits(positions: int, vocab: int) -> str:
     return "all logits fit one chunk" if positions <= rows_in_chunk(positions, vocab) else ""
 
 
+def not_flex(head_dim: int, masked: bool, cached: bool) -> str:
+    """Why FlexAttention does not run."""
+    if cached or not masked:
+        return "it is for the shared-prefix mask of training rows"
+    return "its kernels take heads of at least 16 channels" if head_dim < 16 else ""
+
+
+def no_triton() -> str:
+    """What this machine lacks to run Triton kernels, or ""."""
+    return "" if find_spec("triton") else "triton is not installed; CUDA builds of torch bring it along"
+
+
+def no_segments(head_dim: int, masked: bool, cached: bool) -> str:
+    """Why an implementation that takes segments does not run: generation with caches has another mask."""
+    return "generation with caches has no segments" if cached else ""
+
+
+def plain_loops(**sizes: Any) -> str:
+    """Why the C++ kernels are not the default on this processor. Without AVX2 they were slower than the framework's on x86-64; on
+    other machines they were not timed."""
+    return "the processor has no AVX2" if native.library() and native.instruction_set() == "base" else ""
+
+
 # fmt: off
 TABLE = (
     # operator         name          devices     dtypes  function                         and what else decides
     Row("attention",     "npu_fusion", "npu",      HALF,   "ops.attention.npu_fusion",      mask=SHARED),
+    Row("attention",     "flex",       "cuda",     WIDE,   "ops.flex.attention",            mask="ops.flex.block_mask",
+        cannot=not_flex, by_name="was not run on a GPU yet"),
+    Row("attention",     "native",     "cpu",      "float32", "ops.native.attention",       mask="ops.native.segments",
+        cannot=no_segments, unwise=plain_loops, missing=native.why_missing),
     Row("attention",     "sdpa",       "cpu cuda", ANY,    "ops.attention.sdpa",            mask=SHARED),
     Row("attention",     COMPOSED,     ANY,        ANY,    "ops.attention.composed",        mask=SHARED),
+    Row("roi_align",     "triton",     "cuda",     WIDE,   "ops.triton_roi_align.roi_align",
+        missing=no_triton, by_name="was not run on a GPU yet"),
+    Row("roi_align",     "native",     "cpu",      "float32", "ops.native.roi_align",       unwise=plain_loops,
+        missing=native.why_missing),
     Row("roi_align",     COMPOSED,     ANY,        ANY,    "ops.roi_align.roi_align"),
     Row("rms_norm",      "fused",      "npu",      HALF,   "ops.rms_norm.fused"),
     Row("rms_norm",      COMPOSED,     ANY,        ANY,    "ops.rms_norm.composed"),
@@ -38,7 +72,7 @@ TABLE = (
 # fmt: on
 
 
-def kernels_for(device: str, dtype: torch.dtype, named: Mapping[str, str] | None = None) -> Kernels:
+def kernels_for(device: str, dtype: torch.dtype, named: Named | None = None) -> Kernels:
     """The implementations for a device (cpu, cuda, npu) and a compute dtype. `named`: see `runtime.kernels`."""
     return Kernels("pt_granvit", TABLE, device, str(dtype).removeprefix("torch."), named or {})
 

@@ -12,6 +12,7 @@ pytest.importorskip("mindspore")
 from granvit.config import resolve_models
 from ms_granvit.compile_cache import CompileCache
 from ms_granvit.engine import graph_settings
+from ms_granvit.ops.table import PLAIN
 from tests.helpers import run_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,8 +67,9 @@ def test_the_engine_reads_no_setting_that_does_not_name_its_graphs():
     vision, language = resolve_models(config)
     read: set[str] = set()
     Engine(Watched(config, read), vision, language, initial_values(parameter_shapes(vision, language), 0).items())
-    named = set(graph_settings(config, vision, language, config.stage_spec, "cpu"))
-    assert "distill" in read and read - named <= {"stage_spec", "crop_size"}  # made of `stage`, of `distill` and `vision`
+    named = set(graph_settings(config, vision, language, config.stage_spec, PLAIN))
+    # Made of `stage`, of `distill` and `vision`; and the number of logits, which decides `kernels`.
+    assert "distill" in read and read - named <= {"stage_spec", "crop_size", "data", "train"}
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,7 @@ def test_the_engine_reads_no_setting_that_does_not_name_its_graphs():
 def test_what_changes_a_graph_changes_the_name_of_its_file(change, tmp_path):
     def path(config):
         models = resolve_models(config)
-        return CompileCache(str(tmp_path), 0, graph_settings(config, *models, config.stage_spec, "cpu")).path("update", ("(3,)",))
+        return CompileCache(str(tmp_path), 0, graph_settings(config, *models, config.stage_spec, PLAIN)).path("update", ("(3,)",))
 
     assert path(run_config()) == path(run_config(output="elsewhere", data={"workers": 3}))
     assert path(run_config()) != path(run_config(**change))
