@@ -10,6 +10,8 @@
     python scripts/bench.py seeds --other CHECKOUT                    a toy stage 1 in this checkout's order and another's
     python scripts/bench.py memory --config configs/stage1.yaml       predicted memory of a training step of full size
     python scripts/bench.py build [--records 20000]                   speed of scripts/build_gran.py, and its memory
+    python scripts/bench.py kernels                                   every implementation of every operator against `composed`
+    python scripts/bench.py ascendc                                   roofline estimate of the Ascend C kernels
     python scripts/bench.py loader                                    what a core decodes and packs against what an NPU consumes
 """
 import argparse
@@ -22,7 +24,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import bench_ascendc
 import bench_build
+import bench_kernels
 import bench_loader
 import bench_loading
 import bench_order
@@ -245,7 +249,8 @@ def scale(text: str) -> int | str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("packing", "twins", "convert", "encoders", "load", "memory", "order", "seeds", "build", "loader")
+    names = ("packing", "twins", "convert", "encoders", "load", "memory", "order", "seeds", "build", "loader",
+             "kernels", "ascendc")
     parser.add_argument("what", choices=names)
     parser.add_argument("--framework", choices=("mindspore", "torch"), default="mindspore")
     parser.add_argument("--regions", type=int, default=6, help="questions per image (default 6; the paper's data has 6.2)")
@@ -271,6 +276,10 @@ def main() -> None:
         bench_memory.memory(console, args.config)
     elif args.what in ("encoders", "load"):
         getattr(bench_loading, args.what)(console)
+    elif args.what == "kernels":
+        bench_kernels.kernels(console, args.repeats)
+    elif args.what == "ascendc":
+        bench_ascendc.main()
     elif args.what == "build":
         bench_build.build(console, args.records)
     elif args.what == "loader":
