@@ -230,10 +230,10 @@ class RuntimeSection(Strict):
     @classmethod
     def _attention_of_earlier_versions(cls, values: Any) -> Any:
         """Runs of earlier versions have a key `attention` in place of `kernels`."""
-        if isinstance(values, dict) and "attention" in values and "kernels" not in values:
+        if isinstance(values, dict) and "attention" in values:
             values = dict(values)
             name = values.pop("attention")
-            values["kernels"] = {} if name == "auto" else {"attention": name}
+            values["kernels"] = {**values.get("kernels", {}), **({} if name == "auto" else {"attention": name})}
         return values
 
 

@@ -78,6 +78,8 @@ def check_names(operator: str, name: str | Sequence[str]) -> tuple[str, ...]:
     if operator not in NAMES:
         raise ValueError(f"runtime.kernels.{operator}: no such operator; the operators are {', '.join(OPERATORS)}")
     names = (name,) if isinstance(name, str) else tuple(name)
+    if not names:
+        raise ValueError(f"runtime.kernels.{operator}: an empty list; name an implementation, or auto")
     for each in names:
         if each not in ("auto", *NAMES[operator]):
             raise ValueError(f"runtime.kernels.{operator} {each!r} is not one of auto, {', '.join(NAMES[operator])}")
@@ -118,12 +120,15 @@ class Kernels:
         rows = [row for row in self.table if row.operator == operator and not row.unfit(self.device, self.dtype)]
         rows.sort(key=lambda row: names.index(row.name) if row.name in names else len(names))  # the order of the others stays
         for row in rows:
-            if row.cannot(**sizes) or (row.name not in names and (row.by_name or row.unwise(**sizes))):
+            named = row.name in names
+            if not named and (row.by_name or row.unwise(**sizes)):
+                continue
+            if reason := row.cannot(**sizes):
+                if named:
+                    self._hint(f"{operator} {row.name!r}: {reason}")
                 continue
             if lack := row.missing():
-                hint = f"{operator} {row.name!r}: {lack}"
-                if hint not in self.hints:
-                    self.hints.append(hint)
+                self._hint(f"{operator} {row.name!r}: {lack}")
                 continue
             self._note(operator, row.name)
             return row
@@ -148,6 +153,10 @@ class Kernels:
         """The names of all implementations that run here, also those that only `runtime.kernels` picks."""
         rows = (row for row in self.table if row.operator == operator and not row.unfit(self.device, self.dtype))
         return [row.name for row in rows if not row.cannot(**sizes) and not row.missing()]
+
+    def _hint(self, hint: str) -> None:
+        if hint not in self.hints:
+            self.hints.append(hint)
 
     def _note(self, operator: Operator, name: str) -> None:
         known = self.names.get(operator, "").split(" and ")

@@ -40,7 +40,7 @@ def version_facts(framework: Framework) -> dict[str, Fact]:
     root = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for package in ("granvit", FRAMEWORKS[framework][0]):
-        for file in sorted((root / package).rglob("*.py")):
+        for file in sorted(path for path in (root / package).rglob("*") if path.suffix in (".py", ".cpp", ".h")):
             digest.update(f"{file.relative_to(root)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return facts | {"source code": Fact(digest.hexdigest()[:16], str(root))}
 

@@ -1,15 +1,16 @@
 """The training commands: scripts/STAGE.py and `granvit-train STAGE`."""
 import argparse
 import importlib
+import json
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from granvit.agreement import agree, together
+from granvit.agreement import agree, broadcast, ranks_where, together
 from granvit.checkpoint.pretrained import start_weights
 from granvit.checkpoint.resume import check_same_data, check_same_run
 from granvit.checkpoint.run_writer import CheckpointWriter
@@ -188,6 +189,7 @@ def _train(stage: str, options: argparse.Namespace, launch: Launch, guard: list[
         log.info(f"all {ranks.world} ranks hold the same versions, configuration, tokenizer, stores and weights: {loaded}")
     guard[0].take_signals()
     _log_start(config, engine, options.framework, chat, loader, writer)
+    _compare_kernels(ranks, engine.kernels.names)
     evaluator = None
     if config.eval.source:
         if launch.rank == 0:
@@ -232,6 +234,17 @@ def _log_changes(changed: list[str]) -> None:
             log.warning(f"{line}: from here on rounding differs in every step")
         else:
             log.info(f"resumed with {line}")
+
+
+def _compare_kernels(ranks: Ranks, names: Mapping[str, str]) -> None:
+    """Warns if ranks run other kernels than rank 0, as where one machine lacks the C++ kernels. All ranks must call it."""
+    if ranks.world == 1:
+        return
+    own = json.dumps(names)
+    differing = ranks_where(ranks, own != broadcast(ranks, own, 0))
+    if differing:
+        shown = ", ".join(map(str, differing[:8])) + (", ..." if len(differing) > 8 else "")
+        log.warning(f"rank(s) {shown} run other kernels than rank 0 and round differently; their log files say which and why")
 
 
 def _log_start(config: RunConfig, engine, framework: str, chat: Chat, loader: Loader, writer: CheckpointWriter | None) -> None:

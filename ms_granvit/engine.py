@@ -11,6 +11,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
+from granvit import native
 from granvit.config import RunConfig
 from granvit.data.batch import Batch, PromptBatch
 from granvit.engine import UNDIVIDED, Group, NonFiniteLoss, Ranks, StepInputs, StepResult
@@ -39,9 +40,11 @@ class Losses(nn.Cell):
         super().__init__(auto_prefix=False)
         self.model, self.teacher = model, teacher
         self.weight, self.loss, self.grid = config.distill.weight, config.distill.loss, config.distill.grid or own_grid
-        self.roi_align = kernels.pick("roi_align", grid=self.grid) if teacher is not None else None
+        tiled = model.vision.config.tiles > 0  # `roi_align_tiled`, which is composed
+        self.roi_align = kernels.pick("roi_align", grid=self.grid) if teacher is not None and not tiled else None
         positions = config.train.micro_batch * max(bucket.answers for bucket in config.data.buckets)
-        fused = kernels.row("cross_entropy", positions=positions, vocab=model.language.config.vocab)
+        fused = kernels.row("cross_entropy", positions=positions, vocab=model.language.config.vocab,
+                            trained=model.language.head_weight().requires_grad)  # fmt: skip
         self.cross_entropy = None if fused.name == COMPOSED else kernels.load(fused.function)
 
     def construct(self, pixels_B3RR, image_weights_B, token_ids_BS, positions_BS, segments_BS, image_positions_BN,
@@ -240,6 +243,7 @@ def graph_settings(config: RunConfig, vision: VisionConfig, language: LanguageCo
     return {
         "device": kernels.device,
         "kernels": kernels.names,
+        "native library": native.identity(),
         "stage": {"trains": sorted(stage.trains), "distill": stage.distill, "zero_image_tokens": stage.zero_image_tokens},
         "vision": vision.model_dump(),
         "language": language.model_dump(),

@@ -68,7 +68,7 @@ def cases(fixture: Fixture) -> Iterator[Case]:
     hidden, head = normal(5, 12), normal(31, 12)
     targets, weights = rng.integers(0, 31, 5).astype(np.int32), np.array([1, 0, 1, 0.5, 1], np.float32)
     yield Case("cross-entropy", "cross_entropy", [hidden, head, targets, weights], 2, (), kernel="cross_entropy",
-               sizes={"positions": 5, "vocab": 31})  # fmt: skip
+               sizes={"positions": 5, "vocab": 31, "trained": True})  # fmt: skip
 
     vision = fixture.vision
     table = normal(vision.patches + vision.class_token, vision.width)

@@ -52,11 +52,18 @@ class Engine:
             self.teacher.requires_grad_(False).to(masters)
             fill(self.teacher, self.model.vision.named_parameters())
         self.grid = config.distill.grid or config.crop_size(vision) // vision.patch_size
-        self.roi_align = self.kernels.pick("roi_align", grid=self.grid) if stage.distill else None
+        tiled = vision.tiles > 0  # `roi_align_tiled`, which is composed
+        self.roi_align = self.kernels.pick("roi_align", grid=self.grid) if stage.distill and not tiled else None
         positions = config.train.micro_batch * max(bucket.answers for bucket in config.data.buckets)
-        fused = self.kernels.row("cross_entropy", positions=positions, vocab=language.vocab)
+        fused = self.kernels.row("cross_entropy", positions=positions, vocab=language.vocab,
+                                 trained=self.model.language.head_weight().requires_grad)  # fmt: skip
         self.cross_entropy = None if fused.name == COMPOSED else self.kernels.load(fused.function)
-        self.compute = torch.compile(self._compute, dynamic=False, fullgraph=True) if runtime.compile else self._compute
+        self.compute = self._compute
+        if runtime.compile:
+            # Two graphs for each bucket: with gradients, and without for the held-out loss. By default 8 are an error.
+            limits = torch._dynamo.config
+            limits.recompile_limit = max(limits.recompile_limit, 2 * len(config.data.buckets) + 1)
+            self.compute = torch.compile(self._compute, dynamic=False, fullgraph=True)
 
     memory = staticmethod(distributed.memory)
     join = staticmethod(distributed.join)

@@ -58,7 +58,7 @@ def _roi_align(features_BHWC: Tensor, boxes_BK4: Tensor, grid: int, kernels: Ker
 
 
 def _cross_entropy(hidden_AC: Tensor, head_VC: Tensor, targets_A: Tensor, weights_A: Tensor, kernels: Kernels) -> Tensor:
-    function = kernels.pick("cross_entropy", positions=len(hidden_AC), vocab=len(head_VC))
+    function = kernels.pick("cross_entropy", positions=len(hidden_AC), vocab=len(head_VC), trained=True)
     return function(hidden_AC, head_VC, targets_A.long(), weights_A)
 
 

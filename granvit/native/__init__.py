@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 NAME = "kernels.so"
@@ -34,6 +35,7 @@ X86_FLAGS = {
     "loops_avx2": ("-mavx2", "-mfma"),
     "loops_avx512": ("-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mprefer-vector-width=512"),
 }
+X86 = ("x86_64", "AMD64")
 REMEDY = "install a C++ compiler (g++ or clang++), then run: python -m granvit.native"
 
 
@@ -69,7 +71,7 @@ def build(directory: str | Path, flags: Sequence[str] = ()) -> Path:
     command = compiler()
     if command is None:
         raise BuildError(f"no C++ compiler: {os.environ.get('CXX') or 'g++, c++ and clang++'} not found")
-    parts = {"kernels": (), "loops_base": ()} | (X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else {})
+    parts = {"kernels": (), "loops_base": ()} | (X86_FLAGS if platform.machine() in X86 else {})
     try:
         with tempfile.TemporaryDirectory(dir=Path(directory).resolve()) as folder, ThreadPoolExecutor() as threads:
 
@@ -134,6 +136,25 @@ def why_missing() -> str | None:
 def instruction_set() -> str:
     """The loops that run on this processor: base, avx2 or avx512."""
     return functions().granvit_instruction_set().decode()
+
+
+def identity() -> str:
+    """The library's path and what `seal` says of it, or "": graphs that hold one library's operators cannot run with another."""
+    path = library()
+    return f"{path} {path.read_bytes()[-len(seal(b'')) :].decode()}" if path else ""
+
+
+def cannot_attend(head_dim: int, masked: bool, cached: bool) -> str:
+    """Why attention with these sizes does not run: generation with caches has a mask that segments do not say."""
+    return "generation with caches has no segments" if cached else ""
+
+
+def unwise(**sizes: Any) -> str:
+    """Why the kernels are not the default on this machine. Without AVX2 they were slower than the frameworks' operators on
+    x86-64; on other machines they were not timed."""
+    if platform.machine() not in X86:
+        return f"not timed on {platform.machine()}"
+    return "the processor has no AVX2" if library() and instruction_set() == "base" else ""
 
 
 def functions() -> ctypes.CDLL:

@@ -7,7 +7,6 @@
 #include <cstring>
 #include <memory>
 #include <new>
-#include <system_error>
 #include <thread>
 #include <vector>
 #ifdef __linux__
@@ -44,15 +43,22 @@ const Loops &loops() {
   return *now;
 }
 
-// The processors that this process may use, or OMP_NUM_THREADS if that is less.
+// OMP_NUM_THREADS when the library is loaded, or 0: another thread may set the environment later.
+long asked_threads() {
+  const char *asked = std::getenv("OMP_NUM_THREADS");
+  return asked ? std::strtol(asked, nullptr, 10) : 0;
+}
+
+std::atomic<long> most_threads{asked_threads()};
+
+// The processors that this process may use, or `most_threads` if that is less.
 long allowed_threads() {
   long count = std::thread::hardware_concurrency();
 #ifdef __linux__
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof set, &set) == 0) count = CPU_COUNT(&set);
 #endif
-  const char *asked = std::getenv("OMP_NUM_THREADS");
-  const long most = asked ? std::strtol(asked, nullptr, 10) : 0;
+  const long most = most_threads.load();
   if (most > 0 && most < count) count = most;
   return count < 1 ? 1 : count;
 }
@@ -84,7 +90,7 @@ template <class Work> void parallel(long tasks, double multiplications, long scr
   others.reserve(threads);
   try {
     for (long i = 1; i < threads; ++i) others.emplace_back(run, scratch[i].get());
-  } catch (const std::system_error &) {
+  } catch (...) {
     // No more threads to be had: those that run do all of the work.
   }
   run(scratch[0].get());
@@ -161,6 +167,8 @@ extern "C" {
 const char *granvit_instruction_set() { return loops().name + 6; }  // without "loops_"
 // For tests: 0 plain, 1 AVX2, 2 AVX-512, as far as the processor has them.
 void granvit_limit_instruction_set(int level) { chosen = usable(level); }
+// For tests: at most so many threads; 0: as many as there are processors.
+void granvit_limit_threads(long count) { most_threads = count; }
 
 // Each returns 0, or 1 if memory is short. Arrays are contiguous; sizes are checked by the caller.
 int granvit_roi_align_forward(const float *features_BHWC, const float *boxes_BK4, float *out_BKggC, int64_t B, int64_t K,

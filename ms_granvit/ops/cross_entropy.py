@@ -5,8 +5,8 @@ Layout letters: A positions, C width, V vocabulary.
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-CHUNK = 1 << 24  # logits in a chunk (64 MB in float32)
-MOST_CHUNKS = 16  # each is compiled
+CHUNK = 1 << 24  # logits in a chunk (64 MB in float32), unless that would make more than
+MOST_CHUNKS = 16  # chunks: each is compiled
 
 
 def composed(hidden_AC: Tensor, head_VC: Tensor, targets_A: Tensor, weights_A: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def rows_in_chunk(rows: int, vocab: int) -> int:
 
 class Chunked(nn.Cell):
     """`composed`, a chunk of positions at a time. The backward pass computes the logits of a chunk again, which costs one more
-    product with the head; logits in float32 exist for one chunk only.
+    product with the head; logits exist for one chunk only. A trained head's gradient is summed in float32.
 
     With P the probabilities, the gradient of the logits is weights * (P - one-hot(targets)).
     """
@@ -32,7 +32,7 @@ class Chunked(nn.Cell):
         super().__init__()
         self.nn, self.nt, self.tn = ops.MatMul(), ops.MatMul(transpose_b=True), ops.MatMul(transpose_a=True)
         # Operators, not functions: MindSpore loses the graphs of some functions (`max`, `ops.softmax`) inside a `bprop`.
-        self.softmax, self.one_hot = ops.Softmax(-1), ops.OneHot()
+        self.softmax, self.one_hot, self.depend = ops.Softmax(-1), ops.OneHot(), ops.Depend()
         self.one, self.zero = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
 
     def construct(self, hidden_AC: Tensor, head_VC: Tensor, targets_A: Tensor, weights_A: Tensor) -> Tensor:
@@ -46,6 +46,8 @@ class Chunked(nn.Cell):
         return total
 
     def bprop(self, hidden_AC, head_VC, targets_A, weights_A, out, dout):
+        # Without this the compiler would keep the forward pass's logits for the same products here.
+        hidden_AC = self.depend(hidden_AC, out)
         A, V = hidden_AC.shape[0], head_VC.shape[0]
         step, head = rows_in_chunk(A, V), ops.cast(head_VC, hidden_AC.dtype)
         dhidden, dhead = (), ops.zeros(head_VC.shape, ms.float32)

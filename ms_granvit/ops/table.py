@@ -2,9 +2,6 @@
 
 What was run: everything on `cpu`. Rows of `npu` follow the documented interfaces; no device was at hand (docs/kernels.md).
 """
-
-from typing import Any
-
 import mindspore as ms
 
 from granvit import native
@@ -17,9 +14,12 @@ WIDE = "float32 bfloat16 float16"
 SHARED = "ops.attention.shared_prefix_mask"
 
 
-def few_logits(positions: int, vocab: int) -> str:
-    """Why the cross-entropy is not computed in chunks."""
-    return "all logits fit one chunk" if positions <= rows_in_chunk(positions, vocab) else ""
+def few_logits(positions: int, vocab: int, trained: bool) -> str:
+    """Why the cross-entropy is not computed in chunks. The gradient of a trained head is summed over the chunks, which takes more
+    memory than the logits of few positions."""
+    if positions <= rows_in_chunk(positions, vocab):
+        return "all logits fit one chunk"
+    return "the head is trained, and its gradient would exist twice" if trained and positions * vocab < 1 << 28 else ""
 
 
 def wide_grid(grid: int) -> str:
@@ -27,28 +27,17 @@ def wide_grid(grid: int) -> str:
     return "its grids have at most 64 cells along a side" if grid > 64 else ""
 
 
-def no_segments(head_dim: int, masked: bool, cached: bool) -> str:
-    """Why an implementation that takes segments does not run: generation with caches has another mask."""
-    return "generation with caches has no segments" if cached else ""
-
-
-def plain_loops(**sizes: Any) -> str:
-    """Why the C++ kernels are not the default on this processor. Without AVX2 they were slower than the framework's on x86-64; on
-    other machines they were not timed."""
-    return "the processor has no AVX2" if native.library() and native.instruction_set() == "base" else ""
-
-
 # fmt: off
 TABLE = (
     # operator         name        devices  dtypes     function                         and what else decides
     Row("attention",     "flash",    "npu",   HALF,      "ops.attention.flash",           mask=SHARED),
     Row("attention",     "native",   "cpu",   "float32", "ops.native.attention",          mask="ops.native.segments",
-        cannot=no_segments, unwise=plain_loops, missing=native.why_missing),
+        cannot=native.cannot_attend, unwise=native.unwise, missing=native.why_missing),
     Row("attention",     COMPOSED,   ANY,     ANY,       "ops.attention.composed",        mask=SHARED),
     Row("roi_align",     "ascend",   "npu",   WIDE,      "ops.ascendc.roi_align.roi_align",
         cannot=wide_grid, missing=ascendc.missing,
         by_name="was not run on a device, and the estimate sees no gain (docs/kernels.md)"),
-    Row("roi_align",     "native",   "cpu",   "float32", "ops.native.roi_align",          unwise=plain_loops,
+    Row("roi_align",     "native",   "cpu",   "float32", "ops.native.roi_align",          unwise=native.unwise,
         missing=native.why_missing),
     Row("roi_align",     COMPOSED,   ANY,     ANY,       "ops.roi_align.roi_align"),
     Row("rms_norm",      "fused",    "npu",   ANY,       "ops.rms_norm.fused"),

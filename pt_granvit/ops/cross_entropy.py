@@ -7,8 +7,8 @@ from torch import Tensor
 
 from pt_granvit.arrays import to_float32_or_wider
 
-CHUNK = 1 << 24  # logits in a chunk (64 MB in float32)
-MOST_CHUNKS = 16  # the MindSpore twin compiles each
+CHUNK = 1 << 24  # logits in a chunk (64 MB in float32), unless that would make more than
+MOST_CHUNKS = 16  # chunks: the MindSpore twin compiles each
 
 
 def composed(hidden_AC: Tensor, head_VC: Tensor, targets_A: Tensor, weights_A: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def rows_in_chunk(rows: int, vocab: int) -> int:
 
 class Chunked(torch.autograd.Function):
     """`composed`, a chunk of positions at a time. The backward pass computes the logits of a chunk again, which costs one more
-    product with the head; logits in float32 exist for one chunk only.
+    product with the head; logits exist for one chunk only. A trained head's gradient is summed in the head's dtype.
 
     With P the probabilities, the gradient of the logits is weights * (P - one-hot(targets)).
     """
@@ -34,9 +34,9 @@ class Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_AC: Tensor, head_VC: Tensor, targets_A: Tensor, weights_A: Tensor) -> Tensor:
         ctx.save_for_backward(hidden_AC, head_VC, targets_A, weights_A)
-        step = rows_in_chunk(len(hidden_AC), len(head_VC))
+        step, head = rows_in_chunk(len(hidden_AC), len(head_VC)), head_VC.to(hidden_AC.dtype)
         chunks = zip(hidden_AC.split(step), targets_A.split(step), weights_A.split(step), strict=True)
-        return torch.stack([composed(hidden, head_VC, targets, weights) for hidden, targets, weights in chunks]).sum()
+        return torch.stack([composed(hidden, head, targets, weights) for hidden, targets, weights in chunks]).sum()
 
     @staticmethod
     def backward(ctx, dout: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:

@@ -3,7 +3,6 @@
 What was run: everything on `cpu`. Rows of `npu` follow the documented interfaces; no device was at hand (docs/kernels.md).
 """
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 
@@ -16,9 +15,12 @@ WIDE = "float32 bfloat16 float16"
 SHARED = "ops.attention.shared_prefix_mask"
 
 
-def few_logits(positions: int, vocab: int) -> str:
-    """Why the cross-entropy is not computed in chunks."""
-    return "all logits fit one chunk" if positions <= rows_in_chunk(positions, vocab) else ""
+def few_logits(positions: int, vocab: int, trained: bool) -> str:
+    """Why the cross-entropy is not computed in chunks. The gradient of a trained head is summed over the chunks, which takes more
+    memory than the logits of few positions."""
+    if positions <= rows_in_chunk(positions, vocab):
+        return "all logits fit one chunk"
+    return "the head is trained, and its gradient would exist twice" if trained and positions * vocab < 1 << 28 else ""
 
 
 def not_flex(head_dim: int, masked: bool, cached: bool) -> str:
@@ -33,17 +35,6 @@ def no_triton() -> str:
     return "" if find_spec("triton") else "triton is not installed; CUDA builds of torch bring it along"
 
 
-def no_segments(head_dim: int, masked: bool, cached: bool) -> str:
-    """Why an implementation that takes segments does not run: generation with caches has another mask."""
-    return "generation with caches has no segments" if cached else ""
-
-
-def plain_loops(**sizes: Any) -> str:
-    """Why the C++ kernels are not the default on this processor. Without AVX2 they were slower than the framework's on x86-64; on
-    other machines they were not timed."""
-    return "the processor has no AVX2" if native.library() and native.instruction_set() == "base" else ""
-
-
 # fmt: off
 TABLE = (
     # operator         name          devices     dtypes  function                         and what else decides
@@ -51,12 +42,12 @@ TABLE = (
     Row("attention",     "flex",       "cuda",     WIDE,   "ops.flex.attention",            mask="ops.flex.block_mask",
         cannot=not_flex, by_name="was not run on a GPU yet"),
     Row("attention",     "native",     "cpu",      "float32", "ops.native.attention",       mask="ops.native.segments",
-        cannot=no_segments, unwise=plain_loops, missing=native.why_missing),
+        cannot=native.cannot_attend, unwise=native.unwise, missing=native.why_missing),
     Row("attention",     "sdpa",       "cpu cuda", ANY,    "ops.attention.sdpa",            mask=SHARED),
     Row("attention",     COMPOSED,     ANY,        ANY,    "ops.attention.composed",        mask=SHARED),
     Row("roi_align",     "triton",     "cuda",     WIDE,   "ops.triton_roi_align.roi_align",
         missing=no_triton, by_name="was not run on a GPU yet"),
-    Row("roi_align",     "native",     "cpu",      "float32", "ops.native.roi_align",       unwise=plain_loops,
+    Row("roi_align",     "native",     "cpu",      "float32", "ops.native.roi_align",       unwise=native.unwise,
         missing=native.why_missing),
     Row("roi_align",     COMPOSED,     ANY,        ANY,    "ops.roi_align.roi_align"),
     Row("rms_norm",      "fused",      "npu",      HALF,   "ops.rms_norm.fused"),

@@ -12,6 +12,7 @@ from ms_granvit.layers import activation  # noqa: E402
 from ms_granvit.ops import attention as attention_ops  # noqa: E402
 from ms_granvit.ops import cross_entropy, rms_norm  # noqa: E402
 from ms_granvit.ops.table import PLAIN, kernels_for  # noqa: E402
+from tests.ms.ir import compiled, operators  # noqa: E402
 
 B, H, G, S, D = 2, 4, 2, 7, 6
 
@@ -138,6 +139,32 @@ def test_chunks_of_the_cross_entropy_add_up_to_the_whole(monkeypatch):
     dlogits = 3 * weights[:, None] * (p - np.eye(31)[targets])
     np.testing.assert_allclose(dhidden.asnumpy(), dlogits @ head, atol=1e-5)
     np.testing.assert_allclose(dhead.asnumpy(), dlogits.T @ hidden, atol=1e-5)
+
+
+@pytest.mark.parametrize(("trained", "products"), [(False, 3 + 3 + 3), (True, 3 + 3 + 3 + 3)])
+def test_the_backward_pass_computes_the_logits_of_a_chunk_again_and_no_gradient_of_a_frozen_head(monkeypatch, trained, products):
+    """Three chunks: logits forward, logits backward, the hidden states' gradient, and the head's where it is trained."""
+    monkeypatch.setattr(cross_entropy, "CHUNK", 2 * 31)
+
+    class Loss(ms.nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.head = ms.Parameter(ms.Tensor(np.ones((31, 8), np.float32)), requires_grad=trained)
+
+        def construct(self, hidden, targets, weights):
+            return cross_entropy.chunked(hidden, self.head, targets, weights)
+
+    class Gradient(ms.nn.Cell):
+        def __init__(self):
+            super().__init__(auto_prefix=False)
+            loss = Loss()
+            self.differentiate = ms.value_and_grad(loss, 0, ms.ParameterTuple(loss.trainable_params()) if trained else None)
+
+        def construct(self, *inputs):
+            return self.differentiate(*inputs)
+
+    arrays = np.ones((6, 8), np.float32), np.zeros(6, np.int32), np.ones(6, np.float32)
+    assert operators(compiled(Gradient(), *map(ms.Tensor, arrays)), "MatMul") == products
 
 
 def test_each_device_and_dtype_has_its_attention():

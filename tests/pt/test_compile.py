@@ -12,6 +12,9 @@ from pt_granvit.engine import Engine  # noqa: E402
 def test_steps_of_other_counts_rates_and_shapes_compile_one_graph_for_each_shape(monkeypatch):
     fixture = make_fixture(0)
     config = fixture.config("stage1")
+    data = config.data.model_copy(update={"buckets": 2 * config.data.buckets})
+    config = config.model_copy(update={"data": data})
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # the engine must raise it: two graphs for each bucket
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend="eager", **options))  # inductor takes minutes
     runs = {}
@@ -26,5 +29,6 @@ def test_steps_of_other_counts_rates_and_shapes_compile_one_graph_for_each_shape
     for step, batch in enumerate([first, longer, *fixture.batches[1:3], longer], start=1):
         inputs = StepInputs(step, 0.01 / step, 0.9 + 0.01 * step, 20.0 + step, 3.0 + step)
         with torch.compiler.set_stance("default" if step <= 2 else "fail_on_recompile"):
-            found = runs[True].step([batch], inputs)
+            found, held_out = runs[True].step([batch], inputs), runs[True].loss_sums([batch])
         np.testing.assert_allclose(list(vars(found).values()), list(vars(runs[False].step([batch], inputs)).values()), rtol=1e-6)
+        np.testing.assert_allclose(held_out, runs[False].loss_sums([batch]), rtol=1e-6)

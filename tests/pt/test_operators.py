@@ -25,7 +25,7 @@ def test_chunks_of_the_cross_entropy_add_up_to_the_whole(monkeypatch, trained_he
 
 
 def test_adamw_in_chunks_follows_the_formula(monkeypatch):
-    monkeypatch.setattr(adamw, "CHUNK", 4)
+    monkeypatch.setitem(adamw.CHUNK, "cpu", 4)
     generator = torch.Generator().manual_seed(0)
     p, g, m, v = (torch.rand(11, generator=generator, dtype=torch.float64) for _ in range(4))
     m_new, v_new = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
