@@ -141,7 +141,7 @@ def configured(fixture: Fixture, framework: str, stage: str, request: Request) -
     config = fixture.config(stage, request.compute, request.device)
     rows = [row for row in kernel_table(framework) if request.kernels.get(row.operator) == row.name]
     named = {row.operator: row.name for row in rows if not row.unfit(request.device, request.compute)}
-    return config.model_copy(update={"runtime": config.runtime.model_copy(update={"kernels": named})})
+    return config.model_copy(update={"runtime": config.runtime.model_copy(update={"kernels": config.runtime.kernels | named})})
 
 
 def kernel_table(framework: str) -> Sequence[Row]:

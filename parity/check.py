@@ -124,7 +124,7 @@ def _check(options: argparse.Namespace, console: Console) -> Report:
     fixture = _fixture(options)
     of_records = tuple(s for s in options.suite if s not in ("checkpoint", "peers"))
     request = Request(of_records, options.steps, options.precision, options=tuple(options.option), kernels=options.kernels)
-    _check_kernels(options.kernels)
+    _check_kernels(options.kernels, options.precision)
     announce = lambda text: console.print(f"[dim]{text}[/]", highlight=False)  # noqa: E731
     announce("golden reference: PyTorch in float64")
     golden = compute(fixture, "torch", replace(request, compute="float64"))
@@ -158,12 +158,16 @@ def _check(options: argparse.Namespace, console: Console) -> Report:
     return _report(options.precision, rows, candidate, peer, notes)
 
 
-def _check_kernels(named: Mapping[str, str]) -> None:
-    """`ValueError` for an operator or an implementation that neither framework has."""
+def _check_kernels(named: Mapping[str, str], precision: str) -> None:
+    """`ValueError` for an operator or an implementation that neither framework has, or that neither can run here."""
     for operator, name in named.items():
-        known = {row.name for framework in ("mindspore", "torch") for row in kernel_table(framework) if row.operator == operator}
-        if name not in known:
-            raise ValueError(f"--kernels {operator}={name}: known for {operator}: {', '.join(sorted(known)) or 'nothing'}")
+        rows = [row for framework in ("mindspore", "torch") for row in kernel_table(framework) if row.operator == operator]
+        if name not in {row.name for row in rows}:
+            known = ", ".join(sorted({row.name for row in rows})) or "nothing"
+            raise ValueError(f"--kernels {operator}={name}: known for {operator}: {known}")
+        reasons = [row.unfit("cpu", precision) or row.missing() for row in rows if row.name == name]
+        if all(reasons):
+            raise ValueError(f"--kernels {operator}={name}: {reasons[0]}; --record and --compare compare other machines")
 
 
 def _print_coverage(console: Console) -> None:

@@ -149,6 +149,19 @@ def test_flash_follows_the_definition_through_the_stand_in(calls, width, graph):
     assert calls[0].shapes["key"][1] == 2  # keys are not repeated
 
 
+@pytest.mark.parametrize("S", [1, 5])
+def test_flash_with_the_mask_of_caches_sees_keys_beyond_its_own_number(calls, S):
+    """Generation: S new tokens, after which slots of the caches are still empty. The keys before them are in slots above S."""
+    q, k, v, cotangent = oracle.inputs(16)
+    L, positions = k.shape[2], 6 + np.arange(S)
+    allowed = np.arange(L) <= positions[:, None]
+    _, attend = flash(16)
+    mask = np.broadcast_to(allowed, (2, 1, S, L))
+    out = attend(*map(Tensor, (q[:, :, :S], k, v)), Tensor(np.ascontiguousarray(mask))).asnumpy()
+    expected, _ = oracle.attention(q[:, :, :S], k, v, ~mask, 0.25, cotangent[:, :, :S])
+    np.testing.assert_allclose(out, expected, **ROUNDED)
+
+
 def test_flash_without_a_mask(calls):
     q, k, v, cotangent = oracle.inputs(72, (4, 4, 4))
     _, attend = flash(72)

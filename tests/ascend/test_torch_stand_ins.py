@@ -115,6 +115,18 @@ def test_npu_fusion_follows_the_definition_through_the_stand_in(installed, width
     assert installed.calls[0].shapes["key"][1] == 2  # keys are not repeated
 
 
+@pytest.mark.parametrize("S", [1, 5])
+def test_npu_fusion_with_the_mask_of_caches_sees_keys_beyond_its_own_number(installed, S):
+    """Generation: S new tokens, after which slots of the caches are still empty. The keys before them are in slots above S."""
+    q, k, v, cotangent = oracle.inputs(16)
+    L, positions = k.shape[2], 6 + np.arange(S)
+    mask = np.broadcast_to(np.arange(L) <= positions[:, None], (2, 1, S, L))
+    _, attend = fusion(16)
+    inputs = tensors(np.ascontiguousarray(q[:, :, :S]), k, v)
+    expected = oracle.attention(q[:, :, :S], k, v, ~mask, 0.25, cotangent[:, :, :S])
+    compare(attend(*inputs, torch.from_numpy(mask.copy())), inputs, np.ascontiguousarray(cotangent[:, :, :S]), expected)
+
+
 def test_an_inverted_mask_in_npu_fusion_is_noticed(installed, monkeypatch):
     q, k, v, cotangent = oracle.inputs(16)
     (mask_of, attend), documented = fusion(16), installed.npu_fusion_attention
