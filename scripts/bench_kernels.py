@@ -140,7 +140,7 @@ def gelu_call(normal, rng, rows: int, C: int) -> Call:
 
 def cross_entropy_call(normal, rng, A: int, C: int, V: int) -> Call:
     arrays = [normal(A, C), normal(V, C) * np.float32(C**-0.5), rng.integers(0, V, A).astype(np.int32), np.ones(A, np.float32)]
-    sizes = {"positions": A, "vocab": V}
+    sizes = {"positions": A, "vocab": V, "trained": True}
     return Call(f"[{A}, {C}] [{V}, {C}]", arrays, [()], 2, (), sizes, flops=2.0 * A * C * V)
 
 

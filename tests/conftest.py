@@ -106,7 +106,7 @@ def caption_store(tmp_path_factory):
     return Store(folder / "store")
 
 
-FIRST = ("tests/pt/", "tests/test_runs.py", "tests/parity/test_check.py")
+FIRST = ("tests/pt/test_device.py", "tests/test_runs.py", "tests/parity/test_check.py")
 
 
 def pytest_collection_modifyitems(items):

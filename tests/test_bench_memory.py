@@ -37,7 +37,7 @@ def test_states_are_counted_exactly(stage):
     states = one.parameters + one.gradients + one.moments + one.teacher
     assert states == state_bytes(vision, language, spec.trains, spec.distill, 2)
     assert states <= one.state < 1.01 * states + 4096  # means, deviations, resampling matrices beside them
-    assert one.passes > one.state + one.activations and one.update >= one.state + one.gradients  # a temporary of that size
+    assert one.passes > one.state + one.activations and one.update > one.state  # temporaries: of one chunk (ops/adamw.py)
 
 
 def test_recomputation_and_fewer_rows_keep_less():

@@ -321,10 +321,12 @@ def test_recomputation_in_mindspore_runs_every_block_again_and_changes_no_value(
     from tests.ms.ir import operators
 
     vision, language = resolve_models(engine.config)
-    plain, plain_gradients = gradients(engine, [batch])
-    other = make_engine("mindspore", optimizer={"clip_norm": BIG}, runtime={"recompute": True})
+    composed = {"attention": "composed"}
+    one, other = (make_engine("mindspore", optimizer={"clip_norm": BIG}, runtime={"kernels": composed, "recompute": again})
+                  for again in (False, True))  # fmt: skip
+    plain, plain_gradients = gradients(one, [batch])
     recomputed, recomputed_gradients = gradients(other, [batch])
-    once, twice = (operators(one.micro_batch.current_phase, "Softmax") for one in (engine, other))
+    once, twice = (operators(made.micro_batch.current_phase, "Softmax") for made in (one, other))
     assert once == 2 * vision.built_layers + language.layers  # encoder, teacher, decoder
     assert twice - once == vision.built_layers + language.layers
     assert plain == recomputed

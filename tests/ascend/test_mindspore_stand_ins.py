@@ -40,8 +40,12 @@ def compare(found, expected):
 
 @pytest.fixture
 def calls():
+    """In PyNative mode, whatever mode tests before have left; `differentiated` compiles where it is asked to."""
+    before = ms.get_context("mode")
+    ms.set_context(mode=ms.PYNATIVE_MODE)
     with mindspore_ascend.installed() as made:
         yield made
+    ms.set_context(mode=before)
 
 
 @pytest.mark.parametrize("graph", [False, True])

@@ -9,12 +9,12 @@ from parity.fixture import make_fixture, random_batch  # noqa: E402
 from pt_granvit.engine import Engine  # noqa: E402
 
 
+@torch._dynamo.config.patch(recompile_limit=1)  # the engine must raise it: two graphs for each bucket
 def test_steps_of_other_counts_rates_and_shapes_compile_one_graph_for_each_shape(monkeypatch):
     fixture = make_fixture(0)
     config = fixture.config("stage1")
     data = config.data.model_copy(update={"buckets": 2 * config.data.buckets})
     config = config.model_copy(update={"data": data})
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # the engine must raise it: two graphs for each bucket
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend="eager", **options))  # inductor takes minutes
     runs = {}

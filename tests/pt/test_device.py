@@ -198,7 +198,8 @@ def test_any_one_tensor_left_on_the_host_fails_the_step(device):
 def test_the_two_faults_that_were_there_are_found_when_put_back(device, monkeypatch):
     with monkeypatch.context() as patch:  # the resampling of positions, made by from_numpy
         made = torch.tensor
-        patch.setattr(vision_module.torch, "tensor", lambda x: torch.from_numpy(x) if isinstance(x, np.ndarray) else made(x))
+        wrong = lambda x, **options: torch.from_numpy(x) if isinstance(x, np.ndarray) else made(x, **options)  # noqa: E731
+        patch.setattr(vision_module.torch, "tensor", wrong)
         engine = make_engine(on_device(**SMALL_CROPS))
         with pytest.raises(RuntimeError, match=MIXED):
             step(engine, rows_for(on_device(**SMALL_CROPS)))
