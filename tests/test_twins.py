@@ -334,6 +334,15 @@ def test_recomputation_in_mindspore_runs_every_block_again_and_changes_no_value(
         np.testing.assert_array_equal(gradient, recomputed_gradients[name], err_msg=name)
 
 
+def test_the_cross_entropy_from_hidden_states_is_that_from_logits(engine, batch):
+    framework = "torch" if type(engine).__module__.startswith("pt") else "mindspore"
+    other = make_engine(framework, optimizer={"clip_norm": BIG}, runtime={"kernels": {"cross_entropy": "chunked"}})
+    assert other.kernels.names["cross_entropy"] == "chunked"
+    (result, gradients_of_logits), (found, chunked_gradients) = gradients(engine, [batch]), gradients(other, [batch])
+    np.testing.assert_allclose(list(vars(found).values()), list(vars(result).values()), rtol=1e-5)
+    assert_same_gradients(chunked_gradients, gradients_of_logits, 1e-5)
+
+
 @pytest.mark.parametrize("stage, trained", [("stage2", {"projector", "language"}), ("guesser", {"language"})])
 def test_other_stages_train_what_they_say(stage, trained, batch):
     engines = [make_engine(framework, stage=stage) for framework in ("torch", "mindspore")]
