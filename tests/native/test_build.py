@@ -5,6 +5,8 @@ import pytest
 
 from granvit import native
 
+with_a_compiler = pytest.mark.skipif(native.compiler() is None, reason="needs a C++ compiler")
+
 
 @pytest.fixture
 def elsewhere(monkeypatch, tmp_path):
@@ -48,6 +50,7 @@ def test_a_library_from_other_sources_is_not_loaded(elsewhere, kernels):
     assert_one_line_says("other sources")
 
 
+@with_a_compiler
 @pytest.mark.parametrize("foreign", [False, True], ids=["without the functions", "of another processor"])
 def test_a_library_that_does_not_load_is_not_used(elsewhere, foreign):
     source, library = elsewhere / "foreign.cpp", elsewhere / "foreign.so"
@@ -70,6 +73,7 @@ def test_without_a_compiler_the_build_says_so(monkeypatch, elsewhere, capsys):
         native.build(elsewhere)
 
 
+@with_a_compiler
 def test_a_compiler_that_fails_leaves_nothing_behind(monkeypatch, elsewhere):
     (elsewhere / "inner.cpp").write_text("int main( {")
     before = sorted(elsewhere.iterdir())
