@@ -11,6 +11,10 @@ from collections.abc import Collection
 
 from granvit.models import PARTS, LanguageConfig, VisionConfig, parameter_shapes, part_of, vision_shapes
 
+LOGITS_IN_CHUNK = 1 << 24  # of the cross-entropy `chunked` (64 MB in float32), unless that would make more than
+MOST_CHUNKS = 16  # chunks: MindSpore compiles each
+NUMBERS_IN_UPDATE = 1 << 26  # that PyTorch's AdamW updates at a time on a device
+
 
 def vision_macs(c: VisionConfig, image_size: int | None = None) -> float:
     """MACs of one image (with tiling: one view): `L [N (4 h^2 + k h m) + 2 N^2 h] + 3 p^2 h N`, k = 2, or 3 with a gated MLP."""
@@ -91,6 +95,32 @@ def state_bytes(
     return held + 4 * sum(map(math.prod, vision_shapes(vision).values())) * teacher
 
 
+def rows_in_chunk(rows: int, vocab: int) -> int:
+    """Positions whose logits the cross-entropy `chunked` computes at a time: 2^24 logits, or a sixteenth of all positions."""
+    by_size, by_number = LOGITS_IN_CHUNK // vocab, -(-rows // MOST_CHUNKS)
+    return by_size if by_size > by_number else by_number
+
+
+def few_logits(positions: int, vocab: int, trained: bool) -> str:
+    """Why the cross-entropy is not computed in chunks by default, or "". The gradient of a trained head is summed over the
+    chunks, which takes more memory than the logits of few positions."""
+    if positions <= rows_in_chunk(positions, vocab):
+        return "all logits fit one chunk"
+    return "the head is trained, and its gradient would exist twice" if trained and positions * vocab < 1 << 28 else ""
+
+
+def logits_bytes(positions: int, vocab: int, width: int, trained: bool) -> tuple[int, int]:
+    """What the default cross-entropy keeps, and the most that its backward pass needs in addition, in bfloat16.
+
+    From all logits: they are kept in bfloat16 and float32, and the backward pass begins with three float32 arrays of their size.
+    In chunks: nothing is kept, and one chunk exists in bfloat16 and twice in float32. A trained head's gradient is summed in
+    float32; each chunk's share comes in bfloat16 and is converted.
+    """
+    if few_logits(positions, vocab, trained):
+        return 6 * positions * vocab, 12 * positions * vocab
+    return 0, max(10 * rows_in_chunk(positions, vocab) * vocab, 10 * vocab * width * trained)
+
+
 def activation_bytes(
     vision: VisionConfig, language: LanguageConfig, trains: Collection[str], rows: int, length: int, answers: int,
     recompute: bool = False, framework: str = "torch",
@@ -101,8 +131,8 @@ def activation_bytes(
     The micro-batch has `rows` rows of `length` tokens, `answers` of them supervised. Kept are the tensors that the derivatives
     read: the float32 input of a norm (and its output before the weight, if that is trained), the input of a trained linear layer,
     q, k, v and output of attention, the inputs of the MLP's activation function and product, and a bfloat16 copy of every trained
-    weight. With `recompute` a block keeps only its input, and while its gradients are computed, all of its activations exist. The
-    backward pass begins with three float32 arrays of the size of the logits.
+    weight. With `recompute` a block keeps only its input, and while its gradients are computed, all of its activations exist. For
+    the logits see `logits_bytes`.
 
     MindSpore differs: its tanh-GELU keeps seven tensors, keys and values are not repeated over the heads of a group, and the head
     dimension is padded to a multiple of 16. The formula ignores what MindSpore's compiler fuses or recomputes by itself.
@@ -130,6 +160,6 @@ def activation_bytes(
     kept_bytes += language.layers * (2 * tokens * c if recompute else language_block)
     kept_bytes += copies["language"] - block_copies  # of embeddings and head
     kept_bytes += copies["projector"] + rows * vision.image_tokens * (4 * c + 2 * vision.token_width)
-    logits = rows * answers * language.vocab
-    kept_bytes += 6 * logits + rows * length**2  # logits in bfloat16 and float32; the mask
-    return kept_bytes, max(12 * logits, language_block if recompute else 0, vision_block if recompute else 0)
+    of_logits, at_logits = logits_bytes(rows * answers, language.vocab, c, t)
+    kept_bytes += of_logits + rows * length**2  # and the mask
+    return kept_bytes, max(at_logits, language_block if recompute else 0, vision_block if recompute else 0)

@@ -9,18 +9,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
-Operator = Literal["attention", "roi_align", "rms_norm", "rope", "swiglu", "gelu", "cross_entropy", "adamw"]
+Operator = Literal["attention", "roi_align", "layer_norm", "rms_norm", "rope", "swiglu", "gelu", "cross_entropy", "adamw"]
 OPERATORS: tuple[Operator, ...] = get_args(Operator)
 # The implementations that either package has, so that names are checked where a configuration is read.
 NAMES: dict[str, tuple[str, ...]] = {
     "attention": ("composed", "native", "flash", "npu_fusion", "sdpa", "flex"),
     "roi_align": ("composed", "native", "ascend", "triton"),
-    "rms_norm": ("composed", "product", "fused"),
-    "rope": ("composed", "fused"),
-    "swiglu": ("composed",),
-    "gelu": ("composed", "fused"),
+    "layer_norm": ("composed", "native"),
+    "rms_norm": ("composed", "native", "product", "fused"),
+    "rope": ("composed", "native", "fused"),
+    "swiglu": ("composed", "native"),
+    "gelu": ("composed", "native", "fused"),
     "cross_entropy": ("composed", "chunked"),
-    "adamw": ("composed",),
+    "adamw": ("composed", "native"),
 }
 Named = Mapping[str, str | Sequence[str]]  # operator -> implementation, or several in order of preference
 ANY = "any"
@@ -128,7 +129,7 @@ class Kernels:
                     self._hint(f"{operator} {row.name!r}: {reason}")
                 continue
             if lack := row.missing():
-                self._hint(f"{operator} {row.name!r}: {lack}")
+                self._hint(f"{row.name!r}: {lack}")
                 continue
             self._note(operator, row.name)
             return row

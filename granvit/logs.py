@@ -12,6 +12,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from granvit.checkpoint.tensors import write_synced
+from granvit.kernels import Kernels
 
 log = logging.getLogger("granvit")
 
@@ -42,6 +43,13 @@ def to_file(run: Path, rank: int) -> None:
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
+
+
+def log_kernels(kernels: Kernels) -> None:
+    """One line with the implementations that were picked, and a warning for each that this machine lacks."""
+    log.info(f"kernels: {', '.join(f'{operator}: {name}' for operator, name in kernels.names.items())}")
+    for hint in kernels.hints:
+        log.warning(f"not used here: {hint}")
 
 
 def read_metrics(path: Path, last_step: int) -> Iterator[tuple[str, dict[str, Any]]]:

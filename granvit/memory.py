@@ -8,7 +8,7 @@ from pathlib import Path
 
 from granvit.checkpoint.run import newest_step
 from granvit.config import RunConfig, largest_divisor
-from granvit.cost import activation_bytes, state_bytes
+from granvit.cost import NUMBERS_IN_UPDATE, activation_bytes, state_bytes
 from granvit.models import LanguageConfig, VisionConfig, parameter_shapes, part_of
 from granvit.trainer import TrainingStopped
 
@@ -20,8 +20,8 @@ _COMPUTE_BYTES = {"float64": 8, "float32": 4}  # of the others 2
 
 def predicted_memory(config: RunConfig, vision: VisionConfig, language: LanguageConfig, framework: str) -> tuple[int, int]:
     """Bytes on every device, by formula: weights, gradients and moments; and the peak of a training step on `train.micro_batch`
-    rows of the largest bucket. The peak is that of forward and backward pass or of the update, which needs one float32 array of
-    the size of the trained weights (docs/memory.md compares both with measurements)."""
+    rows of the largest bucket. The peak is that of forward and backward pass or of the update. PyTorch's update needs one float32
+    array of `NUMBERS_IN_UPDATE`, MindSpore's one of the size of the trained weights. See docs/memory.md."""
     stage, bucket = config.stage_spec, config.data.buckets[-1]
     state = state_bytes(vision, language, stage.trains, stage.distill, _COMPUTE_BYTES.get(config.runtime.compute, 2))
     passes = activation_bytes(
@@ -30,7 +30,8 @@ def predicted_memory(config: RunConfig, vision: VisionConfig, language: Language
         framework=framework,
     )
     shapes = parameter_shapes(vision, language)
-    update = 4 * sum(math.prod(shape) for name, shape in shapes.items() if part_of(name) in stage.trains)
+    trained = sum(math.prod(shape) for name, shape in shapes.items() if part_of(name) in stage.trains)
+    update = 4 * (min(trained, NUMBERS_IN_UPDATE) if framework == "torch" else trained)
     return state, state + max(sum(passes), update)
 
 

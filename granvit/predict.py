@@ -10,7 +10,7 @@ from granvit.data.images import decode, to_views
 from granvit.data.prompts import Box, parse_box, question_text
 from granvit.exit_status import exit_status
 from granvit.launch import load_engine_class
-from granvit.logs import log, to_console
+from granvit.logs import log, log_kernels, to_console
 from granvit.pictures import draw_boxes
 from granvit.stages import ANSWER
 
@@ -63,6 +63,7 @@ def _predict(options: argparse.Namespace) -> None:
         raise ValueError(f"--run {run}: {config.stage} was trained on captions without questions; leave out --box and --text")
     Engine = load_engine_class(options.framework)
     engine = Engine(config, vision, language, checkpoint.tensors("model"), stage=ANSWER)
+    log_kernels(engine.kernels)
     height, width = image_HW3.shape[:2]
     prompts = prompt_batch(to_views(image_HW3, vision)[None], [text], chat, vision, sizes=[(width, height)])
     answer = chat.decode(engine.generate(prompts, config.eval.max_new_tokens, chat.stop_token)[0])

@@ -23,7 +23,7 @@ from granvit.engine import Ranks, TrainEngine
 from granvit.evaluate import Evaluation, Evaluator, forget_evaluations
 from granvit.exit_status import exit_status
 from granvit.launch import Guard, Launch, RunLock, check_launcher, check_port, detect_launch, load_engine_class
-from granvit.logs import log, to_console, to_file
+from granvit.logs import log, log_kernels, to_console, to_file
 from granvit.memory import NOTHING_SMALLER, check_memory, memory_errors, smaller_steps
 from granvit.models import PARTS, parameter_shapes, part_of
 from granvit.preflight import (
@@ -250,9 +250,7 @@ def _compare_kernels(ranks: Ranks, names: Mapping[str, str]) -> None:
 def _log_start(config: RunConfig, engine, framework: str, chat: Chat, loader: Loader, writer: CheckpointWriter | None) -> None:
     log.info(f"{config.stage} in {framework} on {engine.device}, {engine.world} rank(s), {loader.steps} steps, {chat.origin}")
     log.info(f"a step: {config.train.global_batch} rows of up to {config.data.regions_per_row} region question(s)")
-    log.info(f"kernels: {', '.join(f'{op}: {name}' for op, name in engine.kernels.names.items())}")
-    for hint in engine.kernels.hints:
-        log.warning(f"not used here: {hint}")
+    log_kernels(engine.kernels)
     if writer is None:
         return
     for part in PARTS:

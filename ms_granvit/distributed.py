@@ -164,8 +164,9 @@ class SumOfSquares(nn.Cell):
     def fold(self, values: Tensor) -> tuple[Tensor, Tensor | float]:
         """Sums of rows of `ROW` elements, and the sum of the remaining elements."""
         whole = values.shape[0] // ROW * ROW
-        rest = 0.0 if whole == values.shape[0] else ops.sum(values[whole:])
-        return ops.sum(values[:whole].reshape(-1, ROW), -1), rest
+        if whole == values.shape[0]:  # a slice of the whole vector would be copied, slowly
+            return ops.sum(values.reshape(-1, ROW), -1), 0.0
+        return ops.sum(values[:whole].reshape(-1, ROW), -1), ops.sum(values[whole:])
 
 
 class ReduceGradients(nn.Cell):

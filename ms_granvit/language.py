@@ -11,6 +11,7 @@ from mindspore import Tensor, nn, ops
 
 from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
 from granvit.kernels import Kernels
+from granvit.logs import log_kernels
 from granvit.models import LanguageConfig, language_shapes
 from ms_granvit.arrays import dtype_on_device, fill, to_numpy
 from ms_granvit.distributed import use_device
@@ -134,9 +135,11 @@ class CausalDecoder(Module):
         opened = open_pretrained(directory, "language")
         device = use_device(device)
         dtype = dtype or dtype_on_device(opened.dtype)
+        kernels = kernels_for(device, dtype)
         with stored_as(dtype):
-            decoder = cls(opened.language, dtype, kernels_for(device, dtype))
+            decoder = cls(opened.language, dtype, kernels)
         fill(decoder, opened.tensors, "language.")
+        log_kernels(kernels)
         return decoder
 
     def save_pretrained(self, directory: str | Path) -> None:

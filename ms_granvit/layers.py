@@ -65,15 +65,14 @@ class Embedding(Module):
 class LayerNorm(Module):
     """Layer normalisation over the last axis."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, eps: float, kernels: Kernels):
         super().__init__()
         self.weight = parameter(width)
         self.bias = parameter(width)
-        self.normalise = ops.LayerNorm(-1, -1, eps)
+        self.eps, self.normalise = eps, kernels.pick("layer_norm")
 
     def construct(self, x: Tensor) -> Tensor:
-        weight, bias = ops.cast(self.weight, ms.float32), ops.cast(self.bias, ms.float32)
-        return self.emit(ops.cast(self.normalise(ops.cast(x, ms.float32), weight, bias)[0], x.dtype))
+        return self.emit(self.normalise(x, self.weight, self.bias, self.eps))
 
 
 class RMSNorm(Module):
@@ -90,7 +89,7 @@ class RMSNorm(Module):
 
 def norm(kind: str, width: int, eps: float, kernels: Kernels) -> nn.Cell:
     """The norm that a configuration calls `layer` or `rms`."""
-    return LayerNorm(width, eps) if kind == "layer" else RMSNorm(width, eps, kernels)
+    return LayerNorm(width, eps, kernels) if kind == "layer" else RMSNorm(width, eps, kernels)
 
 
 def activation(kind: str, kernels: Kernels) -> Callable[[Tensor], Tensor]:

@@ -11,6 +11,7 @@ from mindspore import Tensor, ops
 
 from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
 from granvit.kernels import Kernels
+from granvit.logs import log_kernels
 from granvit.models import PARTS, LanguageConfig, VisionConfig, parameter_shapes
 from ms_granvit.arrays import dtype_on_device, fill, to_numpy
 from ms_granvit.distributed import use_device
@@ -55,9 +56,11 @@ class GranViT(Module):
         opened = open_pretrained(directory, *PARTS)
         device = use_device(device)
         dtype = dtype or dtype_on_device(opened.dtype)
+        kernels = kernels_for(device, dtype)
         with stored_as(dtype):
-            model = cls(opened.vision, opened.language, dtype, kernels_for(device, dtype))
+            model = cls(opened.vision, opened.language, dtype, kernels)
         fill(model, opened.tensors)
+        log_kernels(kernels)
         return model
 
     def save_pretrained(self, directory: str | Path) -> None:

@@ -51,13 +51,10 @@ class AdamW(nn.Cell):
         """
         decay_factor, rate = (decay_factors[0], decay_factors[1], decay_factors[2]), (rates[0], rates[1], rates[2])
         scale = ops.minimum(self.clip_norm / (grad_norm + 1e-6), ops.ones_like(grad_norm))
+        done = ()
         for i in range(len(self.parameters)):
-            g, part = self.gradients[i] * scale, self.part[i]
-            p, m, v = self.move(self.parameters[i], g, self.first_moment[i], self.second_moment[i],
-                                decay_factor[part] if self.decayed[i] else None, rate[part], correction2, self.beta1, self.beta2,
-                                self.eps)  # fmt: skip
-            ops.assign(self.parameters[i], p)
-            ops.assign(self.first_moment[i], m)
-            ops.assign(self.second_moment[i], v)
-            ops.assign(self.gradients[i], ops.zeros_like(g))
-        return scale
+            part = self.part[i]
+            done += (self.move(self.parameters[i], self.gradients[i], self.first_moment[i], self.second_moment[i], scale,
+                               decay_factor[part] if self.decayed[i] else None, rate[part], correction2, self.beta1, self.beta2,
+                               self.eps),)  # fmt: skip
+        return ops.depend(scale, done)

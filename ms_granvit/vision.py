@@ -11,6 +11,7 @@ from mindspore import Tensor, nn, ops
 from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
 from granvit.interpolate import position_matrix
 from granvit.kernels import Kernels
+from granvit.logs import log_kernels
 from granvit.models import Level, VisionConfig, vision_shapes
 from ms_granvit.arrays import dtype_on_device, fill, to_numpy
 from ms_granvit.distributed import use_device
@@ -174,9 +175,11 @@ class VisionEncoder(Module):
         opened = open_pretrained(directory, "vision")
         device = use_device(device)
         dtype = dtype or dtype_on_device(opened.dtype)
+        kernels = kernels_for(device, dtype)
         with stored_as(dtype):
-            encoder = cls(opened.vision, dtype, resolution, kernels_for(device, dtype))
+            encoder = cls(opened.vision, dtype, resolution, kernels)
         fill(encoder, opened.tensors, "vision.")
+        log_kernels(kernels)
         return encoder
 
     def save_pretrained(self, directory: str | Path) -> None:

@@ -29,7 +29,7 @@ from safetensors.numpy import load_file, save_file
 from granvit.config import RunConfig
 from granvit.engine import LOSSES, Group, TrainEngine
 from granvit.introspection import INPUTS, Capture, Feed, Introspection
-from granvit.kernels import Row
+from granvit.kernels import COMPOSED, OPERATORS, Named, Row
 from granvit.launch import load_engine_class
 from granvit.models import PARTS, Shapes, part_of
 from parity import faults
@@ -115,7 +115,7 @@ class Request:
     fault: str | None = None
     golden: Tensors | None = None
     options: tuple[str, ...] = tuple(OPTIONS)
-    kernels: Mapping[str, str] = field(default_factory=dict)  # as `runtime.kernels`; each package takes the names that it has
+    kernels: Mapping[str, str] = field(default_factory=dict)  # operator -> implementation, see `configured`
 
 
 def compute(fixture: Fixture, framework: str, request: Request) -> Record:
@@ -132,16 +132,24 @@ def open_model(framework: str, fixture: Fixture, config: RunConfig, shapes: Shap
     """The fixture's start model with taps at the activations in `shapes`; `ValueError` if the framework is not installed."""
     package = load_engine_class(framework).__module__.partition(".")[0]
     introspect = importlib.import_module(f"{package}.introspect")
+    if shapes:  # logits are an activation, and `composed` alone makes all of them
+        config = with_kernels(config, {"cross_entropy": COMPOSED})
     return introspect.Introspector(config, fixture.vision, fixture.language, fixture.weights.items(), shapes, graph)
 
 
 def configured(fixture: Fixture, framework: str, stage: str, request: Request) -> RunConfig:
-    """The fixture's run of one stage in one framework, with the implementations of `request.kernels` that the framework has on
-    the request's device in its dtype."""
+    """The fixture's run of one stage in one framework. Operators in `request.kernels` run the implementation named there, or
+    `composed` where the framework does not have it; in float64, the golden reference, every operator is `composed`."""
     config = fixture.config(stage, request.compute, request.device)
-    rows = [row for row in kernel_table(framework) if request.kernels.get(row.operator) == row.name]
-    named = {row.operator: row.name for row in rows if not row.unfit(request.device, request.compute)}
-    return config.model_copy(update={"runtime": config.runtime.model_copy(update={"kernels": config.runtime.kernels | named})})
+    if request.compute == "float64":
+        return with_kernels(config, dict.fromkeys(OPERATORS, COMPOSED))
+    return with_kernels(config, {operator: [name, COMPOSED] for operator, name in request.kernels.items()})
+
+
+def with_kernels(config: RunConfig, named: Named) -> RunConfig:
+    """The run with these implementations besides those that it names already."""
+    kernels = {**config.runtime.kernels, **named}
+    return config.model_copy(update={"runtime": config.runtime.model_copy(update={"kernels": kernels})})
 
 
 def kernel_table(framework: str) -> Sequence[Row]:

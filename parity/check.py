@@ -26,12 +26,13 @@ from parity import peers, preconditions, round_trips  # noqa: E402
 from parity.capture import Record, Request, compute, kernel_table, load_record, open_model  # noqa: E402
 from parity.capture import environment as _versions  # noqa: E402
 from parity.compare import ROUNDOFF, Row, compare_records, compare_suite  # noqa: E402
+from parity.each_kernel import FRAMEWORKS, Runs, implementations, picks  # noqa: E402
 from parity.fault_trials import Trial, false_alarms  # noqa: E402
 from parity.faults import FAULTS  # noqa: E402
 from parity.fixture import Fixture, make_fixture  # noqa: E402
 from parity.options import OPTIONS, coverage, option_fixture  # noqa: E402
 from parity.preconditions import CouldNotTell  # noqa: E402
-from parity.report import COULD_NOT_TELL, Report, print_report, write_report  # noqa: E402
+from parity.report import COULD_NOT_TELL, OUTCOME_COLUMNS, Report, outcome, print_report, write_report  # noqa: E402
 
 FREE = ("ops", "vision", "language", "model", "stage1", "stage2", "trajectory", "trajectory2", "generate", "options",
         "checkpoint", "peers")  # fmt: skip
@@ -47,10 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
             report = _compare(*options.compare)
         elif options.record:
             return _record(options, console)
-        elif options.faults:
-            report = _faults(options, console)
+        elif options.each_kernel:
+            return _each_kernel(options, console)
         else:
-            report = _check(options, console)
+            report = _run(options, console, Runs())
     except (ValueError, CouldNotTell) as error:
         console.print(f"[yellow]could not tell[/]: {error}", highlight=False)
         return COULD_NOT_TELL
@@ -69,6 +70,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
   python parity/check.py                                          # everything, on this machine
   python parity/check.py --suite model stage1 --isolate           # some suites, and every module isolated
   python parity/check.py --suite options --option pooled          # one configuration of the options
+  python parity/check.py --kernels attention=sdpa rope=composed   # with these implementations
+  python parity/check.py --each-kernel                            # with every implementation that this machine has, in turn
   python parity/check.py --faults                                 # test the check with planted faults (long)
   python parity/check.py --record npu --framework mindspore --device Ascend     # on one machine ...
   python parity/check.py --record gpu --framework torch --device cuda           # ... on another ...
@@ -87,7 +90,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--language", default="tiny-language",
                         help="decoder in configs/models, or a YAML file (default: %(default)s)")  # fmt: skip
     parser.add_argument("--kernels", nargs="+", default=[], metavar="OPERATOR=NAME", help="implementations to use in place of "
-                        "the default ones, where a framework has them; the golden reference keeps its own")  # fmt: skip
+                        "the default ones, for all suites; a framework that does not have one runs `composed`, and so does the "
+                        "golden reference. With --faults all others are `composed` too")  # fmt: skip
+    parser.add_argument("--each-kernel", action="store_true", help="run once for every implementation that this machine has in "
+                        "either framework; a framework that does not have it runs `composed`")  # fmt: skip
     parser.add_argument("--precision", choices=tuple(ROUNDOFF), default="float32",
                         help="compute dtype of both frameworks; the device must support it (default: %(default)s)")  # fmt: skip
     parser.add_argument("--faults", action="store_true", help="plant faults one at a time; each must be detected and located")
@@ -105,6 +111,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--record needs --framework mindspore or torch")
     if options.steps < 1:
         parser.error("--steps must be at least 1")
+    if options.each_kernel and (options.record or options.compare):
+        parser.error("--each-kernel runs both frameworks here: leave out --record and --compare")
     for name in options.kernels:
         if name.count("=") != 1:
             parser.error(f"--kernels {name}: write OPERATOR=NAME, as in attention=composed")
@@ -116,35 +124,61 @@ def _fixture(options: argparse.Namespace) -> Fixture:
     return make_fixture(options.seed, options.vision, options.language)
 
 
-def _check(options: argparse.Namespace, console: Console) -> Report:
-    """Runs and compares both frameworks and the golden reference on this machine."""
-    for framework in ("mindspore", "torch"):  # MindSpore first: it must be imported before torch's protobuf
+def _run(options: argparse.Namespace, console: Console, runs: Runs) -> Report:
+    """Both frameworks and the golden reference on this machine: compared, or with planted faults."""
+    for framework in FRAMEWORKS:  # MindSpore first: it must be imported before torch's protobuf
         load_engine_class(framework)
         preconditions.check_precision(framework)
+    _check_kernels(options.kernels, options.precision)
+    return (_faults if options.faults else _check)(options, console, runs)
+
+
+def _each_kernel(options: argparse.Namespace, console: Console) -> int:
+    """`_run` with every implementation in turn, and a line for each; the largest exit status."""
+    fixture, runs, sources, statuses = _fixture(options), Runs(), made_by(options), []
+    table = Table(title=f"every implementation in turn, {options.precision}; golden reference: PyTorch, float64, composed")
+    for column in ("implementation", "MindSpore runs", "PyTorch runs", *OUTCOME_COLUMNS):
+        table.add_column(column)
+    for operator, name in implementations(fixture, Request((), 1, options.precision)):
+        console.print(f"{operator}={name}", highlight=False)
+        began, named = time.monotonic(), {**options.kernels, operator: name}
+        report = _run(argparse.Namespace(**{**vars(options), "kernels": named}), console, runs)
+        report.seconds = time.monotonic() - began
+        write_report(report, sources, options.out / f"{operator}-{name}")
+        request = Request((), 1, options.precision, kernels=named)
+        ran = (picks(framework, fixture, request)[operator] for framework in FRAMEWORKS)
+        table.add_row(f"{operator}={name}", *ran, *outcome(report))
+        statuses.append(report.status)
+    console.print(table)
+    console.print(f"{options.out}: a report of each", highlight=False)
+    return max(statuses)
+
+
+def _check(options: argparse.Namespace, console: Console, runs: Runs) -> Report:
+    """Compares both frameworks and the golden reference."""
     fixture = _fixture(options)
     of_records = tuple(s for s in options.suite if s not in ("checkpoint", "peers"))
     request = Request(of_records, options.steps, options.precision, options=tuple(options.option), kernels=options.kernels)
-    _check_kernels(options.kernels, options.precision)
     announce = lambda text: console.print(f"[dim]{text}[/]", highlight=False)  # noqa: E731
     announce("golden reference: PyTorch in float64")
-    golden = compute(fixture, "torch", replace(request, compute="float64"))
+    golden = runs.compute(fixture, "torch", replace(request, compute="float64"))
     if options.isolate:
         request = replace(request, suites=(*of_records, "isolated"), golden=_opened_golden(fixture, golden))
-        golden.suites |= compute(fixture, "torch", replace(request, suites=("isolated",), compute="float64")).suites
+        golden.suites |= runs.compute(fixture, "torch", replace(request, suites=("isolated",), compute="float64")).suites
     announce("PyTorch")
-    peer = compute(fixture, "torch", request)
+    peer = runs.compute(fixture, "torch", request)
     announce("MindSpore, static graph (compiles)")
-    candidate = compute(fixture, "mindspore", request)
+    candidate = runs.compute(fixture, "mindspore", request)
     preconditions.check_comparable([golden, peer, candidate])
     rows = list(compare_records(golden, peer, candidate))
     eager = tuple(s for s in PYNATIVE if s in of_records)
     if eager:
         announce("MindSpore, PyNative")
-        found = compute(fixture, "mindspore", replace(request, suites=eager, graph=False))
+        found = runs.compute(fixture, "mindspore", replace(request, suites=eager, graph=False))
         for suite in eager:
             sides = (record.suites[suite] for record in (golden, peer, found))
             rows += compare_suite(f"{suite}, PyNative", *sides, options.precision)
-    if "options" in options.suite:
+    if "options" in options.suite and not options.each_kernel:
         _print_coverage(console)
     notes = []
     if "checkpoint" in options.suite:
@@ -153,7 +187,7 @@ def _check(options: argparse.Namespace, console: Console) -> Report:
         notes += round_trips.notes(fixture)
     if "peers" in options.suite:
         announce("transformers, MindFormers")
-        rows += peers.rows(fixture, options.precision)
+        rows += peers.rows(fixture, options.precision, options.kernels)
         notes += peers.notes(options.precision)
     return _report(options.precision, rows, candidate, peer, notes)
 
@@ -161,7 +195,7 @@ def _check(options: argparse.Namespace, console: Console) -> Report:
 def _check_kernels(named: Mapping[str, str], precision: str) -> None:
     """`ValueError` for an operator or an implementation that neither framework has, or that neither can run here."""
     for operator, name in named.items():
-        rows = [row for framework in ("mindspore", "torch") for row in kernel_table(framework) if row.operator == operator]
+        rows = [row for framework in FRAMEWORKS for row in kernel_table(framework) if row.operator == operator]
         if name not in {row.name for row in rows}:
             known = ", ".join(sorted({row.name for row in rows})) or "nothing"
             raise ValueError(f"--kernels {operator}={name}: known for {operator}: {known}")
@@ -227,22 +261,20 @@ def _compare(a: Path, b: Path) -> Report:
     return _report(candidate.compute, list(compare_records(golden, peer, candidate)), candidate, peer, [])
 
 
-def _faults(options: argparse.Namespace, console: Console) -> Report:
+def _faults(options: argparse.Namespace, console: Console, runs: Runs) -> Report:
     """Plants every fault (or those of --fault), then runs seeds without one."""
-    for framework in ("mindspore", "torch"):
-        load_engine_class(framework)
     names = options.fault or list(FAULTS)
     for name in names:
         if name not in FAULTS:
             raise ValueError(f"--fault {name!r}: no such fault; known: {'; '.join(FAULTS)}")
-    trial = Trial(options)
+    trial = Trial(options, runs)
     found = []
     for number, name in enumerate(names):
         result = trial.fault(FAULTS[name])
         console.print(f"[dim]{number + 1}/{len(names)} {name}: {result['first']}[/]", highlight=False)
         found.append(result)
     alarms = false_alarms(options, console) if options.seeds else None
-    settings = {"seed": options.seed, "steps": options.steps}
+    settings = {"seed": options.seed, "steps": options.steps, "kernels": options.kernels}
     environment = {**_versions("mindspore"), **_versions("torch")}
     return Report("MindSpore", "PyTorch", options.precision, [], environment, settings, faults=found, false_alarms=alarms)
 

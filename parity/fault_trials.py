@@ -1,34 +1,31 @@
 """Tests of the check itself: runs with a planted fault, and runs of other seeds without one."""
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from rich.console import Console
 
-from granvit.kernels import COMPOSED
-from parity.capture import Record, Request, compute, make_engine, open_model, opened_suite, reset, training_step
+from granvit.kernels import COMPOSED, OPERATORS
+from parity.capture import Request, configured, make_engine, open_model, opened_suite, reset, training_step
 from parity.compare import Row, compare_records, compare_suite
+from parity.each_kernel import Runs
 from parity.faults import Fault
 from parity.fixture import make_fixture
 from parity.options import OPTIONS, option_suite
 from parity.report import describe
 
 TRIAL_STEPS = 3  # of a trajectory
-COMPOSED_PARTS = {"attention": COMPOSED, "roi_align": COMPOSED}
 SEED_SUITES = ("vision", "language", "model")
 
 
 class Trial:
     """Runs planted faults. Fixtures and records without a fault are computed once and reused."""
 
-    def __init__(self, options: argparse.Namespace):
-        self.options = options
+    def __init__(self, options: argparse.Namespace, runs: Runs):
+        self.options, self.runs = options, runs
         self.fixture = cache(lambda vision: make_fixture(options.seed, vision, options.language))
-        self.clean = cache(self._clean)
-
-    def _clean(self, framework: str, suite: str, vision: str, precision: str) -> Record:
-        return compute(self.fixture(vision), framework, request_of(suite, precision))
 
     def fault(self, fault: Fault) -> dict[str, Any]:
         """Plants the fault and judges its suite. A fault in PyTorch is planted in the golden reference too, because both are
@@ -51,27 +48,28 @@ class Trial:
         return {**outcome, "first": named, "detected": first is not None, "located": located}
 
     def _rows(self, fault: Fault) -> list[Row]:
-        suite, precision = fault.suite, self.options.precision
-        request = request_of(suite, precision, fault.name)
-        fixture = self.fixture(fault.vision)
-        if fault.framework == "torch":
-            golden = compute(fixture, "torch", replace(request, compute="float64"))
-            peer = compute(fixture, "torch", request)
-            candidate = self.clean("mindspore", suite, fault.vision, precision)
-        else:
-            golden = self.clean("torch", suite, fault.vision, "float64")
-            peer = self.clean("torch", suite, fault.vision, precision)
-            candidate = compute(fixture, "mindspore", request)
+        suite, precision, fixture = fault.suite, self.options.precision, self.fixture(fault.vision)
+        clean = request_of(suite, precision, kernels_beside(fault, self.options.kernels))
+        planted = replace(clean, fault=fault.name)
+        in_torch, in_mindspore = (planted, clean) if fault.framework == "torch" else (clean, planted)
+        golden = self.runs.compute(fixture, "torch", replace(in_torch, compute="float64"))
+        peer = self.runs.compute(fixture, "torch", in_torch)
+        candidate = self.runs.compute(fixture, "mindspore", in_mindspore)
         rows = compare_records(golden, peer, candidate)
         return [row for row in rows if row.suite == suite or suite == "ops"]  # `ops` has the suites of other kernels beside it
 
 
-def request_of(suite: str, precision: str, fault: str | None = None) -> Request:
+def kernels_beside(fault: Fault, named: Mapping[str, str]) -> dict[str, str]:
+    """The implementations with which a fault is tried: `composed`, but for `named`, unless the fault is in the composed one."""
+    return dict.fromkeys(OPERATORS, COMPOSED) | {op: name for op, name in named.items() if op != fault.operator}
+
+
+def request_of(suite: str, precision: str, kernels: Mapping[str, str]) -> Request:
     """The request that computes one suite; for a suite of an option, only that configuration."""
     option = next((name for name in OPTIONS if suite.startswith(option_suite(name))), None)
     if option is None:
-        return Request((suite,), TRIAL_STEPS, precision, fault=fault, kernels=COMPOSED_PARTS)
-    return Request(("options",), TRIAL_STEPS, precision, fault=fault, options=(option,), kernels=COMPOSED_PARTS)
+        return Request((suite,), TRIAL_STEPS, precision, kernels=kernels)
+    return Request(("options",), TRIAL_STEPS, precision, options=(option,), kernels=kernels)
 
 
 def false_alarms(options: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -80,7 +78,8 @@ def false_alarms(options: argparse.Namespace, console: Console) -> dict[str, Any
     first = make_fixture(options.seed, options.vision, options.language)
     wanted = (("golden", "torch", "float64"), ("peer", "torch", options.precision), ("candidate", "mindspore", options.precision))
     for side, framework, precision in wanted:
-        config = first.config("stage1", precision)
+        request = Request((), 1, precision, kernels=options.kernels)
+        config = configured(first, framework, "stage1", request)
         sides[side] = open_model(framework, first, config, first.shapes(config)), make_engine(framework, first, config)
     alarms, worst = [], 0.0
     for number in range(options.seeds):

@@ -1,8 +1,9 @@
 """Planted faults: typical errors of a port. One at a time is planted in one framework, by replacing a function or method of its
 package; the check must answer "diverged" and name the place.
 
-Attention and ROIAlign are `composed` in these trials, so that a fault in their parts is reached on every machine. A fault states
-the suite that must detect it, and the kinds and names that the first diverging tensor may have.
+Operators are `composed` in these trials, but for those that `--kernels` names; a fault inside an operator's composed
+implementation keeps that operator composed, so that it is reached. A fault states the suite that must detect it, and the kinds
+and names that the first diverging tensor may have.
 """
 import pkgutil
 from collections.abc import Callable, Iterator
@@ -10,12 +11,15 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from unittest.mock import patch
 
+from granvit.kernels import Operator
+
 FRAMEWORKS = {"pt_granvit": "torch", "ms_granvit": "mindspore"}
 
 
 @dataclass(frozen=True)
 class Fault:
-    """`where` lists prefixes of `<kind>/<name>`; the first diverging tensor of `suite` must have one of them."""
+    """`where` lists prefixes of `<kind>/<name>`; the first diverging tensor of `suite` must have one of them. `operator` is the
+    operator whose composed implementation has the fault, if one has."""
 
     name: str
     framework: str
@@ -23,12 +27,14 @@ class Fault:
     where: tuple[str, ...]
     plant: Callable[[], AbstractContextManager]
     vision: str
+    operator: Operator | None
 
 
 FAULTS: dict[str, Fault] = {}
 
 
-def fault(name: str, target: str, suite: str, *where: str, vision: str = "tiny-vision") -> Callable:
+def fault(name: str, target: str, suite: str, *where: str, vision: str = "tiny-vision",
+          operator: Operator | None = None) -> Callable:  # fmt: skip
     """Registers a fault. `target` is the dotted path of a function or method. The decorated function replaces it, and gets the
     original before the arguments. If `target` is only a package, the decorated function is a generator function that plants the
     fault, yields, and removes it."""
@@ -36,7 +42,7 @@ def fault(name: str, target: str, suite: str, *where: str, vision: str = "tiny-v
 
     def register(wrong: Callable) -> Callable:
         plant = (lambda: replaced(target, wrong)) if inside else contextmanager(wrong)
-        FAULTS[name] = Fault(name, FRAMEWORKS[package], suite, where, plant, vision)
+        FAULTS[name] = Fault(name, FRAMEWORKS[package], suite, where, plant, vision, operator)
         return wrong
 
     return register
@@ -68,7 +74,7 @@ BLOCK0, DECODER0 = "forward/vision.encoder.layers.0", "forward/language.model.la
 
 
 # --- PyTorch: the forward pass ----------------------------------------------------------------------------------------
-@fault("GELU exact for tanh", "pt_granvit.ops.activations.gelu", "vision", f"{BLOCK0}.mlp")
+@fault("GELU exact for tanh", "pt_granvit.ops.activations.gelu", "vision", f"{BLOCK0}.mlp", operator="gelu")
 def _(f, x):
     from pt_granvit.ops.activations import exact_gelu
 
@@ -76,8 +82,8 @@ def _(f, x):
 
 
 @fault("layer norm epsilon 1e-5", "pt_granvit.layers.LayerNorm.__init__", "vision", f"{BLOCK0}.layer_norm1")
-def _(init, self, width, eps):
-    init(self, width, 1e-5)
+def _(init, self, width, eps, kernels):
+    init(self, width, 1e-5, kernels)
 
 
 @fault("RMS norm epsilon 1e-5", "pt_granvit.layers.RMSNorm.__init__", "language", f"{DECODER0}.input_layernorm")
@@ -85,17 +91,18 @@ def _(init, self, width, eps, kernels):
     init(self, width, 1e-5, kernels)
 
 
-@fault("RMS norm without its weight", "pt_granvit.ops.rms_norm.composed", "language", f"{DECODER0}.input_layernorm")
+@fault("RMS norm without its weight", "pt_granvit.ops.rms_norm.composed", "language", f"{DECODER0}.input_layernorm",
+       operator="rms_norm")  # fmt: skip
 def _(f, x, weight, eps):
     return f(x, weight * 0 + 1, eps)
 
 
-@fault("queries and keys swapped", "pt_granvit.ops.attention.composed", "vision", f"{BLOCK0}.self_attn")
+@fault("queries and keys swapped", "pt_granvit.ops.attention.composed", "vision", f"{BLOCK0}.self_attn", operator="attention")
 def _(f, q, k, v, mask):
     return f(k, q, v, mask) if mask is None else f(q, k, v, mask)
 
 
-@fault("attention without its scale", "pt_granvit.ops.attention.composed", "vision", f"{BLOCK0}.self_attn")
+@fault("attention without its scale", "pt_granvit.ops.attention.composed", "vision", f"{BLOCK0}.self_attn", operator="attention")
 def _(f, q, k, v, mask):
     return f(q * q.shape[-1] ** 0.5, k, v, mask)
 
@@ -106,7 +113,8 @@ def _(forward, self, x):
     return self.emit(x @ self.weight.T.to(x)) if self.bias is not None and n_out == 2 * n_in else forward(self, x)
 
 
-@fault("mask off by one", "pt_granvit.ops.attention.shared_prefix_mask", "language", f"{DECODER0}.self_attn")
+@fault("mask off by one", "pt_granvit.ops.attention.shared_prefix_mask", "language", f"{DECODER0}.self_attn",
+       operator="attention")  # fmt: skip
 def _(f, segments):
     import torch
 
@@ -114,7 +122,8 @@ def _(f, segments):
     return mask & ~torch.eye(mask.shape[-1], dtype=torch.bool).roll(-3, 1) | torch.eye(mask.shape[-1], dtype=torch.bool)
 
 
-@fault("a question sees the others", "pt_granvit.ops.attention.shared_prefix_mask", "language", f"{DECODER0}.self_attn")
+@fault("a question sees the others", "pt_granvit.ops.attention.shared_prefix_mask", "language",
+       f"{DECODER0}.self_attn", operator="attention")  # fmt: skip
 def _(f, segments):
     return f(segments * 0)
 
@@ -131,7 +140,7 @@ def _(f, positions, head_dim, theta, dtype):
     return f(positions, head_dim, 5e5, dtype)
 
 
-@fault("RoPE in interleaved layout", "pt_granvit.ops.rope.composed", "language", f"{DECODER0}.self_attn")
+@fault("RoPE in interleaved layout", "pt_granvit.ops.rope.composed", "language", f"{DECODER0}.self_attn", operator="rope")
 def _(f, x, cos, sin):
     import torch
 
@@ -141,7 +150,8 @@ def _(f, x, cos, sin):
     return x * cos + turned * sin
 
 
-@fault("key heads repeated in the wrong order", "pt_granvit.ops.attention.repeated", "language", f"{DECODER0}.self_attn")
+@fault("key heads repeated in the wrong order", "pt_granvit.ops.attention.repeated", "language",
+       f"{DECODER0}.self_attn", operator="attention")  # fmt: skip
 def _(f, heads, H):
     return heads.repeat(1, H // heads.shape[1], 1, 1)
 
@@ -194,12 +204,13 @@ def _(f, self, pixels):
     return f(self, pixels) + 0.02
 
 
-@fault("ROIAlign without the half pixel", "pt_granvit.ops.roi_align.sampling_matrix", "ops", "forward/roi_align")
+@fault("ROIAlign without the half pixel", "pt_granvit.ops.roi_align.sampling_matrix", "ops", "forward/roi_align",
+       operator="roi_align")  # fmt: skip
 def _(f, low, high, grid, cells):
     return f(low + 0.5 / cells, high + 0.5 / cells, grid, cells)
 
 
-@fault("ROIAlign with x and y swapped", "pt_granvit.ops.roi_align.roi_align", "ops", "forward/roi_align")
+@fault("ROIAlign with x and y swapped", "pt_granvit.ops.roi_align.roi_align", "ops", "forward/roi_align", operator="roi_align")
 def _(f, x, boxes, grid):
     return f(x, boxes[..., [1, 0, 3, 2]], grid)
 
@@ -381,7 +392,7 @@ def _(f, student, teacher, boxes, weights, loss, *rest):
     return f(student, teacher, boxes, weights, "mse", *rest)
 
 
-@fault("GELU exact for tanh, in MindSpore", "ms_granvit", "vision", f"{BLOCK0}.mlp")
+@fault("GELU exact for tanh, in MindSpore", "ms_granvit", "vision", f"{BLOCK0}.mlp", operator="gelu")
 def _():
     from ms_granvit.ops.activations import exact_gelu
 
@@ -390,12 +401,12 @@ def _():
 
 
 @fault("layer norm epsilon 1e-5, in MindSpore", "ms_granvit.layers.LayerNorm.__init__", "vision", f"{BLOCK0}.layer_norm1")
-def _(init, self, width, eps):
-    init(self, width, 1e-5)
+def _(init, self, width, eps, kernels):
+    init(self, width, 1e-5, kernels)
 
 
 @fault("a question sees the others, in MindSpore", "ms_granvit.ops.attention.shared_prefix_mask", "language",
-       f"{DECODER0}.self_attn")  # fmt: skip
+       f"{DECODER0}.self_attn", operator="attention")  # fmt: skip
 def _(f, segments):
     return f(segments * 0)
 
@@ -405,17 +416,20 @@ def _(init, self, head_dim, theta, dtype):
     init(self, head_dim, 5e5, dtype)
 
 
-@fault("RoPE with the sign of its sine turned, in MindSpore", "ms_granvit.ops.rope.composed", "language", f"{DECODER0}.self_attn")
+@fault("RoPE with the sign of its sine turned, in MindSpore", "ms_granvit.ops.rope.composed", "language",
+       f"{DECODER0}.self_attn", operator="rope")  # fmt: skip
 def _(f, x, cos, sin):
     return f(x, cos, -sin)
 
 
-@fault("attention without its scale, in MindSpore", "ms_granvit.ops.attention.composed", "vision", f"{BLOCK0}.self_attn")
+@fault("attention without its scale, in MindSpore", "ms_granvit.ops.attention.composed", "vision",
+       f"{BLOCK0}.self_attn", operator="attention")  # fmt: skip
 def _(f, q, k, v, mask):
     return f(q * q.shape[-1] ** 0.5, k, v, mask)
 
 
-@fault("ROIAlign without the half pixel, in MindSpore", "ms_granvit.ops.roi_align.sampling_matrix", "ops", "forward/roi_align")
+@fault("ROIAlign without the half pixel, in MindSpore", "ms_granvit.ops.roi_align.sampling_matrix", "ops",
+       "forward/roi_align", operator="roi_align")  # fmt: skip
 def _(f, low, high, grid, cells):
     return f(low + 0.5 / cells, high + 0.5 / cells, grid, cells)
 
@@ -453,8 +467,8 @@ def _(f, logits, targets, weights):
 
 
 @fault("weight decay on norms and biases, in MindSpore", "ms_granvit.optimizer.AdamW.__init__", "stage1", "weight/vision")
-def _(init, self, parameters, gradients, config):
-    init(self, parameters, gradients, config)
+def _(init, self, parameters, gradients, config, kernels):
+    init(self, parameters, gradients, config, kernels)
     self.decayed = tuple(True for _ in parameters)
 
 

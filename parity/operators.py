@@ -57,7 +57,7 @@ def cases(fixture: Fixture) -> Iterator[Case]:
     for eps in (1e-5, 1e-6):
         small = normal(3, 7, 16) * 10.0 ** rng.uniform(-2.5, 1, (3, 7, 1)).astype(np.float32)  # some rows are as small as eps
         weight, bias = 1 + 0.3 * normal(16), 0.3 * normal(16)
-        yield Case(f"layer norm, eps {eps:.0e}", "layer_norm", [small, weight, bias], 1, small.shape, {"eps": eps})
+        yield Case(f"layer norm, eps {eps:.0e}", "layer_norm", [small, weight, bias], 1, small.shape, {"eps": eps}, "layer_norm")
         yield Case(f"RMS norm, eps {eps:.0e}", "rms_norm", [small, weight], 1, small.shape, {"eps": eps}, "rms_norm")
 
     line = np.r_[np.linspace(-9, 9, 181), 3 * rng.standard_normal(75)].astype(np.float32)

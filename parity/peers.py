@@ -6,7 +6,7 @@ decoder's logits at the answers of one causal segment. In the comparison with Mi
 the tolerance.
 """
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from granvit.checkpoint.layouts.siglip import SIGLIP
 from granvit.data.batch import Batch
 from granvit.introspection import INPUTS
 from parity import mindformers_llama
-from parity.capture import Tensors, open_model
+from parity.capture import Request, Tensors, configured, open_model
 from parity.compare import Row, compare_suite
 from parity.fixture import Fixture, start_values
 
@@ -110,8 +110,9 @@ def _fill(peer, weights: dict[str, np.ndarray], layout: Layout, unused: tuple[st
                 parameter.copy_(torch.from_numpy(weights[layout.canonical(foreign)]))
 
 
-def rows(fixture: Fixture, precision: str) -> Iterator[Row]:
+def rows(fixture: Fixture, precision: str, kernels: Mapping[str, str]) -> Iterator[Row]:
     """Both packages against transformers, with PyTorch as the peer; then MindSpore's logits, with MindFormers as the peer.
+    `kernels`: see `Request`.
 
     Without transformers there are no rows, without MindFormers none of the second kind (see `notes`).
     """
@@ -119,7 +120,8 @@ def rows(fixture: Fixture, precision: str) -> Iterator[Row]:
         return
     batch = one_segment(fixture.batches[0])
     reference = golden(fixture, batch)
-    found = {framework: _ours(fixture, batch, framework, precision, reference) for framework in ("torch", "mindspore")}
+    request = Request((), 1, precision, kernels=kernels)
+    found = {framework: _ours(fixture, batch, framework, request, reference) for framework in ("torch", "mindspore")}
     yield from compare_suite("peers", reference, found["torch"], found["mindspore"], precision)
     if not without_mindformers(precision):
         fixture = _whole_heads(fixture)
@@ -128,14 +130,14 @@ def rows(fixture: Fixture, precision: str) -> Iterator[Row]:
         c, (B, S) = fixture.language, batch.token_ids_BS.shape
         logits_BSV = mindformers_llama.logits(c, fixture.weights, fixture.boundary(INPUTS, (B, S, c.width))[INPUTS][0])
         theirs = {name: logits_BSV[np.arange(B)[:, None], batch.answer_positions_BA]}
-        ours = _ours(fixture, batch, "mindspore", precision, reference)
+        ours = _ours(fixture, batch, "mindspore", request, reference)
         yield from compare_suite("mindformers", reference, theirs, ours, precision, peer_name="MindFormers")
 
 
-def _ours(fixture: Fixture, batch: Batch, framework: str, precision: str, names: Iterable[str]) -> Tensors:
+def _ours(fixture: Fixture, batch: Batch, framework: str, request: Request, names: Iterable[str]) -> Tensors:
     """The activations with these names, computed by one of the packages. MindSpore runs in PyNative mode, so nothing is compiled;
     the suites compare its static graph."""
-    config = fixture.config("stage1", precision)
+    config = configured(fixture, framework, "stage1", request)
     shapes = fixture.shapes(config)
     opened = open_model(framework, fixture, config, shapes, graph=False)
     capture = opened.capture(batch, fixture.boundary(INPUTS, shapes[INPUTS]), backward=False)

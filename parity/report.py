@@ -52,6 +52,24 @@ def describe(row: Row, where: str) -> str:
     return f"{row.kind} {row.name}: {far}{f'; made by {where}' if where else ''}"
 
 
+OUTCOME_COLUMNS = ("tensors", "worst error", "of limit", "where", "verdict", "seconds")
+
+
+def outcome(report: Report) -> tuple[str, ...]:
+    """A report in one line of a table, by `OUTCOME_COLUMNS`."""
+    found, verdict = report.verdicts(), OUTCOMES[report.status]
+    if report.faults:
+        verdict = f"{sum(f['detected'] and f['located'] for f in report.faults)} of {len(report.faults)} faults located"
+    if report.false_alarms is not None:
+        verdict += f", {len(report.false_alarms['alarms'])} false alarms"
+    cells = ("", "", "", "")
+    if found:
+        v = max(found, key=lambda v: (v.failed > 0, v.worst.badness))
+        cells = (str(sum(v.compared for v in found)), f"{v.worst.error[0]:.1e}", f"{v.worst.badness:.2f}",
+                 f"{v.suite}: {v.worst.kind} {v.worst.name}")  # fmt: skip
+    return *cells, verdict, f"{report.seconds:.0f}"
+
+
 def print_report(report: Report, sources: dict[str, str], console: Console) -> None:
     """Prints the table and the first failure of each suite. `sources` maps a tensor's name to the class and file that made it."""
     table = Table(title=f"{report.candidate} against {report.peer}, {report.compute}; golden reference: PyTorch, float64")
@@ -223,6 +241,7 @@ def _table(report: Report, sources: dict[str, str]) -> str:
 
 
 def _environment(report: Report) -> str:
-    entries = report.environment | {k: str(v) for k, v in report.settings.items() if k in ("seed", "steps", "weights", "batches")}
+    shown = ("seed", "steps", "weights", "batches", "kernels")
+    entries = report.environment | {k: str(v) for k, v in report.settings.items() if k in shown}
     lines = "".join(f"<tr><td>{html.escape(k)}<td>{html.escape(v)}</tr>" for k, v in entries.items())
     return f"<h2>Environment</h2><table>{lines}</table>"

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
 from granvit.kernels import Kernels
+from granvit.logs import log_kernels
 from granvit.models import LanguageConfig, language_shapes
 from pt_granvit.arrays import DTYPES, fill, to_numpy
 from pt_granvit.distributed import choose_device
@@ -117,9 +118,11 @@ class CausalDecoder(Module):
         opened = open_pretrained(directory, "language")
         dtype = dtype or DTYPES[opened.dtype]
         device = choose_device(device)
+        kernels = kernels_for(device, dtype)
         with torch.device(device), stored_as(dtype):
-            decoder = cls(opened.language, dtype, kernels_for(device, dtype))
+            decoder = cls(opened.language, dtype, kernels)
         fill(decoder, opened.tensors, "language.")
+        log_kernels(kernels)
         return decoder.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:

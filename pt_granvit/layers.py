@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from granvit.kernels import Kernels
-from pt_granvit.arrays import to_float32_or_wider
 from pt_granvit.ops import activations
 from pt_granvit.taps import Module
 
@@ -57,15 +56,14 @@ class Embedding(Module):
 class LayerNorm(Module):
     """Layer normalisation over the last axis."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, eps: float, kernels: Kernels):
         super().__init__()
-        self.eps = eps
         self.weight = parameter(width)
         self.bias = parameter(width)
+        self.eps, self.normalise = eps, kernels.pick("layer_norm")
 
     def forward(self, x: Tensor) -> Tensor:
-        h = to_float32_or_wider(x)
-        return self.emit(F.layer_norm(h, h.shape[-1:], self.weight.to(h.dtype), self.bias.to(h.dtype), self.eps).to(x.dtype))
+        return self.emit(self.normalise(x, self.weight, self.bias, self.eps))
 
 
 class RMSNorm(Module):
@@ -82,7 +80,7 @@ class RMSNorm(Module):
 
 def norm(kind: str, width: int, eps: float, kernels: Kernels) -> nn.Module:
     """The norm that a configuration calls `layer` or `rms`."""
-    return LayerNorm(width, eps) if kind == "layer" else RMSNorm(width, eps, kernels)
+    return LayerNorm(width, eps, kernels) if kind == "layer" else RMSNorm(width, eps, kernels)
 
 
 def activation(kind: str, kernels: Kernels) -> Callable[[Tensor], Tensor]:

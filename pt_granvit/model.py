@@ -11,6 +11,7 @@ from torch import Tensor
 
 from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
 from granvit.kernels import Kernels
+from granvit.logs import log_kernels
 from granvit.models import PARTS, LanguageConfig, VisionConfig, parameter_shapes
 from pt_granvit.arrays import DTYPES, fill, to_numpy
 from pt_granvit.distributed import choose_device
@@ -43,9 +44,11 @@ class GranViT(Module):
         opened = open_pretrained(directory, *PARTS)
         dtype = dtype or DTYPES[opened.dtype]
         device = choose_device(device)
+        kernels = kernels_for(device, dtype)
         with torch.device(device), stored_as(dtype):
-            model = cls(opened.vision, opened.language, dtype, kernels_for(device, dtype))
+            model = cls(opened.vision, opened.language, dtype, kernels)
         fill(model, opened.tensors)
+        log_kernels(kernels)
         return model.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:

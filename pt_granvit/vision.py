@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from granvit.checkpoint.pretrained import open_pretrained, write_pretrained
 from granvit.interpolate import position_matrix
 from granvit.kernels import Kernels
+from granvit.logs import log_kernels
 from granvit.models import Level, VisionConfig, vision_shapes
 from pt_granvit.arrays import DTYPES, fill, to_numpy
 from pt_granvit.distributed import choose_device
@@ -165,9 +166,11 @@ class VisionEncoder(Module):
         opened = open_pretrained(directory, "vision")
         dtype = dtype or DTYPES[opened.dtype]
         device = choose_device(device)
+        kernels = kernels_for(device, dtype)
         with torch.device(device), stored_as(dtype):
-            encoder = cls(opened.vision, dtype, resolution, kernels_for(device, dtype))
+            encoder = cls(opened.vision, dtype, resolution, kernels)
         fill(encoder, opened.tensors, "vision.")
+        log_kernels(kernels)
         return encoder.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:

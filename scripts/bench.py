@@ -9,6 +9,7 @@
                                                                       time and memory of the order at the paper's scale
     python scripts/bench.py seeds --other CHECKOUT                    a toy stage 1 in this checkout's order and another's
     python scripts/bench.py memory --config configs/stage1.yaml       predicted memory of a training step of full size
+    python scripts/bench.py memory --peaks                            measured: a decoder layer and the cross-entropy on this CPU
     python scripts/bench.py build [--records 20000]                   speed of scripts/build_gran.py, and its memory
     python scripts/bench.py kernels                                   every implementation of every operator against `composed`
     python scripts/bench.py ascendc                                   roofline estimate of the Ascend C kernels
@@ -30,6 +31,7 @@ import bench_kernels
 import bench_loader
 import bench_loading
 import bench_order
+import bench_peaks
 import ml_dtypes
 import numpy as np
 from bench_process import alone
@@ -258,6 +260,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=0.5, help="size of the file to convert (default 0.5)")
     parser.add_argument("--other", type=Path, help="with seeds: the checkout of this repository to compare with")
     parser.add_argument("--config", default="configs/stage1.yaml", help="with memory: the run's file (default: %(default)s)")
+    parser.add_argument("--peaks", action="store_true", help="with memory: measure operators on this CPU instead")
     records_help = "with build: the records over which memory is measured (default: %(default)s)"
     parser.add_argument("--records", type=int, default=20_000, help=records_help)
     scale_help = "with order: the paper's images for each simulated one, or `paper` (default: %(default)s)"
@@ -270,6 +273,8 @@ def main() -> None:
         packing(console, args.framework, args.regions, args.repeats)
     elif args.what == "convert":
         conversion(console, args.gigabytes, args.repeats)
+    elif args.what == "memory" and args.peaks:
+        bench_peaks.peaks(console)
     elif args.what == "memory":
         import bench_memory  # imports PyTorch, which the others do not need
 

@@ -51,6 +51,7 @@ GROUPS = (
     (
         Shape("roi_align", roi(8, 8, 128, 4, 4)),  # a micro-batch of configs/demo/stage1.yaml
         Shape("roi_align", roi(2, 16, 384, 6, 8)),  # the mid-size model
+        Shape("layer_norm", {"rows": 2 * 256, "C": 384}),
         Shape("rms_norm", {"rows": MID, "C": 512}),
         Shape("rope", {"B": 2, "N": 8, "S": MID // 2, "D": 64}),
         Shape("swiglu", {"rows": MID, "C": 1536}),
@@ -120,8 +121,12 @@ def attention_call(normal, rng, B: int, N: int, G: int, S: int, D: int, prefix: 
     return Call(label, [q, k, v], [q.shape], 3, (), sizes, segments, 4.0 * N * D * pairs)
 
 
+def layer_norm_call(normal, rng, rows: int, C: int) -> Call:
+    return Call(f"[{rows}, {C}]", [normal(rows, C), 1 + 0.1 * normal(C), 0.1 * normal(C)], [(rows, C)], 3, (1e-6,))
+
+
 def rms_norm_call(normal, rng, rows: int, C: int) -> Call:
-    return Call(f"[{rows}, {C}]", [normal(rows, C), 1 + 0.1 * normal(C)], [(rows, C)], 1, (1e-6,))
+    return Call(f"[{rows}, {C}]", [normal(rows, C), 1 + 0.1 * normal(C)], [(rows, C)], 2, (1e-6,))
 
 
 def rope_call(normal, rng, B: int, N: int, S: int, D: int) -> Call:
@@ -153,6 +158,7 @@ def adamw_call(normal, rng, numbers: int) -> Call:
 CALLS: dict[Operator, Callable[..., Call]] = {
     "roi_align": roi_align_call,
     "attention": attention_call,
+    "layer_norm": layer_norm_call,
     "rms_norm": rms_norm_call,
     "rope": rope_call,
     "swiglu": swiglu_call,
@@ -290,6 +296,18 @@ class MindSpore:
                 out = self.forward(*arrays)
                 return self.end(out, cotangent), out
 
+        class Update(nn.Cell):
+            """A step of AdamW, in place. It sets the gradient to zero: the first step is checked, the others are timed."""
+
+            def __init__(self, function, arrays, constants):
+                super().__init__(auto_prefix=False)
+                self.function, self.constants = function, constants
+                names = ("parameter", "gradient", "first_moment", "second_moment")
+                self.arrays = ms.ParameterTuple(ms.Parameter(ms.Tensor(x), name=n) for n, x in zip(names, arrays, strict=True))
+
+            def construct(self):
+                return self.function(*self.arrays, *self.constants)
+
         class BuiltIn(nn.Cell):
             """`ops.ROIAlign` between the transpositions that our layout needs. It puts cell centres at whole numbers, and with
             `roi_end_mode=1` it adds one cell to the ends of a box; with 0 its gradient is wrong."""
@@ -307,7 +325,7 @@ class MindSpore:
                 out = self.roi_align(ops.transpose(features_BHWC, (0, 3, 1, 2)), rois)
                 return ops.transpose(out, (0, 2, 3, 1)).reshape(B, K, grid, grid, C)
 
-        self.Forward, self.Both, self.BuiltIn = Forward, Both, BuiltIn
+        self.Forward, self.Both, self.Update, self.BuiltIn = Forward, Both, Update, BuiltIn
 
     def use_threads(self, number: int) -> None:
         """MindSpore takes the number once in a process."""
@@ -330,7 +348,14 @@ class MindSpore:
             else:
                 inputs.append(self.Forward(mask, ())(ms.Tensor(call.segments_BS)))
         if operator == "adamw":
-            constants = (*(ms.Tensor(c, ms.float32) for c in constants[:3]), *constants[3:])
+            factors = [ms.Tensor(c, ms.float32) for c in (1.0, *constants[:3])]
+            step = self.Update(function, call.arrays, (*factors, *constants[3:]))
+
+            def update() -> list:
+                step().asnumpy()  # results are asynchronous
+                return [step.arrays[i] for i in (0, 2, 3)]
+
+            return Passes(update, None)
         if function is self.BuiltIn:
             function = self.BuiltIn(*constants)
         cell, cotangent = self.Forward(function, constants), ms.Tensor(call.cotangent)

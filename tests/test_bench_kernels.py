@@ -28,6 +28,7 @@ SHAPES = (
     Shape("roi_align", roi(2, 6, 8, 3, 2)),
     Shape("attention", {"B": 1, "N": 2, "G": 2, "S": 17, "D": 8, "prefix": 0, "K": 0}),
     Shape("attention", {"B": 2, "N": 4, "G": 2, "S": 20, "D": 8, "prefix": 7, "K": 3}),
+    Shape("layer_norm", {"rows": 5, "C": 16}),
     Shape("rms_norm", {"rows": 5, "C": 16}),
     Shape("rope", {"B": 2, "N": 2, "S": 5, "D": 8}),
     Shape("swiglu", {"rows": 3, "C": 16}),

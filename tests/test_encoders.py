@@ -104,9 +104,18 @@ def test_what_is_left_out_is_said(tmp_path, caplog):
     save_file(tensors | {"vision_model.head.probe": torch.ones(1, 1, 24)}, tmp_path / "model.safetensors")
     with caplog.at_level("WARNING", logger="granvit"):
         pt_granvit.load_encoder(tmp_path, device="cpu")
-    assert [record.message for record in caplog.records] == [
+    assert [record.message for record in caplog.records if "not used here" not in record.message] == [
         f"{tmp_path}: left out vision_model.head.probe: the pooling head: the projector reads patch tokens"
     ]
+
+
+@PACKAGES
+def test_a_loaded_encoder_says_which_kernels_it_runs(package, tmp_path, caplog):
+    encoders.publish(encoders.peer(tiny("siglip2-so400m-patch16-512")), tmp_path)
+    with caplog.at_level("INFO", logger="granvit"):
+        package.load_encoder(tmp_path, device="cpu")
+    (line,) = [record.message for record in caplog.records if record.message.startswith("kernels: ")]
+    assert "attention: " in line and "gelu: " in line
 
 
 @PACKAGES

@@ -36,7 +36,7 @@ def test_a_named_implementation_is_taken_where_it_can_run_even_if_another_is_bet
 def test_what_the_machine_lacks_is_said_once_and_passed_over_even_if_it_was_named():
     kernels = Kernels("granvit", TABLE, "cpu", "float32", {"attention": "native"})
     assert [kernels.row("attention", head_dim=7).name for _ in range(2)] == [COMPOSED, COMPOSED]
-    assert kernels.hints == ["attention 'native': no C++ compiler; install g++"]
+    assert kernels.hints == ["'native': no C++ compiler; install g++"]
     assert kernels.names == {"attention": COMPOSED}
 
 

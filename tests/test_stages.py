@@ -129,6 +129,8 @@ def test_the_stages_follow_each_other_and_train_what_they_should(chat_store, cap
     assert predict_command([*asked, "--text", "a cup"]) == 2
     assert "leave out --box and --text" in capsys.readouterr().err
     assert predict_command(asked) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kernels: ")]
+    assert "attention: " in line
 
     continued = conversation_run("continued", chat_store, tmp_path / "continued", {"init_from": projector.output})
     second = run_stage("torch", "continued", continued, tmp_path)

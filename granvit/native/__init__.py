@@ -1,4 +1,4 @@
-"""CPU kernels in C++, one source for both frameworks: ROIAlign and attention, forward and backward, float32.
+"""CPU kernels in C++, forward and backward, float32: ROIAlign and attention for both frameworks, small operators for MindSpore.
 
 The library is compiled when GranViT is installed, if the machine has a C++ compiler, or later by `python -m granvit.native`. One
 library holds the loops for plain processors, AVX2 and AVX-512 and takes what the processor has. Without it everything runs on
@@ -27,14 +27,16 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 NAME = "kernels.so"
-SOURCES = ("inner.h", "inner.cpp", "kernels.cpp")
+SOURCES = ("inner.h", "inner.cpp", "kernels.cpp", "machine.h", "small.h", "small.cpp", "small_kernels.cpp")
 # No -ffast-math: it would let the compiler assume that there is no NaN. The two flags below concern errno and floating-point
 # traps only.
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 X86_FLAGS = {
-    "loops_avx2": ("-mavx2", "-mfma"),
-    "loops_avx512": ("-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mprefer-vector-width=512"),
+    "avx2": ("-mavx2", "-mfma"),
+    "avx512": ("-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mprefer-vector-width=512"),
 }
+# Loops that are compiled once for each instruction set: the source, the macro that names its table, and its flags.
+LOOPS = {"loops": ("inner.cpp", "LOOPS", ()), "small": ("small.cpp", "SMALL_LOOPS", ("-ffp-contract=off",))}
 X86 = ("x86_64", "AMD64")
 REMEDY = "install a C++ compiler (g++ or clang++), then run: python -m granvit.native"
 
@@ -48,7 +50,7 @@ def seal(body: bytes) -> bytes:
 
     The loader does not look there. It is read before the library is loaded, because loading half a file ends the process.
     """
-    sources = hashlib.sha256(repr((FLAGS, X86_FLAGS)).encode())
+    sources = hashlib.sha256(repr((FLAGS, X86_FLAGS, LOOPS)).encode())
     for name in SOURCES:
         sources.update((HERE / name).read_bytes())
     return f"granvit {hashlib.sha256(body).hexdigest()} {sources.hexdigest()}".encode()
@@ -71,17 +73,19 @@ def build(directory: str | Path, flags: Sequence[str] = ()) -> Path:
     command = compiler()
     if command is None:
         raise BuildError(f"no C++ compiler: {os.environ.get('CXX') or 'g++, c++ and clang++'} not found")
-    parts = {"kernels": (), "loops_base": ()} | (X86_FLAGS if platform.machine() in X86 else {})
+    instruction_sets = {"base": ()} | (X86_FLAGS if platform.machine() in X86 else {})
+    parts = [("kernels.cpp",), ("small_kernels.cpp",)]
+    for table, (source, macro, own) in LOOPS.items():
+        parts += [(source, f"-D{macro}={table}_{name}", *own, *for_set) for name, for_set in instruction_sets.items()]
     try:
         with tempfile.TemporaryDirectory(dir=Path(directory).resolve()) as folder, ThreadPoolExecutor() as threads:
 
-            def compile_part(part: str) -> str:
-                source = ["kernels.cpp"] if part == "kernels" else ["inner.cpp", f"-DLOOPS={part}"]
-                made = f"{folder}/{part}.o"
-                run([*command, *FLAGS, *parts[part], *flags, "-c", *source, "-o", made])
+            def compile_part(number: int) -> str:
+                made = f"{folder}/{number}.o"
+                run([*command, *FLAGS, *parts[number], *flags, "-c", "-o", made])
                 return made
 
-            objects = list(threads.map(compile_part, parts))
+            objects = list(threads.map(compile_part, range(len(parts))))
             made = Path(folder) / NAME
             run([*command, "-shared", "-pthread", *flags, *objects, "-o", str(made)])
             with made.open("ab") as file:
@@ -130,7 +134,7 @@ def why_missing() -> str | None:
     loaded, reason = opened(HERE / NAME)
     if loaded:
         return None
-    return f"ROIAlign and attention on CPU would be faster with the C++ kernels; {reason}: {REMEDY}"
+    return f"ROIAlign, attention and other operators on CPU would be faster with the C++ kernels; {reason}: {REMEDY}"
 
 
 def instruction_set() -> str:
@@ -209,6 +213,31 @@ def check_attention(
     if segments_BS is not None and (tuple(segments_BS) != (B, S) or S != L):
         raise ValueError(f"segments_BS has shape {list(segments_BS)}; it must be [{B}, {S}], with as many keys ({L}) as queries")
     return B, H, G, S, L, D
+
+
+def check_norm(x: Sequence[int], weight: Sequence[int], *bias: Sequence[int]) -> None:
+    """ValueError names the argument of a norm over the last axis whose shape does not fit."""
+    if len(x) < 2 or x[-1] < 1:
+        raise ValueError(f"x has shape {list(x)}; it must have at least two axes, and a last axis of at least 1")
+    for name, shape in zip(("weight", "bias"), (weight, *bias), strict=False):
+        if tuple(shape) != (x[-1],):
+            raise ValueError(f"{name} has shape {list(shape)}; it must be [{x[-1]}], the last axis of x")
+
+
+def check_rope(x_BHSD: Sequence[int], cos_B1SD: Sequence[int], sin_B1SD: Sequence[int]) -> None:
+    """ValueError names the argument of the rotary embedding whose shape does not fit."""
+    if len(x_BHSD) != 4 or x_BHSD[3] % 2:
+        raise ValueError(f"x_BHSD has shape {list(x_BHSD)}; it must be [B, H, S, D] with D even")
+    B, _, S, D = x_BHSD
+    for name, shape in (("cos_B1SD", cos_B1SD), ("sin_B1SD", sin_B1SD)):
+        if tuple(shape) != (B, 1, S, D):
+            raise ValueError(f"{name} has shape {list(shape)}; it must be [{B}, 1, {S}, {D}]")
+
+
+def check_same_shape(gate: Sequence[int], up: Sequence[int]) -> None:
+    """ValueError if `up` has not the shape of `gate`."""
+    if tuple(gate) != tuple(up):
+        raise ValueError(f"up has shape {list(up)}; it must be that of gate, {list(gate)}")
 
 
 def main() -> int:

@@ -352,7 +352,5 @@ void roi_align_backward(const RoiAlign &x, long b, long slice, float *scratch) {
 
 }  // namespace
 
-#define TEXT_OF(name) #name
-#define TEXT(name) TEXT_OF(name)
 extern const Loops LOOPS;
-const Loops LOOPS = {TEXT(LOOPS), forward_scratch, backward_scratch, forward, backward, roi_align_forward, roi_align_backward};
+const Loops LOOPS = {forward_scratch, backward_scratch, forward, backward, roi_align_forward, roi_align_backward};

@@ -41,7 +41,6 @@ struct RoiAlign {
 };
 
 struct Loops {
-  const char *name;
   long (*attention_forward_scratch)(const Attention &);  // floats
   long (*attention_backward_scratch)(const Attention &);
   // Queries block * QUERIES and the following of one head.

@@ -1,18 +1,11 @@
-// CPU kernels of both frameworks: ROIAlign and attention, forward and backward, float32, as a plain C interface.
+// ROIAlign and attention, forward and backward, float32, as a plain C interface.
 //
 // Every thread writes memory of its own and every sum has one order, so results do not depend on the number of threads.
-#include <atomic>
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <new>
-#include <thread>
-#include <vector>
-#ifdef __linux__
-#include <sched.h>
-#endif
 #include "inner.h"
+#include "machine.h"
+
+using namespace granvit;
 
 extern const Loops loops_base;
 #if defined(__x86_64__)
@@ -22,90 +15,14 @@ extern const Loops loops_avx2, loops_avx512;
 namespace {
 
 constexpr int SAMPLES = 2;  // per bin and axis
-constexpr double WORTH_A_THREAD = 2e6;  // multiplications; starting a thread takes the time of about so many
-
-const Loops *usable(int level) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (level >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("fma"))
-    return &loops_avx512;
-  if (level >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &loops_avx2;
-#endif
-  return &loops_base;
-}
-
-std::atomic<const Loops *> chosen{nullptr};
 
 const Loops &loops() {
-  const Loops *now = chosen.load();
-  if (!now) chosen = now = usable(2);
-  return *now;
-}
-
-// OMP_NUM_THREADS when the library is loaded, or 0: another thread may set the environment later.
-long asked_threads() {
-  const char *asked = std::getenv("OMP_NUM_THREADS");
-  return asked ? std::strtol(asked, nullptr, 10) : 0;
-}
-
-std::atomic<long> most_threads{asked_threads()};
-
-// The processors that this process may use, or `most_threads` if that is less.
-long allowed_threads() {
-  long count = std::thread::hardware_concurrency();
-#ifdef __linux__
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) count = CPU_COUNT(&set);
+#if defined(__x86_64__)
+  const Loops *const sets[] = {&loops_base, &loops_avx2, &loops_avx512};
+  return *sets[instruction_set()];
+#else
+  return loops_base;
 #endif
-  const long most = most_threads.load();
-  if (most > 0 && most < count) count = most;
-  return count < 1 ? 1 : count;
-}
-
-struct Free {
-  void operator()(void *memory) const { std::free(memory); }
-};
-typedef std::unique_ptr<float[], Free> Floats;
-
-Floats floats(long count) {
-  float *memory = (float *)std::aligned_alloc(64, ((size_t)(count < 1 ? 1 : count) * sizeof(float) + 63) / 64 * 64);
-  if (!memory) throw std::bad_alloc();
-  return Floats(memory);
-}
-
-// Calls work(task, scratch) for every task, on as many threads as the work is worth.
-template <class Work> void parallel(long tasks, double multiplications, long scratch_floats, const Work &work) {
-  long threads = allowed_threads();
-  if (threads > multiplications / WORTH_A_THREAD) threads = (long)(multiplications / WORTH_A_THREAD);
-  if (threads > tasks) threads = tasks;
-  if (threads < 1) threads = 1;
-  std::vector<Floats> scratch;
-  for (long i = 0; i < threads; ++i) scratch.push_back(floats(scratch_floats));
-  std::atomic<long> next{0};
-  const auto run = [&](float *memory) {
-    for (long task; (task = next++) < tasks;) work(task, memory);
-  };
-  std::vector<std::thread> others;
-  others.reserve(threads);
-  try {
-    for (long i = 1; i < threads; ++i) others.emplace_back(run, scratch[i].get());
-  } catch (...) {
-    // No more threads to be had: those that run do all of the work.
-  }
-  run(scratch[0].get());
-  for (std::thread &thread : others) thread.join();
-}
-
-template <class Work> int guarded(const Work &work) {
-  try {
-    work();
-    return 0;
-  } catch (const std::bad_alloc &) {
-    return 1;
-  } catch (...) {
-    return 2;
-  }
 }
 
 // The bins of one axis of one box, computed as the composed implementation does: sample c lies at c * cells - 0.5, clamped to
@@ -164,7 +81,10 @@ double pairs(const Attention &call) { return (double)call.B * call.H * call.S * 
 
 extern "C" {
 
-const char *granvit_instruction_set() { return loops().name + 6; }  // without "loops_"
+const char *granvit_instruction_set() {
+  const char *const names[] = {"base", "avx2", "avx512"};
+  return names[instruction_set()];
+}
 // For tests: 0 plain, 1 AVX2, 2 AVX-512, as far as the processor has them.
 void granvit_limit_instruction_set(int level) { chosen = usable(level); }
 // For tests: at most so many threads; 0: as many as there are processors.
@@ -238,12 +158,6 @@ int granvit_attention_backward(const float *q_BHSD, const float *k_BGLD, const f
 }
 
 // The same for MindSpore's ops.Custom ("aot"): inputs, then outputs; their shapes say the sizes.
-static bool is(const char *const *dtypes, int count, const char *dtype) {
-  for (int i = 0; i < count; ++i)
-    if (std::strcmp(dtypes[i], dtype) != 0) return false;
-  return true;
-}
-
 int GranvitRoiAlign(int count, void **at, int *, int64_t **shapes, const char **dtypes, void *, void *) {
   if (count != 4 || !is(dtypes, 4, "float32")) return 3;  // features, boxes, an array of g for its shape; out
   const int64_t *features = shapes[0], *out = shapes[3];

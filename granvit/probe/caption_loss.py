@@ -11,6 +11,7 @@ from granvit.data.chat import Chat
 from granvit.data.images import image_tokens
 from granvit.data.records import ImageRecord
 from granvit.engine import TrainEngine
+from granvit.logs import log_kernels
 from granvit.probe.sample import Sample, read_record
 
 
@@ -88,6 +89,7 @@ def caption_losses(checkpoint: Checkpoint, chat: Chat, Engine: type[TrainEngine]
     stage = replace(config.stage_spec, trains=frozenset(), distill=False)
     vision = checkpoint.vision
     engine = Engine(config, vision, checkpoint.language, checkpoint.tensors("model"), stage=stage)
+    log_kernels(engine.kernels)
     packer = Packer(vision, chat, 0, vision.covered_pixels, 1.0, config.data.max_pixels)
     images, losses, tokens = [], [], []
     asked_R = np.zeros(len(sample.captions_R), bool)

@@ -16,7 +16,8 @@ def sampling_matrix(low_BK: Tensor, high_BK: Tensor, grid: int, cells: int) -> T
     Half-pixel aligned (torchvision's `aligned=True`): coordinate c lies at c * cells - 0.5; samples are clamped to the
     centres of the border cells.
     """
-    return average_weights(ops.clamp(sample_points(low_BK, high_BK, grid, cells), 0.0, cells - 1.0), cells)
+    points = sample_points(low_BK, high_BK, grid, cells)
+    return nan_where_nan(points, average_weights(ops.clamp(points, 0.0, cells - 1.0), cells))
 
 
 def tile_matrix(low_BK: Tensor, high_BK: Tensor, grid: int, cells: int, tiles_BT: Tensor, tile_BT: Tensor) -> Tensor:
@@ -25,14 +26,19 @@ def tile_matrix(low_BK: Tensor, high_BK: Tensor, grid: int, cells: int, tiles_BT
     B, T = tile_BT.shape
     whole = ops.cast(tiles_BT * cells, ms.float32).reshape(B, T, 1, 1)
     points = sample_points(ops.expand_dims(low_BK, 1), ops.expand_dims(high_BK, 1), grid, whole)
-    points = ops.minimum(ops.maximum(points, 0.0), whole - 1)
-    return average_weights(points - ops.cast(tile_BT * cells, ms.float32).reshape(B, T, 1, 1), cells)
+    inside = ops.minimum(ops.maximum(points, 0.0), whole - 1)
+    return nan_where_nan(points, average_weights(inside - ops.cast(tile_BT * cells, ms.float32).reshape(B, T, 1, 1), cells))
 
 
 def sample_points(low: Tensor, high: Tensor, grid: int, cells: int | Tensor) -> Tensor:
     """Coordinates of the samples of `grid` bins, in cells, `[..., p]`."""
     ticks = (ops.arange(grid * SAMPLES, dtype=ms.float32) + 0.5) / (grid * SAMPLES)
     return (ops.expand_dims(low, -1) + ops.expand_dims(high - low, -1) * ticks) * cells - 0.5
+
+
+def nan_where_nan(points: Tensor, weights: Tensor) -> Tensor:
+    """The weights `[..., g, cells]`, NaN for boxes whose samples `[..., p]` are NaN: MindSpore's minimum and maximum drop NaN."""
+    return ops.where(ops.expand_dims(ops.isnan(points[..., :1]), -1), ops.full_like(weights, float("nan")), weights)
 
 
 def average_weights(points: Tensor, cells: int) -> Tensor:

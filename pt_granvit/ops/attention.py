@@ -27,9 +27,9 @@ def repeated(heads_BGLD: Tensor, H: int) -> Tensor:
 
 
 def composed(q_BHSD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, mask: Tensor | None) -> Tensor:
-    """Matrix product, softmax in float32, matrix product."""
+    """Matrix product, softmax in float32, matrix product. Queries are scaled first, so that float16 scores overflow later."""
     H = q_BHSD.shape[1]
-    scores = to_float32_or_wider(torch.matmul(q_BHSD, repeated(k_BGLD, H).transpose(-1, -2)) * q_BHSD.shape[-1] ** -0.5)
+    scores = to_float32_or_wider(torch.matmul(q_BHSD * q_BHSD.shape[-1] ** -0.5, repeated(k_BGLD, H).transpose(-1, -2)))
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return torch.matmul(scores.softmax(-1).to(v_BGLD.dtype), repeated(v_BGLD, H))

@@ -7,20 +7,12 @@ from importlib.util import find_spec
 import torch
 
 from granvit import native
+from granvit.cost import few_logits
 from granvit.kernels import ANY, COMPOSED, OPERATORS, Kernels, Named, Row
-from pt_granvit.ops.cross_entropy import rows_in_chunk
 
 HALF = "bfloat16 float16"
 WIDE = "float32 bfloat16 float16"
 SHARED = "ops.attention.shared_prefix_mask"
-
-
-def few_logits(positions: int, vocab: int, trained: bool) -> str:
-    """Why the cross-entropy is not computed in chunks. The gradient of a trained head is summed over the chunks, which takes more
-    memory than the logits of few positions."""
-    if positions <= rows_in_chunk(positions, vocab):
-        return "all logits fit one chunk"
-    return "the head is trained, and its gradient would exist twice" if trained and positions * vocab < 1 << 28 else ""
 
 
 def not_flex(head_dim: int, masked: bool, cached: bool) -> str:
@@ -50,6 +42,7 @@ TABLE = (
     Row("roi_align",     "native",     "cpu",      "float32", "ops.native.roi_align",       unwise=native.unwise,
         missing=native.why_missing),
     Row("roi_align",     COMPOSED,     ANY,        ANY,    "ops.roi_align.roi_align"),
+    Row("layer_norm",    COMPOSED,     ANY,        ANY,    "ops.layer_norm.composed"),
     Row("rms_norm",      "fused",      "npu",      HALF,   "ops.rms_norm.fused"),
     Row("rms_norm",      COMPOSED,     ANY,        ANY,    "ops.rms_norm.composed"),
     Row("rope",          "fused",      "npu",      HALF,   "ops.rope.fused"),

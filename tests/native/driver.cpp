@@ -19,6 +19,15 @@ int granvit_attention_forward(const float *, const float *, const float *, const
 int granvit_attention_backward(const float *, const float *, const float *, const int32_t *, const float *, const float *,
                                const float *, const float *, float *, float *, float *, int64_t, int64_t, int64_t, int64_t,
                                int64_t, int64_t);
+int granvit_norm_forward(const float *, const float *, const float *, const float *, float *, float *, float *, int64_t, int64_t);
+int granvit_norm_backward(const float *, const float *, const float *, const float *, const float *, float *, float *, float *,
+                          int64_t, int64_t);
+int granvit_rope(const float *, const float *, const float *, float *, int64_t, int64_t, int64_t, int64_t, int64_t);
+int granvit_swiglu_forward(const float *, const float *, float *, int64_t);
+int granvit_swiglu_backward(const float *, const float *, const float *, float *, float *, int64_t);
+int granvit_gelu_forward(const float *, float *, int64_t);
+int granvit_gelu_backward(const float *, const float *, float *, int64_t);
+int granvit_adamw(float *, float *, float *, float *, const float *, int64_t);
 }
 
 static int faults = 0;
@@ -64,6 +73,25 @@ static void attention(long B, long H, long G, long S, long L, long D, int segmen
   expect(out.finite() && lse.finite() && dq.finite() && dk.finite() && dv.finite(), "not finite", where);
 }
 
+// One query, and then one key, of numbers that are none or beyond float32; segments at the ends of int32; a gradient of the lse.
+static void unusual_attention(float number, bool masked) {
+  const long H = 2, S = 33, D = 5;
+  const Array q(H * S * D), k(S * D), v(S * D), out(H * S * D), lse(H * S), dout(H * S * D), dlse(H * S), dq(H * S * D), dk(S * D),
+      dv(S * D);
+  std::unique_ptr<int32_t[]> segments(masked ? new int32_t[S] : nullptr);
+  for (long i = 0; masked && i < S; ++i) segments[i] = i % 3 ? INT32_MAX : INT32_MIN;
+  for (const Array *changed : {&q, &k}) {
+    for (long d = 0; d < D; ++d) changed->at[7 * D + d] = number;
+    expect(granvit_attention_forward(q, k, v, segments.get(), out, lse, 1, H, 1, S, S, D) == 0, "status", "unusual attention");
+    expect(granvit_attention_backward(q, k, v, segments.get(), out, lse, dout, dlse, dq, dk, dv, 1, H, 1, S, S, D) == 0, "status",
+           "unusual attention");
+    bool others = true;  // of the first head, the queries before the changed one
+    for (long i = 0; i < 7 * D; ++i) others = others && std::isfinite(out[i]);
+    expect(others || !(masked || changed == &q), "a later query or key matters", "unusual attention");
+    expect(!std::isnan(number) || std::isnan(out[7 * D]), "NaN is lost", "unusual attention");
+  }
+}
+
 static void roi_align(long B, long K, long H, long W, long C, long g) {
   const Array features(B * H * W * C), boxes(B * K * 4), out(B * K * g * g * C), dout(B * K * g * g * C), dfeatures(B * H * W * C);
   const float special[] = {0, 1, -3, 2, 1e30f, -1e38f, INFINITY};
@@ -96,6 +124,39 @@ static void exponential() {
   expect(std::isnan(exp2_of(Vector{} + none)[0]) && std::isnan(exp2_of(Vector{} - none)[0]), "NaN is lost", "exp2");
 }
 
+// Norms of N rows of C numbers, and elementwise operators over as many numbers.
+static void small(long N, long C) {
+  const Array x(N * C), weight(C), bias(C), eps(1), out(N * C), mean(N), scale(N), dout(N * C), dx(N * C), dweight(C), dbias(C);
+  char where[99];
+  std::snprintf(where, sizeof where, "%s small %ld %ld", granvit_instruction_set(), N, C);
+  *eps = 1e-5f;
+  for (int layer = 0; layer < 2; ++layer) {
+    expect(granvit_norm_forward(x, weight, layer ? (float *)bias : nullptr, eps, out, mean, scale, N, C) == 0, "status", where);
+    expect(granvit_norm_backward(dout, x, weight, mean, scale, dx, dweight, layer ? (float *)dbias : nullptr, N, C) == 0, "status",
+           where);
+    expect(out.finite() && dx.finite() && dweight.finite(), "not finite", where);
+  }
+  const float special[] = {3e38f, -3e38f, INFINITY, -INFINITY, NAN, 0.0f};
+  for (int filled = 0; filled < 2; ++filled) {
+    for (long i = 0; filled && i < N * C; ++i) x[i] = special[i % 6];
+    granvit_swiglu_forward(x, dout, out, N * C);
+    granvit_swiglu_backward(dout, x, dout, out, dx, N * C);
+    granvit_gelu_forward(x, out, N * C);
+    granvit_gelu_backward(dout, x, dx, N * C);
+    expect(filled || (out.finite() && dx.finite()), "not finite", where);
+  }
+  const Array first(N * C), second(N * C), factors(9);
+  expect(granvit_adamw(x, dout, first, second, factors, N * C) == 0, "status", where);
+}
+
+static void rope(long B, long H, long S, long D) {
+  const Array x(B * H * S * D), cosine(B * S * D), sine(B * S * D), out(B * H * S * D);
+  for (int back = 0; back < 2; ++back) {
+    granvit_rope(x, cosine, sine, out, back, B, H, S, D);
+    expect(out.finite(), "not finite", "rope");
+  }
+}
+
 int main() {
   exponential();
   for (int set = 0; set < 3; ++set) {
@@ -107,9 +168,20 @@ int main() {
       attention(1, 1, 1, 200, 200, 24, segments);
       attention(0, 2, 1, 8, 8, 4, segments);
     }
+    for (float number : {NAN, INFINITY, -INFINITY, 3e38f})
+      for (bool masked : {false, true}) unusual_attention(number, masked);
+    attention(1, 2, 1, 0, 5, 4, 0);
     attention(1, 2, 2, 3, 193, 36, 0);
     attention(1, 2, 2, 65, 2, 130, 0);
     attention(1, 8, 4, 160, 160, 40, 2);  // enough work for several threads
+    small(1, 1);
+    small(3, 5);
+    small(130, 33);
+    small(0, 4);
+    small(9000, 70);  // enough work for several threads
+    rope(1, 1, 1, 2);
+    rope(2, 3, 7, 10);
+    rope(0, 1, 1, 4);
     roi_align(1, 1, 1, 1, 1, 1);
     roi_align(2, 3, 5, 7, 130, 3);
     roi_align(1, 2, 3, 4, 17, 9);

@@ -115,3 +115,19 @@ def test_mindspore_without_the_library_the_error_says_how_to_get_it(native, monk
         module.attention(*map(ms.Tensor, oracle.ATTENTION["one query"][:4]))
     with pytest.raises(ValueError, match=r"python -m granvit\.native"):
         module.roi_align(ms.ops.ones((1, 2, 2, 3)), ms.ops.ones((1, 1, 4)), 2)
+
+
+@pytest.mark.parametrize("folder, allowed, named", [
+    ("with:colon", None, "no path with a colon"), ("", "/nowhere", "MS_CUSTOM_AOT_WHITE_LIST=/nowhere"), ("", "", None),
+])  # fmt: skip
+def test_mindspore_a_path_that_custom_operators_refuse_is_said_and_composed_runs(kernels, monkeypatch, tmp_path, folder, allowed,
+                                                                                 named):  # fmt: skip
+    from ms_granvit.ops.table import kernels_for
+
+    monkeypatch.setattr(core, "library", lambda: tmp_path / folder / "kernels.so")
+    monkeypatch.delenv("MS_CUSTOM_AOT_WHITE_LIST", raising=False)
+    if allowed is not None:
+        monkeypatch.setenv("MS_CUSTOM_AOT_WHITE_LIST", allowed or str(tmp_path))
+    picked = kernels_for("cpu", ms.float32, {"roi_align": "native"})
+    assert picked.row("roi_align", grid=2).name == ("native" if named is None else "composed")
+    assert named is None or named in picked.hints[0]

@@ -6,13 +6,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from parity import check, peers
-from parity.capture import Request, compute, load_record
+from granvit.kernels import COMPOSED
+from parity import check, each_kernel, peers
+from parity.capture import Record, Request, compute, load_record
 from parity.compare import compare_records
-from parity.fault_trials import Trial
+from parity.each_kernel import FRAMEWORKS, Runs, implementations, picks
+from parity.fault_trials import Trial, kernels_beside
 from parity.faults import FAULTS
 from parity.fixture import make_fixture
+from parity.options import option_suite
 from parity.preconditions import CouldNotTell, check_comparable, check_deterministic
+from parity.report import Report
 
 pytest.importorskip("mindspore")
 pytest.importorskip("torch")
@@ -84,16 +88,17 @@ def test_a_planted_fault_is_found_and_placed(name, trial):
 @pytest.fixture(scope="module")
 def trial(sides):
     """Trials that reuse the records of `sides` as their records without a fault."""
-    trial = Trial(SimpleNamespace(seed=0, language="tiny-language", precision="float32"))
-    clean = trial.clean
+    runs = Runs()
+    anew, (golden, peer, candidate) = runs.compute, sides
 
-    def reuse(framework, suite, vision, precision):
-        golden, peer, candidate = sides
+    def reuse(fixture, framework, request):
         record = {("torch", "float64"): golden, ("torch", "float32"): peer, ("mindspore", "float32"): candidate}
-        return record[framework, precision] if suite in golden.suites else clean(framework, suite, vision, precision)
+        wanted = set(map(option_suite, request.options)) if request.suites == ("options",) else set(request.suites)
+        reused = request.fault is None and wanted <= set(golden.suites)
+        return record[framework, request.compute] if reused else anew(fixture, framework, request)
 
-    trial.clean = reuse
-    return trial
+    runs.compute = reuse
+    return Trial(SimpleNamespace(seed=0, language="tiny-language", precision="float32", kernels={}), runs)
 
 
 def test_there_are_thirty_faults_ten_of_them_in_mindspore_and_none_is_left_switched_on():
@@ -147,11 +152,61 @@ def test_what_cannot_be_compared_is_refused_with_exit_status_2(sides, tmp_path, 
 
 def test_the_peers_agree():
     """transformers' SigLIP and Qwen2 against both packages; MindFormers' Llama, in a separate process, against MindSpore's."""
-    rows = list(peers.rows(make_fixture(0), "float32"))
+    rows = list(peers.rows(make_fixture(0), "float32", {}))
     asked = {"peers"} if peers.without_mindformers("float32") else {"peers", "mindformers"}
     assert {row.suite for row in rows} == asked and len(rows) >= 5
     assert [f"{row.suite} {row.kind}/{row.name}: {row.reason} {row.error}" for row in rows if not row.passed] == []
     assert any("float32" in note for note in peers.notes("bfloat16"))
+
+
+def test_a_named_kernel_runs_where_it_exists_and_composed_elsewhere_and_in_the_reference():
+    fixture = make_fixture(0)
+    found = list(implementations(fixture, Request((), 1)))
+    assert {("attention", "composed"), ("attention", "sdpa"), ("rms_norm", "product"), ("cross_entropy", "chunked")} <= set(found)
+    for operator, name in found:
+        request = Request((), 1, kernels={operator: name})
+        ran = {framework: picks(framework, fixture, request)[operator] for framework in FRAMEWORKS}
+        assert name in ran.values() and set(ran.values()) <= {name, COMPOSED}
+        assert set(picks("torch", fixture, replace(request, compute="float64")).values()) == {COMPOSED}
+
+
+def test_what_ran_already_is_not_computed_again(monkeypatch):
+    computed, fixture, runs = [], make_fixture(0), Runs()
+
+    def stand_in(fixture, framework, request):
+        computed.append((framework, request.kernels, request.compute))
+        return Record(framework, "cpu", request.compute, {}, {})
+
+    monkeypatch.setattr(each_kernel, "compute", stand_in)
+    for name in ("composed", "sdpa"):
+        request = Request((), 1, kernels={"attention": name})
+        for framework, dtype in (("torch", "float64"), ("torch", "float32"), ("mindspore", "float32")):
+            found = runs.compute(fixture, framework, replace(request, compute=dtype))
+            assert found.settings["kernels"] == {"attention": name}
+    assert [framework for framework, *_ in computed] == ["torch", "torch", "mindspore", "torch"]  # only PyTorch has `sdpa`
+
+
+def test_each_kernel_gets_a_line_and_the_worst_decides(monkeypatch, tmp_path, capsys):
+    def stand_in(options, console, runs):
+        fault = dict.fromkeys(("name", "framework", "suite", "expected", "first"), "x")
+        faults = [{**fault, "detected": True, "located": options.kernels != {"attention": "sdpa"}}]
+        return Report("MindSpore", "PyTorch", "float32", [], {}, {}, faults=faults)
+
+    monkeypatch.setattr(check, "_run", stand_in)
+    assert check.main(["--each-kernel", "--suite", "ops", "--out", str(tmp_path)]) == 2
+    lines = [line for line in capsys.readouterr().out.splitlines() if "faults located" in line]
+    assert sum("0 of 1" in line and "attention=sdpa" in line for line in lines) == sum("0 of 1" in line for line in lines) == 1
+    assert json.loads((tmp_path / "attention-composed" / "report.json").read_text())["outcome"] == "equal"
+    with pytest.raises(SystemExit):
+        check.main(["--each-kernel", "--record", str(tmp_path)])
+
+
+def test_a_fault_of_a_composed_operator_is_tried_with_it():
+    named = {"rope": "native", "attention": "native"}
+    beside = kernels_beside(FAULTS["RoPE in interleaved layout"], named)
+    assert (beside["rope"], beside["attention"], beside["gelu"]) == (COMPOSED, "native", COMPOSED)
+    targets = {fault.operator for fault in FAULTS.values()}
+    assert {"attention", "roi_align", "rms_norm", "rope", "gelu", None} == targets
 
 
 def test_unknown_models_and_faults_end_in_one_line(capsys):

@@ -69,9 +69,11 @@ def test_a_constant_encoder_is_not_called_good(reported):
     assert scores["nearest", "all"]["value"] < 0.6 and scores["linear", "all"]["value"] < 0.6
 
 
-def test_both_frameworks_give_the_same_numbers(reported, encoders, regions, tmp_path):
+def test_both_frameworks_give_the_same_numbers(reported, encoders, regions, tmp_path, capsys):
     pytest.importorskip("mindspore")
     assert probe(encoders, ["run"], regions.path, tmp_path, framework="mindspore") == 0
+    kernels = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kernels: ")]
+    assert len(kernels) == 2 and "cross_entropy: " not in kernels[0] and "cross_entropy: " in kernels[1]  # encoder, whole model
     theirs, ours = by_key(reported[1], "run"), by_key(json.loads((tmp_path / "probe.json").read_text()), "run")
     assert set(ours) == set(theirs)
     for key, entry in ours.items():

@@ -3,7 +3,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from pt_granvit.ops import adamw, cross_entropy  # noqa: E402
+from pt_granvit.ops import adamw, attention, cross_entropy  # noqa: E402
 
 
 @pytest.mark.parametrize("trained_head", [True, False])
@@ -33,3 +33,11 @@ def test_adamw_in_chunks_follows_the_formula(monkeypatch):
     adamw.composed(p, g, m, v, 0.97, 0.2, 0.3, 0.9, 0.99, 1e-8)
     for found, value in ((p, expected), (m, m_new), (v, v_new)):
         torch.testing.assert_close(found, value, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("attend", [attention.composed, attention.sdpa])
+def test_float16_scores_that_overflow_only_before_they_are_scaled(attend):
+    """Products of 102,400, which float16 does not hold, and scores of 12,800."""
+    q, k = torch.full((1, 1, 3, 64), 40.0, dtype=torch.float16), torch.full((1, 1, 3, 64), 40.0, dtype=torch.float16)
+    v = torch.arange(3, dtype=torch.float16).reshape(1, 1, 3, 1).expand(1, 1, 3, 64)
+    torch.testing.assert_close(attend(q, k, v, None), torch.ones_like(v))
